@@ -1,0 +1,39 @@
+"""What the engine asks of a device, whatever it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device as the engine sees it; made by `device.select`.
+
+    Attributes:
+        name: "cpu", "cuda" or "npu".
+        backend: torch.distributed backend for the default process group.
+        engine_config: fields every megatron-core `TransformerConfig` gets on this device.
+        torch_device: process-local index -> device that holds parameters and activations.
+        set_current: make that device the process's current one.
+        memory: -> (allocated, peak) bytes of this process: device memory, or resident memory on a CPU.
+        rng_state / set_rng_state: the device's default generator.
+        manual_seed: seed that generator.
+        synchronize: wait until submitted work is done.
+        attention: attention over [b, heads, s, d] tensors (`kernels.py`).
+        rms_norm: class of the norm layers: (config, hidden_size, eps) -> module.
+    """
+
+    name: str
+    backend: str
+    torch_device: Callable[[int], torch.device]
+    set_current: Callable[[int], None]
+    memory: Callable[[], tuple[int, int]]
+    rng_state: Callable[[], torch.Tensor]
+    set_rng_state: Callable[[torch.Tensor], None]
+    manual_seed: Callable[[int], None]
+    synchronize: Callable[[], None]
+    attention: Callable[..., torch.Tensor]
+    rms_norm: type[torch.nn.Module]
+    engine_config: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,145 @@
+"""Plain CPUs: gloo, and a view of torch in which megatron-core's device is the CPU."""
+
+import contextlib
+import resource
+import types
+from typing import Any
+
+import torch
+
+from mindspeed_llm.device import adapter, kernels, patches
+from mindspeed_llm.device.base import Device
+
+MISSING = "a CPU is always there"
+CPU = torch.device("cpu")
+
+# Where megatron-core names its device in text, and what the CPU's tensors answer.
+WORDS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+# Fused kernels that exist for accelerators only.
+ENGINE_CONFIG = {
+    "persist_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+}
+
+
+def available() -> bool:
+    """Always."""
+    return True
+
+
+def memory() -> tuple[int, int]:
+    """(resident now, peak resident) bytes of this process, from the kernel's accounting."""
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        now = int(statm.read().split()[1]) * resource.getpagesize()
+    return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Stream:
+    """A stream or event on a device whose work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = record = wait = synchronize = record_event = _nothing
+
+    def query(self) -> bool:
+        """Work on a CPU is always complete."""
+        return True
+
+    def elapsed_time(self, other: "_Stream") -> float:
+        """Milliseconds; nothing is measured here."""
+        return 0.0
+
+
+class _Generators:
+    """`default_generators[i]` is the CPU's one generator for every i."""
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+def namespace() -> types.ModuleType:
+    """What megatron-core sees as torch.cuda: the CPU's generator, no streams, no device memory pool."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    random = {
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+        "initial_seed": torch.initial_seed,
+        "default_generators": _Generators(),
+    }
+    nvtx = dict.fromkeys(("range_push", "range_pop", "mark"), nothing)
+    nvtx["range"] = contextlib.nullcontext
+    return adapter.ModuleView(
+        torch.cuda,
+        {
+            **random,
+            "random": types.SimpleNamespace(**random),
+            "current_device": lambda: CPU,
+            "device_count": lambda: 1,
+            "device": contextlib.nullcontext,
+            "stream": contextlib.nullcontext,
+            "Stream": _Stream,
+            "Event": _Stream,
+            "current_stream": _Stream,
+            "default_stream": _Stream,
+            "set_stream": nothing,
+            "set_device": nothing,
+            "synchronize": nothing,
+            "empty_cache": nothing,
+            "memory_allocated": lambda *a: memory()[0],
+            "max_memory_allocated": lambda *a: memory()[1],
+            "reset_peak_memory_stats": nothing,
+            "nvtx": types.SimpleNamespace(**nvtx),
+            "_lazy_call": lambda call, **kwargs: call(),
+            "_lazy_init": nothing,
+        },
+    )
+
+
+def create() -> Device:
+    """Install the scoped view of torch and describe the CPU."""
+    adapter.install("megatron.core", {"cuda": namespace()}, WORDS, patches.by_module("cpu"))
+    return Device(
+        name="cpu",
+        backend="gloo",
+        torch_device=lambda index: CPU,
+        set_current=lambda index: None,
+        memory=memory,
+        rng_state=torch.get_rng_state,
+        set_rng_state=torch.set_rng_state,
+        manual_seed=lambda seed: torch.manual_seed(seed) and None,
+        synchronize=lambda: None,
+        attention=kernels.sdpa,
+        rms_norm=kernels.RMSNorm,
+        engine_config=dict(ENGINE_CONFIG),
+    )

@@ -1,0 +1,64 @@
+"""GPTModel with a head that does no work for positions without a label.
+
+Shapes: s sequence, b batch, h hidden, v vocabulary, m labelled positions; `/t` = divided by TP.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
+from torch import Tensor
+
+IGNORE = -100  # label of a position that is not trained
+
+
+class CausalLM(GPTModel):
+    """megatron-core's GPTModel whose loss runs over the labelled positions only.
+
+    Attributes:
+        first_layer: global number of this chunk's first decoder layer.
+        vocabulary: true vocabulary size; rows from here on are padding and never win.
+    """
+
+    first_layer: int = 0
+    vocabulary: int = 0
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Hidden states between stages; on the last one the losses [m] of labelled positions, or logits.
+
+        Args:
+            hidden_states: [s/t, b, h] under sequence parallelism, else [s, b, h].
+            labels: [b, s], IGNORE where nothing is to be predicted.
+        """
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+        flat = labels.transpose(0, 1).reshape(-1)
+        chosen = (flat != IGNORE).nonzero().squeeze(1)
+        hidden = hidden_states.reshape(-1, hidden_states.size(-1)).index_select(0, chosen).unsqueeze(1)
+        return self.head_loss(hidden, flat.index_select(0, chosen))
+
+    def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy [m] of the head's logits for `hidden` [m, 1, h] against `targets` [m]."""
+        head = self.output_layer
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        # The sequence is whole by now: the gather before this point already sums its gradient over the TP ranks.
+        sequence_parallel, head.sequence_parallel = head.sequence_parallel, False
+        try:
+            logits, _ = head(hidden, weight=weight, runtime_gather_output=False)
+        finally:
+            head.sequence_parallel = sequence_parallel
+        return vocab_parallel_cross_entropy(self.mask_padding_rows(logits).float(), targets.unsqueeze(1)).squeeze(1)
+
+    def mask_padding_rows(self, logits: Tensor) -> Tensor:
+        """Logits [..., v/t] with the vocabulary's padding rows at -inf, so that they take no probability."""
+        rank, width = self.pg_collection.tp.rank(), logits.size(-1)
+        beyond = (rank + 1) * width - self.vocabulary
+        if beyond <= 0 or not self.vocabulary:
+            return logits
+        keep = max(width - beyond, 0)
+        return torch.cat(
+            [logits[..., :keep], torch.full_like(logits[..., keep:], torch.finfo(logits.dtype).min)], dim=-1
+        )

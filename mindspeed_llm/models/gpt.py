@@ -1,0 +1,167 @@
+"""The live network: megatron-core's GPTModel through local specs, dimensions from `ModelConfig`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch.nn.functional import silu
+
+from mindspeed_llm.device.base import Device
+from mindspeed_llm.models.attention import CoreAttention
+from mindspeed_llm.models.causal_lm import CausalLM
+from mindspeed_llm.models.config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the network is spread over processes and which memory it trades for time.
+
+    Attributes:
+        tensor, pipeline: TP and PP sizes.
+        layers_per_virtual_stage: layers of one model chunk under interleaved pipelining; None for one chunk a stage.
+        sequence_parallel: split activations along the sequence between TP regions.
+        dtype: of parameters and activations.
+        variable_seq_lengths: micro-batches may differ in length, so pipeline stages send shapes first.
+        recompute_granularity, recompute_method, recompute_num_layers: megatron-core's recomputation options.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    layers_per_virtual_stage: int | None = None
+    sequence_parallel: bool = False
+    dtype: torch.dtype = torch.float32
+    variable_seq_lengths: bool = True
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    calculate_per_token_loss: bool = False
+
+    def virtual_stages(self, num_layers: int) -> int | None:
+        """Model chunks per pipeline stage, or None without interleaving."""
+        if self.layers_per_virtual_stage is None:
+            return None
+        return num_layers // self.pipeline // self.layers_per_virtual_stage
+
+
+def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device) -> TransformerConfig:
+    """megatron-core's configuration of `model`; parameters are left uninitialised, a checkpoint always follows."""
+    virtual = engine.virtual_stages(model.num_layers)
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        qk_layernorm=model.qk_layernorm,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        gated_linear_unit=True,
+        activation_func=silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=engine.tensor,
+        pipeline_model_parallel_size=engine.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        sequence_parallel=engine.sequence_parallel and engine.tensor > 1,
+        # megatron-core 0.16.1 is silently wrong under interleaving with its default point-to-point settings.
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        variable_seq_lengths=engine.variable_seq_lengths,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, in dense models too
+        pipeline_dtype=engine.dtype,
+        params_dtype=engine.dtype,
+        bf16=engine.dtype == torch.bfloat16,
+        fp16=False,
+        perform_initialization=False,
+        recompute_granularity=engine.recompute_granularity,
+        recompute_method=engine.recompute_method,
+        recompute_num_layers=engine.recompute_num_layers,
+        calculate_per_token_loss=engine.calculate_per_token_loss,
+        **device.engine_config,
+    )
+
+
+def layer_spec(device: Device, qk_layernorm: bool) -> ModuleSpec:
+    """One dense decoder layer: RMSNorm, attention with our core, gated MLP."""
+    norm = device.rms_norm
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=ModuleSpec(module=CoreAttention, params={"device": device}),
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=norm if qk_layernorm else IdentityOp,
+                    k_layernorm=norm if qk_layernorm else IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding at this TP: the vocabulary rounded up to a multiple of TP."""
+    return -(-vocab_size // tensor) * tensor
+
+
+def build_chunks(model: ModelConfig, engine: EngineOptions, device: Device) -> list[CausalLM]:
+    """This rank's model chunks, with uninitialised parameters on the device.
+
+    megatron-core's process groups must exist (`models.parallel.start`). One chunk, or one per virtual stage; each
+    carries `first_layer`, the global number of its first decoder layer.
+    """
+    config = transformer_config(model, engine, device)
+    stages = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(model, config, device, vp) for vp in (range(stages) if stages else [None])]
+
+
+def _build_chunk(model: ModelConfig, config: TransformerConfig, device: Device, vp_stage: int | None) -> CausalLM:
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    layers = config.num_layers // config.pipeline_model_parallel_size
+    if vp_stage is not None:
+        layers //= config.virtual_pipeline_model_parallel_size
+    spec: Any = TransformerBlockSubmodules(
+        layer_specs=[layer_spec(device, model.qk_layernorm)] * layers, layer_norm=device.rms_norm
+    )
+    chunk = CausalLM(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(model.vocab_size, config.tensor_model_parallel_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+    chunk.vocabulary = model.vocab_size
+    chunk.first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    return chunk.to(device.torch_device(torch.distributed.get_node_local_rank(0)))

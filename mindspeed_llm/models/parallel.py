@@ -1,0 +1,84 @@
+"""Process groups: from torchrun's environment to megatron-core's groups, and back."""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from mindspeed_llm.device.base import Device
+from mindspeed_llm.errors import InputError, UsageError
+
+
+def connect(device: Device, timeout_minutes: int = 30) -> None:
+    """Join the job's default process group; a single process needs no launcher.
+
+    Raises:
+        InputError: the rendezvous port is taken.
+    """
+    if torch.distributed.is_initialized():
+        return
+    alone = "RANK" not in os.environ
+    timeout = timedelta(minutes=timeout_minutes)
+    device.set_current(int(os.environ.get("LOCAL_RANK", 0)))
+    if alone:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        torch.distributed.init_process_group(device.backend, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise InputError(f"cannot meet at {address} ({error}); set MASTER_PORT to a free port") from error
+
+
+def start(
+    device: Device, tensor: int = 1, pipeline: int = 1, virtual: int | None = None, seed: int = 1234, timeout: int = 30
+) -> None:
+    """Create megatron-core's groups for TP x PP (x VPP); data parallelism takes the remaining processes.
+
+    Args:
+        virtual: model chunks per pipeline stage, None without interleaving.
+        seed: of the model-parallel generators.
+        timeout: minutes until a collective that misses a rank fails.
+
+    Raises:
+        UsageError: the processes do not divide into TP x PP.
+    """
+    connect(device, timeout)
+    world = torch.distributed.get_world_size()
+    if world % (tensor * pipeline):
+        raise UsageError(
+            f"{world} processes cannot hold tensor-model-parallel-size {tensor} x pipeline-model-parallel-size "
+            f"{pipeline}: start a multiple of {tensor * pipeline} (NPROC_PER_NODE x NNODES)"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor,
+        pipeline,
+        virtual,
+        distributed_timeout_minutes=timeout,
+        create_gloo_process_groups=device.backend != "gloo",
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def stop() -> None:
+    """Destroy megatron-core's groups; the default process group stays, so another layout can follow."""
+    parallel_state.destroy_model_parallel()
+
+
+def disconnect() -> None:
+    """Leave the job."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def port_is_free(address: str, port: int) -> bool:
+    """Whether a server could listen on `address`:`port` of this machine."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
