@@ -1,0 +1,30 @@
+"""The registry of model families: one line each; a new family is one file and one line here."""
+
+from mindspeed_llm.errors import InputError, lookup
+from mindspeed_llm.models.families.base import Family
+from mindspeed_llm.models.families.qwen3 import QWEN3
+
+FAMILIES: tuple[Family, ...] = (QWEN3,)
+
+
+def family(name: str) -> Family:
+    """The family of this name or alias; a `UsageError` naming the known and the nearest ones otherwise."""
+    table = {known: one for one in FAMILIES for known in (one.name, *one.aliases)}
+    return lookup("model family", name, table)
+
+
+def family_of_architecture(architectures: list[str], where: str) -> Family:
+    """The family whose HF `architectures` these are.
+
+    Args:
+        architectures: the entry of config.json.
+        where: the file it was read from, for the error.
+
+    Raises:
+        InputError: no family here has that architecture.
+    """
+    for one in FAMILIES:
+        if set(architectures) & set(one.architectures):
+            return one
+    known = sorted(architecture for one in FAMILIES for architecture in one.architectures)
+    raise InputError(f"{where}: architectures {architectures} are not supported (known: {', '.join(known)})")
