@@ -1,0 +1,71 @@
+"""Put adapters into a live model: inject, freeze the base, initialise by logical names."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from mindspeed_llm.lora.config import LoraSettings
+from mindspeed_llm.lora.layers import CUSTOM_MODULES, RowParallelLora, is_lora_parameter, lora_layers, uniform_init
+
+
+def inject(chunks: Sequence[nn.Module], settings: LoraSettings, fused: bool, seed: int) -> None:
+    """Adapt the target layers of every model chunk in place; only adapter parameters stay trainable.
+
+    A is drawn for its whole logical shape from a generator seeded by (seed, logical name) and cut afterwards, so
+    training starts from the same values at every TP, PP and DP; B starts at zero.
+
+    Args:
+        chunks: this rank's model chunks; each carries `first_layer`.
+        fused: use the fused autograd function (`--lora-fusion`).
+        seed: of A's values.
+    """
+    for chunk in chunks:
+        config = LoraConfig(
+            r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), init_lora_weights=False
+        )
+        config._register_custom_module(CUSTOM_MODULES)  # noqa: SLF001  peft's documented hook has no public name
+        inject_adapter_in_model(config, chunk)
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(is_lora_parameter(name))
+        for layer in lora_layers(chunk):
+            layer.use_fused = fused
+        initialise(chunk, seed)
+
+
+def initialise(chunk: nn.Module, seed: int) -> None:
+    """Draw every A by its logical name and set every B to zero."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for name, module in chunk.named_modules():
+        if not isinstance(module, tuple(CUSTOM_MODULES.values())):
+            continue
+        parts = name.split(".")
+        parts[2] = str(int(parts[2]) + chunk.first_layer)
+        digest = hashlib.sha256(f"{seed}:{'.'.join(parts)}".encode()).digest()
+        for a, b in zip(module.lora_A.values(), module.lora_B.values(), strict=True):
+            split = module.group.size() if isinstance(module, RowParallelLora) else 1
+            width = module.in_features
+            whole = uniform_init((a.out_features, width * split), int.from_bytes(digest[:6], "big"))
+            start = width * rank if split > 1 else 0
+            with torch.no_grad():
+                a.weight.copy_(whole[:, start : start + width])
+                b.weight.zero_()
+
+
+def give_recompute_a_gradient(chunks: Sequence[nn.Module]) -> None:
+    """Make the embedding's output require a gradient.
+
+    With every base weight frozen nothing before the first adapter asks for one, and megatron-core's full
+    recomputation then runs its layers without recording them: the adapters would silently get no gradient.
+    """
+
+    def require(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.requires_grad_(True) if torch.is_grad_enabled() and not output.requires_grad else output
+
+    for chunk in chunks:
+        if chunk.pre_process:
+            chunk.embedding.register_forward_hook(require)

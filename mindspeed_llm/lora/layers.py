@@ -1,0 +1,155 @@
+"""LoRA on megatron-core's parallel linear layers: the readable reference form.
+
+Shapes: s sequence, b batch, i input, o output, r rank; `/t` = divided by TP. Under sequence parallelism (SP) the
+activations between parallel regions are [s/t, b, h].
+
+    column: W [o/t, i]  A [r, i] replicated  B [o/t, r]            row: W [o, i/t]  A [r, i/t]  B [o, r] replicated
+
+peft's own Megatron layer does not work with the versions pinned here, and its gradients under SP are wrong: the
+replicated factor sees a slice of the tokens, so its gradient must be summed over TP. The mark `sequence_parallel` on
+that parameter makes megatron-core do so.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from peft.tuners.lora import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from mindspeed_llm.lora import fused
+
+
+class ParallelLora(nn.Module, LoraLayer):
+    """What the column- and the row-parallel adapter share: parameters, marks, and the choice of the form.
+
+    Attributes:
+        use_fused: run the fused autograd function instead of the modular form.
+    """
+
+    use_fused = False
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.group = base_layer.tp_group
+        self.sequence_parallel = base_layer.sequence_parallel
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        out_features, in_features = module.weight.shape
+        return in_features, out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        """Create A and B as this rank holds them, uninitialised: `inject` fills them by their logical names."""
+        weight = self.base_layer.weight
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = lora_alpha / r
+        self.lora_dropout[adapter_name] = nn.Identity()
+        self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
+        made = {"bias": False, "device": weight.device, "dtype": weight.dtype}
+        self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, **made)
+        self.lora_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, self.out_features, **made)
+        self.mark_parameters(self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight)
+        self.set_adapter(self.active_adapters)
+
+    def mark_parameters(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Tell megatron-core which factor is split over TP and which one is replicated."""
+        raise NotImplementedError("a parallel adapter says how its factors are split")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """(output, bias) as megatron-core's layers return them; bias is None unless its addition is left to others."""
+        name = self.active_adapters[0]
+        factors = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        if not self.use_fused:
+            out, bias = self.base_layer(x, *args, **kwargs)
+            return out + self.delta(x, *factors).to(out.dtype), bias
+        out = fused.apply(x, self.base_layer.weight, *factors, self.case, self.group)
+        bias = self.base_layer.bias
+        if bias is None or self.base_layer.skip_bias_add:
+            return out, bias
+        return out + bias, None
+
+    def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """The adapter's share of the output, in the output's layout."""
+        raise NotImplementedError("a parallel adapter computes its own share")
+
+    @property
+    def case(self) -> str:
+        """Which communication case of `fused` this layer is."""
+        if self.group.size() == 1:
+            return "single"
+        return f"{self.kind}_sp" if self.sequence_parallel else self.kind
+
+
+class ColumnParallelLora(ParallelLora):
+    """Adapter of a layer whose output is split over TP."""
+
+    kind = "column"
+
+    def mark_parameters(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """A is replicated and sees local tokens only under SP; B is split."""
+        a.sequence_parallel = self.sequence_parallel
+        set_tensor_model_parallel_attributes(b, True, 0, 1)
+
+    def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """[s, b, i] or [s/t, b, i] -> [s, b, o/t]."""
+        ax = nn.functional.linear(x, a)
+        if self.sequence_parallel:
+            ax = gather_from_sequence_parallel_region(ax, group=self.group)
+        else:
+            ax = copy_to_tensor_model_parallel_region(ax, group=self.group)
+        return nn.functional.linear(ax, b) * scaling
+
+
+class RowParallelLora(ParallelLora):
+    """Adapter of a layer whose input is split over TP."""
+
+    kind = "row"
+
+    def mark_parameters(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """A is split; B is replicated and sees local tokens only under SP."""
+        set_tensor_model_parallel_attributes(a, True, 1, 1)
+        b.sequence_parallel = self.sequence_parallel
+
+    def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """[s, b, i/t] -> [s, b, o] or [s/t, b, o]."""
+        ax = nn.functional.linear(x, a)
+        if self.sequence_parallel:
+            ax = reduce_scatter_to_sequence_parallel_region(ax, group=self.group)
+        else:
+            ax = reduce_from_tensor_model_parallel_region(ax, group=self.group)
+        return nn.functional.linear(ax, b) * scaling
+
+
+CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    ColumnParallelLinear: ColumnParallelLora,
+    RowParallelLinear: RowParallelLora,
+}
+
+
+def lora_layers(module: nn.Module) -> list[ParallelLora]:
+    """All adapters below `module`."""
+    return [m for m in module.modules() if isinstance(m, ParallelLora)]
+
+
+def is_lora_parameter(name: str) -> bool:
+    """Whether a parameter name belongs to an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def uniform_init(shape: tuple[int, int], seed: int) -> Tensor:
+    """A's initial values, fp32 [r, i]: uniform in +-1/sqrt(i), peft's kaiming_uniform(sqrt(5)) in closed form."""
+    bound = shape[1] ** -0.5
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
