@@ -156,7 +156,6 @@ def architecture_values(config: ModelConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
-        "group_query_attention": config.num_query_groups != config.num_attention_heads,
         "num_query_groups": config.num_query_groups,
         "kv_channels": config.kv_channels,
         "qk_layernorm": config.qk_layernorm,
