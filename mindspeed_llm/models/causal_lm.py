@@ -44,12 +44,14 @@ class CausalLM(GPTModel):
         """Cross entropy [m] of the head's logits for `hidden` [m, 1, h] against `targets` [m]."""
         head = self.output_layer
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        # The sequence is whole by now: the gather before this point already sums its gradient over the TP ranks.
-        sequence_parallel, head.sequence_parallel = head.sequence_parallel, False
+        # Under SP the sequence is whole by now, and the gather before this point sums its gradient over the TP ranks:
+        # the head must neither gather nor reduce.
+        kept = head.sequence_parallel, head.disable_grad_reduce
+        head.sequence_parallel, head.disable_grad_reduce = False, kept[0] or kept[1]
         try:
             logits, _ = head(hidden, weight=weight, runtime_gather_output=False)
         finally:
-            head.sequence_parallel = sequence_parallel
+            head.sequence_parallel, head.disable_grad_reduce = kept
         return vocab_parallel_cross_entropy(self.mask_padding_rows(logits).float(), targets.unsqueeze(1)).squeeze(1)
 
     def mask_padding_rows(self, logits: Tensor) -> Tensor:

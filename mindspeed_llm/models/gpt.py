@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -164,4 +169,17 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, device: Device, 
     )
     chunk.vocabulary = model.vocab_size
     chunk.first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    mark_split_weights(chunk)
     return chunk.to(device.torch_device(torch.distributed.get_node_local_rank(0)))
+
+
+def mark_split_weights(chunk: torch.nn.Module) -> None:
+    """Give split weights the mark by which megatron-core counts them on every TP rank in the gradient norm.
+
+    megatron-core sets it while initialising weights, which is skipped here because a checkpoint always follows.
+    """
+    split = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in split and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, split[type(module)], 1)

@@ -1,0 +1,224 @@
+"""One optimizer step: micro-batches through the pipeline, gradients finished, weights updated.
+
+A step from top to bottom: `train_step` -> megatron-core's schedule -> `_forward_step` per micro-batch -> `sum_loss`
+-> `finalize_model_grads` -> `optimizer.step`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from mindspeed_llm.arguments.optimizer import OptimizerOptions
+from mindspeed_llm.models.causal_lm import CausalLM
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports, equal on every rank.
+
+    Attributes:
+        loss: mean over micro-batches and DP of each micro-batch's mean loss, or the mean over all trained tokens of
+            the global batch under per-token loss; nan when no token was trained.
+        tokens: trained tokens of the global batch.
+        grad_norm: before clipping.
+        updated: False when the step was skipped (non-finite gradients).
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    updated: bool
+
+
+@dataclass
+class Engine:
+    """The live model and its optimizer on this rank.
+
+    Attributes:
+        chunks: model chunks as built and loaded.
+        wrapped: the same chunks in megatron-core's DistributedDataParallel; empty for inference.
+        optimizer: megatron-core's optimizer, or None for inference.
+    """
+
+    chunks: list[CausalLM]
+    wrapped: list[DistributedDataParallel]
+    optimizer: Any
+
+    @property
+    def config(self) -> Any:
+        """megatron-core's TransformerConfig."""
+        return self.chunks[0].config
+
+
+def optimizer_config(options: OptimizerOptions, dtype: torch.dtype, distributed: bool, overlap: bool) -> OptimizerConfig:
+    """megatron-core's optimizer settings: AdamW with fp32 master weights and state."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=overlap,
+    )
+
+
+def create_engine(
+    chunks: Sequence[CausalLM],
+    options: OptimizerOptions,
+    distributed_optimizer: bool = False,
+    overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
+) -> Engine:
+    """Wrap loaded chunks for data parallelism and create the optimizer over what is trainable."""
+    config = chunks[0].config
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        use_distributed_optimizer=distributed_optimizer,
+        check_for_nan_in_grad=False,  # a step with non-finite gradients is skipped and counted instead
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    optimizer = get_megatron_optimizer(
+        optimizer_config(options, config.params_dtype, distributed_optimizer, overlap_param_gather),
+        wrapped,
+        use_gloo_process_groups=False,
+    )
+    if len(getattr(optimizer, "chained_optimizers", ())) == 1:  # a chain of one hides the optimizer's own state
+        optimizer = optimizer.chained_optimizers[0]
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    if overlap_param_gather:
+        starts = [chunk.start_param_sync for chunk in wrapped]
+        config.param_sync_func = starts if len(starts) > 1 else starts[0]
+    return Engine(list(chunks), wrapped, optimizer)
+
+
+def sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [m] of a micro-batch's labelled positions -> (sum, count, report of both).
+
+    megatron-core divides the sum by the count and the number of micro-batches, or leaves it whole under per-token
+    loss. The report owns its memory: the sum is scaled in place.
+    """
+    total = losses.sum()
+    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return total, count, torch.stack([total.detach().double(), count.double()])
+
+
+def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    """One micro-batch through one model chunk."""
+    batch = next(batches)
+    output = model(batch["tokens"], None, None, labels=batch["labels"])
+    return output, sum_loss
+
+
+def run_microbatches(engine: Engine, batches: Sequence[Batch], forward_only: bool) -> tuple[float, int]:
+    """Run the micro-batches of one global batch forward (and backward); -> (loss, trained tokens), see `StepResult`.
+
+    Every rank of a DP replica passes the same batches: the first stage reads the tokens, the last the labels.
+    """
+    models = engine.wrapped or engine.chunks
+    micro_batch_size, length = batches[0]["tokens"].shape
+    reports = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=[iter(batches) for _ in models] if len(models) > 1 else iter(batches),
+        model=models if len(models) > 1 else models[0],
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    return _reduce_reports(reports, len(batches), engine.config.calculate_per_token_loss, batches[0]["tokens"].device)
+
+
+def _reduce_reports(
+    reports: Sequence[Tensor], micro_batches: int, per_token: bool, device: torch.device
+) -> tuple[float, int]:
+    """(loss, trained tokens) over all micro-batches and DP ranks, from the last stage's reports to every rank.
+
+    per micro-batch:  loss = 1/(D M) sum_d sum_m S_dm / n_dm        (D DP ranks, M micro-batches, S sums, n counts)
+    per token:        loss = sum_d sum_m S_dm / sum_d sum_m n_dm
+    """
+    sums = torch.zeros(3, dtype=torch.float64)  # sum of S, sum of n, sum of S/n
+    for total, count in (report.tolist() for report in reports):
+        sums += torch.tensor([total, count, total / max(count, 1)], dtype=torch.float64)
+    sums = sums.to(device, torch.float64 if device.type == "cpu" else torch.float32)
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if pipeline.size() > 1:
+        torch.distributed.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    total, count, means = sums.tolist()
+    if count == 0:
+        return float("nan"), 0
+    replicas = parallel_state.get_data_parallel_world_size()
+    return (total / count if per_token else means / (replicas * micro_batches)), int(count)
+
+
+def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
+    """Train on one global batch.
+
+    Args:
+        batches: this DP rank's micro-batches, each {"tokens": [b, s], "labels": [b, s]} on the device, labels already
+            shifted and IGNORE where nothing is predicted.
+    """
+    for chunk in engine.wrapped:
+        chunk.zero_grad_buffer()
+    engine.optimizer.zero_grad()
+    loss, tokens = run_microbatches(engine, batches, forward_only=False)
+    updated, grad_norm = _update(engine.optimizer)
+    return StepResult(loss, tokens, grad_norm, updated)
+
+
+def _update(optimizer: Any) -> tuple[bool, float]:
+    """Clip and apply the gradients; -> (applied, norm before clipping).
+
+    megatron-core would apply non-finite gradients; here such a step changes nothing. The norm is the same on every
+    rank, so all decide alike.
+    """
+    optimizer.prepare_grads()
+    limit = optimizer.config.clip_grad
+    norm = float(optimizer.clip_grad_norm(limit) if limit > 0.0 else optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return False, norm
+    return bool(optimizer.step_with_ready_grads()), norm
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, global_batches: Iterator[Sequence[Batch]]) -> float:
+    """Mean loss over validation batches, with the model in evaluation mode; nan when there are none."""
+    models = engine.wrapped or engine.chunks
+    for model in models:
+        model.eval()
+    losses = [run_microbatches(engine, batches, forward_only=True)[0] for batches in global_batches]
+    for model in models:
+        model.train()
+    return sum(losses) / len(losses) if losses else float("nan")
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> Batch:
+    """A collated batch of numpy arrays as device tensors, with only what the model reads."""
+    move = partial(torch.as_tensor, device=device)
+    return {"tokens": move(batch["tokens"]), "labels": move(batch["labels"])}

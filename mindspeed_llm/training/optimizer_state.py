@@ -1,0 +1,122 @@
+"""Optimizer state as tensors named by parameter, whatever the parallel layout keeps where.
+
+megatron-core's optimizers hold fp32 master weights and moments either whole per parameter or, under the distributed
+optimizer, as flat slices spread over DP. Here both are read and written as {parameter: {"master", "exp_avg",
+"exp_avg_sq"}} in the parameter's own (TP-local) shape; cutting those for another TP is the weights' own algebra
+(`checkpoint.live`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FIELDS = ("master", *MOMENTS)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The part of one parameter this rank's optimizer updates.
+
+    Attributes:
+        main: the tensor the inner optimizer owns, fp32.
+        start, stop: its range in the flattened parameter; the whole of it without the distributed optimizer.
+    """
+
+    main: Tensor
+    start: int
+    stop: int
+
+
+def _shard(optimizer: Any, parameter: nn.Parameter) -> _Shard | None:
+    """This rank's shard of a trainable parameter, or None when other DP ranks own all of it."""
+    if not hasattr(optimizer, "model_param_gbuf_map"):
+        return _Shard(getattr(parameter, "main_param", parameter), 0, parameter.numel())
+    if parameter not in optimizer.model_param_group_index_map:
+        return None
+    owned = optimizer._get_model_param_range_map(parameter)["param"]  # noqa: SLF001  no public way to the range
+    group, order = optimizer.model_param_group_index_map[parameter]
+    return _Shard(optimizer.optimizer.param_groups[group]["params"][order], owned.start, owned.end)
+
+
+def _gathered(values: Tensor | None, shard: _Shard | None, parameter: nn.Parameter, group: Any) -> Tensor:
+    """The whole parameter-shaped tensor, put together over DP; on the CPU."""
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if shard is not None and values is not None:
+        whole[shard.start : shard.stop] = values.detach().reshape(-1)
+    if group is not None:
+        torch.distributed.all_reduce(whole, group=group)
+    return whole.view(parameter.shape).cpu()
+
+
+def _dp_group(optimizer: Any) -> Any:
+    """The group over which state is spread, or None when every DP rank holds all of it."""
+    return optimizer.data_parallel_group if hasattr(optimizer, "model_param_gbuf_map") else None
+
+
+def export_state(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """-> ({name: {field: fp32 tensor of the parameter's shape}}, Adam's step count). Collective over DP.
+
+    Before the first update the moments are zero and the step is 0.
+    """
+    group = _dp_group(optimizer)
+    state: dict[str, dict[str, Tensor]] = {}
+    steps = 0
+    for name, parameter in parameters.items():
+        shard = _shard(optimizer, parameter)
+        inner = optimizer.optimizer.state.get(shard.main, {}) if shard else {}
+        values = {"master": shard.main if shard else None, **{m: inner.get(m) for m in MOMENTS}}
+        state[name] = {field: _gathered(values[field], shard, parameter, group) for field in FIELDS}
+        steps = max(steps, int(inner.get("step", 0)))
+    steps = max([steps, *(int(g.get("step", 0)) for g in optimizer.optimizer.param_groups)])
+    if group is not None:
+        most = torch.tensor(steps, device=next(iter(parameters.values())).device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
+        steps = int(most)
+    return state, steps
+
+
+@torch.no_grad()
+def import_state(
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Mapping[str, Tensor]], steps: int
+) -> None:
+    """Put `export_state`'s values back, each rank taking its own shard; model weights follow their masters.
+
+    Args:
+        state: {name: {field: tensor of this rank's parameter shape}}.
+        steps: Adam's step count.
+    """
+    for name, parameter in parameters.items():
+        shard = _shard(optimizer, parameter)
+        parameter.copy_(state[name]["master"])
+        if shard is None:
+            continue
+        cut = {f: state[name][f].reshape(-1)[shard.start : shard.stop].to(shard.main.device) for f in FIELDS}
+        shard.main.copy_(cut["master"].view(shard.main.shape))
+        entry = optimizer.optimizer.state[shard.main]
+        for moment in MOMENTS:
+            entry[moment] = cut[moment].reshape(shard.main.shape).to(torch.float32).clone()
+        if isinstance(optimizer.optimizer, torch.optim.Optimizer) and _counts_per_parameter(optimizer):
+            entry["step"] = torch.tensor(float(steps))
+    for group in optimizer.optimizer.param_groups:
+        if not _counts_per_parameter(optimizer):
+            group["step"] = steps
+
+
+def _counts_per_parameter(optimizer: Any) -> bool:
+    """torch's AdamW counts steps per parameter; the fused Adam of other packages counts per group."""
+    return type(optimizer.optimizer).__module__.startswith("torch.optim")
+
+
+def export_gradients(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The finished fp32 gradients {name: tensor of the parameter's shape}, gathered over DP. Collective over DP."""
+    group = _dp_group(optimizer)
+    gradients = {}
+    for name, parameter in parameters.items():
+        shard = _shard(optimizer, parameter)
+        values = parameter.main_grad.reshape(-1)[shard.start : shard.stop] if shard else None
+        gradients[name] = _gathered(values, shard, parameter, group)
+    return gradients
