@@ -1,0 +1,1 @@
+"""Where a row goes: rows -> handlers -> templates -> tokens -> indexed files -> data set -> batch."""

@@ -1,0 +1,147 @@
+"""Megatron's indexed files: token sequences in `<prefix>.bin`, where each begins in `<prefix>.idx`.
+
+The index, little-endian: magic `MMIDIDX\\0\\0` (9 bytes), u64 version (1), u8 code of the element type, u64 number of
+sequences, u64 number of document boundaries, int32 lengths, int64 byte offsets, int64 document boundaries (the first
+sequence of each document, and the end).
+"""
+
+import os
+import struct
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from mindspeed_llm.errors import InputError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+# code -> element type, as Megatron numbers them
+ELEMENT_TYPES: dict[int, np.dtype] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<u2"),
+}
+CODES = {dtype: code for code, dtype in ELEMENT_TYPES.items()}
+
+
+class IndexedFileWriter:
+    """Writes one pair of files, sequence after sequence; every sequence is a document.
+
+    The tokens go to disk at once; 4 bytes per sequence stay in memory. The files are complete after `close`, which
+    leaving the `with` block without an error calls; publishing them under their final name is the caller's part.
+    """
+
+    def __init__(self, prefix: Path, dtype: np.dtype | type = np.int32) -> None:
+        """Args: prefix: path without .bin / .idx; dtype: element type, one of `ELEMENT_TYPES`."""
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.code = CODES[self.dtype]
+        self.prefix = prefix
+        self.lengths = array("i")
+        self.stream = open(f"{prefix}.bin", "wb")  # noqa: SIM115 - closed by close() or __exit__
+
+    def add(self, tokens: np.ndarray, lengths: list[int]) -> None:
+        """Append sequences that stand one after the other in `tokens` [sum(lengths)]."""
+        assert tokens.size == sum(lengths)
+        self.stream.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self.lengths.extend(lengths)
+
+    def close(self) -> None:
+        """Finish both files and force them to disk."""
+        _sync_and_close(self.stream)
+        lengths = np.array(self.lengths, dtype="<i4")
+        offsets = np.zeros(len(lengths), dtype="<i8")
+        np.cumsum(lengths[:-1], dtype="<i8", out=offsets[1:])
+        offsets *= self.dtype.itemsize
+        documents = np.arange(len(lengths) + 1, dtype="<i8")
+        with open(f"{self.prefix}.idx", "wb") as stream:
+            stream.write(HEADER.pack(MAGIC, VERSION, self.code, len(lengths), len(documents)))
+            for part in (lengths, offsets, documents):
+                stream.write(part.tobytes())
+            _sync_and_close(stream)
+
+    def __enter__(self) -> "IndexedFileWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.stream.close()
+
+
+def _sync_and_close(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+
+
+class IndexedFile:
+    """Reads one pair of files through the page cache: nothing is loaded before a sequence is asked for.
+
+    Attributes:
+        lengths: [sequences] int32, tokens of each.
+        documents: [documents + 1] int64, first sequence of each document, and the end.
+        dtype: element type.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        """Open `<prefix>.bin` and `<prefix>.idx`.
+
+        Raises:
+            InputError: a file is missing, is no such file, or is shorter than it says.
+        """
+        self.prefix = prefix
+        index = Path(f"{prefix}.idx")
+        data = Path(f"{prefix}.bin")
+        for file in (index, data):
+            if not file.is_file():
+                raise InputError(f"{file} is missing; both {data.name} and {index.name} belong together")
+        self.dtype, self.lengths, self.offsets, self.documents = _read_index(index)
+        expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+        ends = int((self.offsets + self.lengths.astype("<i8") * self.dtype.itemsize).max(initial=0))
+        size = data.stat().st_size
+        if max(expected, ends) > size:
+            raise InputError(f"{data} holds {size} bytes, its index expects {max(expected, ends)}: it is truncated")
+        # numpy cannot map an empty file
+        self.tokens = np.memmap(data, dtype=np.uint8, mode="r") if size else np.zeros(0, dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """Sequence `number` as a read-only view [length] of the mapped file; negative numbers are refused."""
+        if not 0 <= number < len(self.lengths):
+            raise IndexError(f"sequence {number} of {len(self.lengths)} in {self.prefix}")
+        return np.frombuffer(self.tokens, self.dtype, int(self.lengths[number]), int(self.offsets[number]))
+
+
+def _read_index(index: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """Element type, lengths, byte offsets and document boundaries of an .idx file, checked against its size."""
+    size = index.stat().st_size
+    with index.open("rb") as stream:
+        header = stream.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise InputError(f"{index} is not an indexed data file (it starts {header[:9]!r}, not {MAGIC!r})")
+    _, version, code, sequences, documents = HEADER.unpack(header)
+    if version != VERSION or code not in ELEMENT_TYPES:
+        raise InputError(f"{index} has version {version}, element code {code}; read are version 1, codes 1 to 8")
+    expected = HEADER.size + sequences * 12 + documents * 8
+    if size < expected:
+        raise InputError(f"{index} holds {size} bytes, {sequences} sequences need {expected}: it is truncated")
+    content = np.memmap(index, dtype=np.uint8, mode="r")
+    at = HEADER.size
+    lengths = np.frombuffer(content, "<i4", sequences, at)
+    offsets = np.frombuffer(content, "<i8", sequences, at + sequences * 4)
+    boundaries = np.frombuffer(content, "<i8", documents, at + sequences * 12)
+    return ELEMENT_TYPES[code], lengths, offsets, boundaries

@@ -1,0 +1,56 @@
+"""How far preprocessing is: a bar on a terminal, log lines elsewhere."""
+
+import logging
+import sys
+import time
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 1.0
+TOKEN_BYTES = 4
+
+
+class Progress:
+    """Rows and tokens done so far, shown while they come."""
+
+    def __init__(self, log_interval: int) -> None:
+        """Args: log_interval: rows between two log lines, which are never closer than a second."""
+        self.log_interval = log_interval
+        self.rows = 0
+        self.tokens = 0
+        self.begin = time.monotonic()
+        self.last_rows = 0
+        self.last_time = self.begin
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(unit=" rows", unit_scale=True, disable=not self.on_terminal)
+
+    def update(self, rows: int, tokens: int) -> None:
+        """Count rows and tokens that are written."""
+        self.rows += rows
+        self.tokens += tokens
+        self.bar.update(rows)
+        self.bar.set_postfix_str(
+            f"{self.tokens / max(time.monotonic() - self.begin, 1e-9):,.0f} tokens/s", refresh=False
+        )
+        now = time.monotonic()
+        due = self.rows - self.last_rows >= self.log_interval and now - self.last_time >= SECONDS_BETWEEN_LINES
+        if due and not self.on_terminal:
+            self._line(now)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Finish the bar and log the total."""
+        self.bar.close()
+        self._line(time.monotonic())
+
+    def _line(self, now: float) -> None:
+        self.last_rows, self.last_time = self.rows, now
+        seconds = max(now - self.begin, 1e-9)
+        megabytes = self.tokens * TOKEN_BYTES / 2**20
+        log.info(
+            "Processed %s documents (%.1f docs/s, %.2f MB/s).", self.rows, self.rows / seconds, megabytes / seconds
+        )

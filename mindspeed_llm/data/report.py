@@ -1,0 +1,180 @@
+"""The account of a preprocessing run: `<prefix>_report.json`, and the check of data against a training run."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindspeed_llm.data.encode import IGNORE_INDEX
+from mindspeed_llm.data.tokenize_rows import Chunk, Place
+from mindspeed_llm.errors import InputError
+
+FORMAT = 1  # version of the report's layout
+LISTED = 10_000  # rows listed per subject; the count is always exact
+
+
+@dataclass
+class Listing:
+    """How many rows, and which (the first `LISTED` of them)."""
+
+    count: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, place: Place) -> None:
+        """Count one row."""
+        self.count += 1
+        if len(self.rows) < LISTED:
+            self.rows.append(asdict(place))
+
+
+@dataclass
+class Account:
+    """What became of the rows, counted while they pass.
+
+    Attributes:
+        read: rows found in the input; written + dropped when all went well.
+        dropped: by reason.
+        tokens, trained_tokens: over the rows written, before packing pads them.
+        longest: tokens of the longest row.
+        vanished: columns of the data that mean something and were not asked for, unused files and the like, as
+            sentences.
+    """
+
+    read: int = 0
+    written: int = 0
+    dropped: dict[str, Listing] = field(default_factory=dict)
+    cut: Listing = field(default_factory=Listing)
+    untrained: Listing = field(default_factory=Listing)
+    odd_thoughts: Listing = field(default_factory=Listing)
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, chunk: Chunk) -> None:
+        """Count the rows of a chunk."""
+        self.read += chunk.read
+        self.written += len(chunk.lengths)
+        self.tokens += len(chunk.ids)
+        self.trained_tokens += int(np.count_nonzero(chunk.labels != IGNORE_INDEX))
+        self.longest = max([self.longest, *chunk.lengths])
+        for place in chunk.dropped:
+            self.dropped.setdefault(place.note, Listing()).add(place)
+        for listing, places in (
+            (self.cut, chunk.cut),
+            (self.untrained, chunk.untrained),
+            (self.odd_thoughts, chunk.odd_thoughts),
+        ):
+            _add_all(listing, places)
+
+    @property
+    def dropped_count(self) -> int:
+        """Rows dropped for any reason."""
+        return sum(listing.count for listing in self.dropped.values())
+
+    def summary(self) -> list[str]:
+        """One sentence per thing a user should know about their rows."""
+        lines = list(self.warnings)
+        for reason, listing in self.dropped.items():
+            first = listing.rows[0]
+            lines.append(f"dropped {listing.count} rows: {reason} (first: row {first['row']} of {first['file']})")
+        if self.cut.count:
+            lines.append(f"cut {self.cut.count} rows that were longer than --seq-length")
+        if self.untrained.count:
+            lines.append(f"{self.untrained.count} rows have no token that is trained (empty answers)")
+        if self.odd_thoughts.count:
+            lines.append(
+                f"{self.odd_thoughts.count} rows have thought tags that are not written as the template's "
+                "thought words and count as having no thought"
+            )
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """The account as JSON values."""
+        return {
+            "rows": {"read": self.read, "written": self.written, "dropped": self.dropped_count},
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "longest_row": self.longest,
+            "dropped": {reason: asdict(listing) for reason, listing in self.dropped.items()},
+            "cut": asdict(self.cut),
+            "untrained": asdict(self.untrained),
+            "unrecognised_thoughts": asdict(self.odd_thoughts),
+            "warnings": self.summary(),
+        }
+
+
+def _add_all(listing: Listing, places: Iterable[Place]) -> None:
+    for place in places:
+        listing.add(place)
+
+
+def report_path(prefix: str | Path) -> Path:
+    """Where the report of an output prefix lies."""
+    return Path(f"{prefix}_report.json")
+
+
+def read_report(prefix: str | Path) -> dict[str, Any] | None:
+    """The report of an output prefix; None when there is none (data made by other programs).
+
+    Raises:
+        InputError: there is one, and it cannot be read.
+    """
+    file = report_path(prefix)
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}); preprocess again or remove it") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a report of preprocess_data.py; preprocess again or remove it")
+    return content
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write and force to disk; the caller renames it into place."""
+    with file.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, ensure_ascii=False, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def check_data_matches(
+    report: Mapping[str, Any] | None,
+    tokenizer_hash: str,
+    template: str | None = None,
+    enable_thinking: str | None = None,
+) -> None:
+    """Refuse data made with another tokenizer, template or thinking mode than the run's.
+
+    Args:
+        report: of the data; None (data made by other programs) is let pass, there being nothing to compare.
+        tokenizer_hash: `Tokenizer.content_hash` of the model to be trained.
+        template: the run's `--prompt-type`; None when it names none.
+        enable_thinking: the run's mode; None when it names none.
+
+    Raises:
+        InputError: naming both sides and the remedy.
+    """
+    if report is None:
+        return
+    made = report.get("tokenizer", {})
+    if made.get("sha256") != tokenizer_hash:
+        raise InputError(
+            f"the data were made with the tokenizer in {made.get('path')} (sha256 {str(made.get('sha256'))[:12]}), the "
+            f"model's has sha256 {tokenizer_hash[:12]}; preprocess again with the model's tokenizer"
+        )
+    sides = [("--prompt-type", report.get("template", {}).get("name"), template)]
+    if report.get("template", {}).get("uses_thinking"):
+        sides.append(("--enable-thinking", report.get("enable_thinking"), enable_thinking))
+    for flag, of_data, of_run in sides:
+        if of_run is not None and of_run != of_data:
+            raise InputError(
+                f"the data were made with {flag} {of_data}, the run asks for {of_run}; use the same for both"
+            )
