@@ -1,0 +1,109 @@
+"""The safetensors file format: 8 bytes of header length, a JSON header, then the tensors' bytes.
+
+Read as lazily sliceable tensors; written tensor by tensor, so that memory holds one at a time.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, element_count
+from mindspeed_llm.checkpoint.formats.torch_file import write_values
+from mindspeed_llm.errors import InputError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000
+"""Bytes; the format's own limit on headers."""
+
+
+def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
+    """The tensors of a file by name; only the header is read.
+
+    Raises:
+        InputError: missing, truncated, or the header does not describe the file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_LIMIT):
+                raise InputError(f"{path}: header of {length} bytes in a file of {size}; truncated or not safetensors")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: broken safetensors header ({error})") from error
+    start = 8 + length
+    found: dict[str, LazyTensor] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        found[name] = tensor_of(path, name, entry, start)
+        if found[name].offset + found[name].nbytes > size:
+            raise InputError(f"{path}: {name} ends at byte {start + entry['data_offsets'][1]} of {size}; truncated file")
+    return found
+
+
+def tensor_of(path: Path, name: str, entry: Mapping, start: int) -> LazyTensor:
+    """One header entry; `start` is where the tensors' bytes begin."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {name}: broken header entry {entry!r:.100}") from error
+    if dtype not in DTYPES:
+        raise InputError(f"{path}: {name}: type {dtype} is not supported (known: {', '.join(DTYPES)})")
+    tensor = LazyTensor(path, start + begin, DTYPES[dtype], shape)
+    if end - begin != tensor.nbytes or begin < 0:
+        raise InputError(f"{path}: {name}: {dtype} {list(shape)} needs {tensor.nbytes} bytes, the header says {end - begin}")
+    return tensor
+
+
+class SafetensorsWriter:
+    """One file being written: every tensor's place is known before the first value arrives."""
+
+    def __init__(self, path: str | Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Write the header and reserve the space.
+
+        Args:
+            tensors: type and shape by name, in file order.
+        """
+        self.path = Path(path)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, (dtype, shape) in tensors.items():
+            end = position + element_count(shape) * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
+        os.pwrite(self.descriptor, len(text).to_bytes(8, "little") + text, 0)
+        os.ftruncate(self.descriptor, 8 + len(text) + position)
+        self.start = 8 + len(text)
+        self.header = header
+        self.missing = set(tensors)
+
+    def write(self, name: str, values: torch.Tensor) -> None:
+        """Write one tensor's values; `InputError` when type or shape are not those announced."""
+        entry = self.header[name]
+        announced = (entry["dtype"], entry["shape"])
+        if announced != (NAMES[values.dtype], list(values.shape)):
+            raise InputError(f"{self.path}: {name} was announced as {announced}, arrives as {values.dtype} {values.shape}")
+        write_values(self.descriptor, self.start + entry["data_offsets"][0], values)
+        self.missing.discard(name)
+
+    def close(self) -> None:
+        """Make the file durable; `InputError` when a tensor never came."""
+        os.fsync(self.descriptor)
+        os.close(self.descriptor)
+        if self.missing:
+            raise InputError(f"{self.path}: tensors never written: {sorted(self.missing)}")
