@@ -6,6 +6,16 @@ from typing import Any
 
 import torch
 
+# megatron-core fields that keep it to plain torch: no TransformerEngine, apex or vendor kernel is needed.
+PLAIN_TORCH = {
+    "persist_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+}
+
 
 @dataclass(frozen=True)
 class Device:

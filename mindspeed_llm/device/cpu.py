@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mindspeed_llm.device import adapter, kernels, patches
-from mindspeed_llm.device.base import Device
+from mindspeed_llm.device.base import PLAIN_TORCH, Device
 
 MISSING = "a CPU is always there"
 CPU = torch.device("cpu")
@@ -20,17 +20,6 @@ WORDS = {
     "torch.cuda.HalfTensor": "torch.HalfTensor",
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
-
-# Fused kernels that exist for accelerators only.
-ENGINE_CONFIG = {
-    "persist_layer_norm": False,
-    "gradient_accumulation_fusion": False,
-    "apply_rope_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-}
-
 
 def available() -> bool:
     """Always."""
@@ -128,6 +117,7 @@ def namespace() -> types.ModuleType:
 
 def create() -> Device:
     """Install the scoped view of torch and describe the CPU."""
+    patches.apply_now("cpu")
     adapter.install("megatron.core", {"cuda": namespace()}, WORDS, patches.by_module("cpu"))
     return Device(
         name="cpu",
@@ -141,5 +131,5 @@ def create() -> Device:
         synchronize=lambda: None,
         attention=kernels.sdpa,
         rms_norm=kernels.RMSNorm,
-        engine_config=dict(ENGINE_CONFIG),
+        engine_config=dict(PLAIN_TORCH),
     )

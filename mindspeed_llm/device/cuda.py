@@ -3,20 +3,9 @@
 import torch
 
 from mindspeed_llm.device import kernels
-from mindspeed_llm.device.base import Device
+from mindspeed_llm.device.base import PLAIN_TORCH, Device
 
 MISSING = "torch sees no CUDA GPU (torch.cuda.is_available() is False)"
-
-# No TransformerEngine or apex is needed, so nothing that lives there is switched on; torch's kernels serve.
-ENGINE_CONFIG = {
-    "persist_layer_norm": False,
-    "gradient_accumulation_fusion": False,
-    "apply_rope_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-}
-
 
 def available() -> bool:
     """Whether torch sees a CUDA GPU."""
@@ -37,5 +26,5 @@ def create() -> Device:
         synchronize=torch.cuda.synchronize,
         attention=kernels.sdpa,
         rms_norm=kernels.RMSNorm,
-        engine_config=dict(ENGINE_CONFIG),
+        engine_config=dict(PLAIN_TORCH),
     )

@@ -6,20 +6,10 @@ from importlib.util import find_spec
 import torch
 
 from mindspeed_llm.device import kernels
-from mindspeed_llm.device.base import Device
+from mindspeed_llm.device.base import PLAIN_TORCH, Device
 from mindspeed_llm.errors import InputError
 
 MISSING = "torch_npu is not installed, or it sees no Ascend NPU (is CANN's set_env.sh sourced?)"
-
-ENGINE_CONFIG = {
-    "persist_layer_norm": False,
-    "gradient_accumulation_fusion": False,
-    "apply_rope_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-}
-
 
 def available() -> bool:
     """Whether torch_npu is installed and sees a card."""
@@ -53,5 +43,5 @@ def create() -> Device:
         synchronize=torch.npu.synchronize,
         attention=kernels.sdpa,
         rms_norm=kernels.RMSNorm,
-        engine_config=dict(ENGINE_CONFIG),
+        engine_config=dict(PLAIN_TORCH),
     )

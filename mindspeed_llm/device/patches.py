@@ -1,12 +1,16 @@
 """Every change made to foreign code: what, why, for which versions. Nothing is changed anywhere else.
 
-A patch is applied right after its module has been imported, by the hook in `adapter.py`. `tests/device` checks that
-each target still exists in the installed version.
+A patch is applied right after its module has been imported, by the hook in `adapter.py`, or at once if it is there
+already. `tests/device` checks that each target still exists in the installed version.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from types import ModuleType
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class Patch:
     """One change to a foreign module.
 
     Attributes:
-        module, attribute: the target.
+        module, attribute: the target; the attribute may be dotted.
         devices: where it is applied.
         versions: versions of the owning package it was checked with.
         reason: what goes wrong without it.
@@ -30,9 +34,11 @@ class Patch:
 
     def apply(self, module: ModuleType) -> None:
         """Replace the target in the module just imported."""
-        if not hasattr(module, self.attribute):
+        *path, name = self.attribute.split(".")
+        owner = reduce(getattr, path, module)
+        if not hasattr(owner, name):
             raise AttributeError(f"{self.module}.{self.attribute} is gone: see device/patches.py")
-        setattr(module, self.attribute, self.value)
+        setattr(owner, name, self.value)
 
 
 def _identity(function: Callable) -> Callable:
@@ -40,7 +46,21 @@ def _identity(function: Callable) -> Callable:
     return function
 
 
+def _stay(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """`tensor.cuda()` where the CPU is the device."""
+    return tensor
+
+
 PATCHES = (
+    Patch(
+        module="torch",
+        attribute="Tensor.cuda",
+        devices=("cpu",),
+        versions=">=2.7,<3",
+        reason="megatron-core moves the last stage's copy of a tied embedding by weight.data.cuda(), which raises on "
+        "a machine without a GPU; a method of torch's own tensors is out of reach of the scoped view",
+        value=_stay,
+    ),
     Patch(
         module="megatron.core.jit",
         attribute="jit_fuser",
@@ -51,6 +71,13 @@ PATCHES = (
         value=_identity,
     ),
 )
+
+
+def apply_now(device: str) -> None:
+    """Apply the patches of `device` to modules that are imported already."""
+    for patch in PATCHES:
+        if device in patch.devices and patch.module in sys.modules:
+            patch.apply(sys.modules[patch.module])
 
 
 def by_module(device: str) -> dict[str, list[Callable[[ModuleType], None]]]:
