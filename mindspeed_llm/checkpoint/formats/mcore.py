@@ -113,11 +113,12 @@ class ShardedSource:
 class MegatronCheckpoint:
     """One iteration folder, opened: headers are read, tensors are not."""
 
-    def __init__(self, path: str | Path, family_name: str | None = None) -> None:
+    def __init__(self, path: str | Path, family_name: str | None = None, config: ModelConfig | None = None) -> None:
         """Open a run or iteration folder.
 
         Args:
             family_name: `--model-type-hf`, for checkpoints that do not say their family.
+            config: the model, if known from an HF folder; it replaces the pickled args, not an args.json.
 
         Raises:
             InputError: files missing, truncated, or contradicting each other.
@@ -127,7 +128,10 @@ class MegatronCheckpoint:
         self.files = read_ranks(self.folder)
         self.first = self.files[0, 0]
         self.layout = self.find_layout()
-        self.config: ModelConfig = self.metadata.model if self.metadata else self.config_of_args(family_name)
+        if self.metadata:
+            self.config: ModelConfig = self.metadata.model
+        else:
+            self.config = config or self.config_of_args(family_name)
         self.table = WeightTable(self.config)
         if self.config.num_layers != self.layout.num_layers:
             raise InputError(
@@ -152,6 +156,8 @@ class MegatronCheckpoint:
         tp = max(tp_rank for tp_rank, _ in self.files) + 1
         pp = max(pp_rank for _, pp_rank in self.files) + 1
         said = vars(self.first["args"]) if hasattr(self.first.get("args"), "__dict__") else {}
+        if said.get("expert_model_parallel_size") not in (None, 1):
+            raise InputError(f"{self.folder}: expert-parallel checkpoints are not supported yet")
         for key, found in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
             if said.get(key, found) != found:
                 raise InputError(f"{self.folder}: args say {key} {said[key]}, the folders show {found}; files are missing")

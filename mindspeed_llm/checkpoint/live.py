@@ -1,0 +1,101 @@
+"""From a source straight into the parameters of a live model: every rank reads only its own slices."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource, assemble, part_of
+from mindspeed_llm.checkpoint.formats.mcore_writer import local_shape
+from mindspeed_llm.checkpoint.kinds import AxisMap
+from mindspeed_llm.checkpoint.tables import EMBEDDING, LAYER_NUMBER, OUTPUT_LAYER, WeightTable, is_lora, logical_name
+from mindspeed_llm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was read into a live model: how many tensors, and their local bytes."""
+
+    tensors: int
+    nbytes: int
+
+
+def load_live(
+    named_tensors: Mapping[str, torch.Tensor],
+    source: TensorSource,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    first_layer: int = 0,
+    adapter: str = "default",
+) -> Loaded:
+    """Copy this rank's share of every tensor into a live model's parameters.
+
+    A source of LoRA factors fills the LoRA parameters, any other the rest; values are cast to the parameter's type.
+
+    Args:
+        named_tensors: local parameters of one chunk by local name (`named_parameters()` of the module, however wrapped).
+        first_layer: global number of the chunk's layer 0.
+        adapter: peft's adapter name.
+
+    Raises:
+        InputError: listing parameters the source lacks, tensors of these layers that the model lacks, and shapes that
+            differ; nothing is copied then.
+    """
+    wants_lora = any(is_lora(name) for name in source.names())
+    live = {logical_name(name, first_layer, adapter): tensor for name, tensor in named_tensors.items()}
+    live = {name: tensor for name, tensor in live.items() if is_lora(name) == wants_lora}
+    axes: dict[str, AxisMap] = {}
+    wrong = names_that_differ(live, source)
+    for name, tensor in live.items():
+        if source.table.resolve(name) not in source.names():
+            continue
+        axes[name] = live_axis(source.table, name, tensor, tp_size)
+        share = local_shape(source.shape(name), axes[name], tp_rank)
+        if tuple(tensor.shape) != share:
+            wrong.append(f"{name}: the model has {list(tensor.shape)}, the checkpoint {list(share)} for TP{tp_size}")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(f"{getattr(source, 'path', 'checkpoint')}: does not fit the model: {'; '.join(wrong[:5])}{more}")
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(part_of(lambda dim, ranges, name=name: source.read(name, dim, ranges), axes[name], tp_rank))
+    return Loaded(len(live), sum(tensor.nbytes for tensor in live.values()))
+
+
+def names_that_differ(live: Mapping[str, torch.Tensor], source: TensorSource) -> list[str]:
+    """Messages for parameters the source lacks and for tensors of the live layers that the model lacks."""
+    stored = set(source.names())
+    layers = {match[0] for name in live if (match := LAYER_NUMBER.search(name))}
+    wrong = [f"{name} is not in the checkpoint" for name in live if source.table.resolve(name) not in stored]
+    for name in source.names():
+        match = LAYER_NUMBER.search(name)
+        if match and match[0] in layers and name not in live:
+            wrong.append(f"{name} is not in the model")
+    if not live and stored:
+        wrong.append("the model has none of its tensors")
+    return wrong
+
+
+def live_axis(table: WeightTable, name: str, tensor: torch.Tensor, tp_size: int) -> AxisMap:
+    """How ranks share a live parameter; a vocabulary's padding is what the live table has."""
+    padded = tensor.shape[0] * tp_size if table.resolve(name) in (EMBEDDING, OUTPUT_LAYER) else None
+    return table.shard_map(name, tp_size, padded)
+
+
+def logical_shape(table: WeightTable, name: str, rank: int | None = None) -> tuple[int, ...]:
+    """Unsharded shape of a parameter by logical name; `rank` is the LoRA rank for a LoRA factor."""
+    return table.shape(name, rank)
+
+
+def local_slice(
+    table: WeightTable, name: str, logical: torch.Tensor, tp_size: int, tp_rank: int, padded_rows: int | None = None
+) -> torch.Tensor:
+    """One rank's share of an unsharded tensor (a parameter, its gradient or optimizer state)."""
+    return part_of(InMemory(logical).read, table.shard_map(name, tp_size, padded_rows), tp_rank)
+
+
+def join_slices(
+    table: WeightTable, name: str, shares: Sequence[torch.Tensor], padded_rows: int | None = None
+) -> torch.Tensor:
+    """The unsharded tensor of all ranks' shares: the inverse of `local_slice`."""
+    return assemble([InMemory(share) for share in shares], table.shard_map(name, len(shares), padded_rows))
