@@ -1,0 +1,116 @@
+"""Rows to the arrays of one micro-batch: cut, padded on the right, labels shifted.
+
+b rows of a micro-batch, s length after padding. Labels leave here already shifted: `labels[t]` is the token that
+follows `tokens[t]`, so the loss compares position t of the logits with position t of the labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from mindspeed_llm.data.cutting import cut_turns, favour_shorter
+from mindspeed_llm.data.dataset import RowSource
+from mindspeed_llm.data.encode import IGNORE_INDEX
+from mindspeed_llm.errors import InputError
+
+
+class CutRule(Enum):
+    """What happens to a row longer than the model's sequence length."""
+
+    TURNS = "turns"  # every turn's prompt and answer are shortened in proportion; turns beyond are left out
+    HARD = "hard"  # what stands beyond the limit is cut off (--cut-max-seqlen)
+    REFUSE = "refuse"  # the run stops (--no-cut-token)
+
+
+def collate(
+    rows: Sequence[Mapping[str, Any]],
+    pad_id: int,
+    seq_length: int,
+    pad_to_multiple_of: int = 1,
+    pad_to_longest: bool = False,
+    cut: CutRule = CutRule.TURNS,
+) -> dict[str, np.ndarray]:
+    """One micro-batch.
+
+    Args:
+        rows: dicts with `input_ids` and `labels` [length], labels unshifted (-100 = not trained); `name` in errors.
+        pad_id: token behind a row's end.
+        seq_length: length beyond which rows are cut, and to which they are padded.
+        pad_to_multiple_of, pad_to_longest: pad to the longest row of the micro-batch, rounded up to a multiple,
+            instead of to `seq_length`, which is taken as it is.
+        cut: see `CutRule`.
+
+    Returns:
+        tokens [b, s] int64, labels [b, s] int64 (shifted, -100 = not trained), loss_mask [b, s] float32 (1 where a
+        label is trained), lengths [b] int64 (tokens of each row before padding).
+
+    Raises:
+        InputError: a row is too long and `cut` is REFUSE.
+    """
+    cut_rows = [cut_row(row, seq_length, cut) for row in rows]
+    lengths = np.array([len(ids) for ids, _ in cut_rows], dtype=np.int64)
+    longest = max(int(lengths.max(initial=0)), 1)
+    width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of if pad_to_longest else seq_length
+    tokens = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+    for i, (ids, row_labels) in enumerate(cut_rows):
+        tokens[i, : len(ids)] = ids
+        labels[i, : max(len(ids) - 1, 0)] = row_labels[1:]
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": (labels != IGNORE_INDEX).astype(np.float32),
+        "lengths": lengths,
+    }
+
+
+def cut_row(row: Mapping[str, Any], seq_length: int, cut: CutRule) -> tuple[np.ndarray, np.ndarray]:
+    """(input_ids, labels) of a row, both [min(length, seq_length)] or shorter, cut where they are longer.
+
+    TURNS keeps of each turn what `favour_shorter` gives it of the room left; the turns are read from the labels. A
+    row without trained tokens, or of several packed rows with numbers in their attention mask, is cut hard.
+    """
+    ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
+    if len(ids) <= seq_length:
+        return ids, labels
+    if cut is CutRule.REFUSE:
+        raise InputError(
+            f"{row.get('name', 'a row')} has {len(ids)} tokens, --seq-length is {seq_length} and --no-cut-token "
+            "forbids to cut it; raise --seq-length or preprocess with one"
+        )
+    packed = int(np.max(row.get("attention_mask", 1), initial=0)) > 1
+    turns = [] if cut is CutRule.HARD or packed else turn_bounds(labels)
+    if not turns:
+        return ids[:seq_length], labels[:seq_length]
+    positions = [(list(range(begin, answer)), list(range(answer, end))) for begin, answer, end in turns]
+    kept = [p for source, target in cut_turns(positions, seq_length, favour_shorter) for p in (*source, *target)]
+    return ids[kept], labels[kept]
+
+
+def turn_bounds(labels: np.ndarray) -> list[tuple[int, int, int]]:
+    """(begin, first trained token, end) of each turn: a run of untrained labels and the trained run behind it.
+
+    Untrained tokens behind the last trained run belong to that turn's end. Empty when nothing is trained.
+    """
+    trained = labels != IGNORE_INDEX
+    edges = np.diff(trained.astype(np.int8), prepend=0)
+    answers = np.flatnonzero(edges == 1)
+    ends = np.flatnonzero(edges == -1).tolist()
+    if trained.size and trained[-1]:
+        ends.append(len(labels))
+    ends[-1:] = [len(labels)] if ends else []
+    begins = [0, *ends[:-1]]
+    return [(b, int(a), int(e)) for b, a, e in zip(begins, answers, ends, strict=True)] if len(answers) else []
+
+
+def cut_count(source: RowSource, seq_length: int) -> int:
+    """How many rows of a data set are longer than `seq_length`, told from their lengths alone."""
+    return int(np.count_nonzero(np.asarray(source.lengths) > seq_length))
+
+
+def first_overlong(source: RowSource, seq_length: int) -> int | None:
+    """The first row longer than `seq_length`, None when all fit."""
+    too_long = np.flatnonzero(np.asarray(source.lengths) > seq_length)
+    return int(too_long[0]) if too_long.size else None
