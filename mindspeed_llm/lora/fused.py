@@ -112,7 +112,7 @@ class _LoraLinear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.size(-1))
         step = _backward_row if ctx.case.startswith("row") else _backward_column
         dx, da, db = step(ctx, flat, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, da, db, None, None, None
+        return (None if dx is None else dx.view(ctx.shape), None, da, db, None, None, None)
 
 
 def _backward_column(ctx: Any, dy: Tensor, needs_dx: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -144,9 +144,7 @@ def _backward_row(ctx: Any, dy: Tensor, needs_dx: bool) -> tuple[Tensor | None, 
     return (dy @ w).addmm_(g, a) if needs_dx else None, da, db
 
 
-def apply(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, case: str, group: ProcessGroup
-) -> Tensor:
+def apply(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, case: str, group: ProcessGroup) -> Tensor:
     """Base product plus adapter of one parallel linear layer, without its bias.
 
     Args:

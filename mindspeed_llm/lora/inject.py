@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from mindspeed_llm.lora.config import LoraSettings
+from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.lora.layers import CUSTOM_MODULES, RowParallelLora, is_lora_parameter, lora_layers, uniform_init
 
 
@@ -26,9 +26,12 @@ def inject(chunks: Sequence[nn.Module], settings: LoraSettings, fused: bool, see
     """
     for chunk in chunks:
         config = LoraConfig(
-            r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), init_lora_weights=False
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            target_modules=list(settings.target_modules),
+            init_lora_weights=False,
         )
-        config._register_custom_module(CUSTOM_MODULES)  # noqa: SLF001  peft's documented hook has no public name
+        config._register_custom_module(CUSTOM_MODULES)
         inject_adapter_in_model(config, chunk)
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(is_lora_parameter(name))

@@ -61,7 +61,9 @@ class Engine:
         return self.chunks[0].config
 
 
-def optimizer_config(options: OptimizerOptions, dtype: torch.dtype, distributed: bool, overlap: bool) -> OptimizerConfig:
+def optimizer_config(
+    options: OptimizerOptions, dtype: torch.dtype, distributed: bool, overlap: bool
+) -> OptimizerConfig:
     """megatron-core's optimizer settings: AdamW with fp32 master weights and state."""
     return OptimizerConfig(
         optimizer="adam",

@@ -37,7 +37,7 @@ def _shard(optimizer: Any, parameter: nn.Parameter) -> _Shard | None:
         return _Shard(getattr(parameter, "main_param", parameter), 0, parameter.numel())
     if parameter not in optimizer.model_param_group_index_map:
         return None
-    owned = optimizer._get_model_param_range_map(parameter)["param"]  # noqa: SLF001  no public way to the range
+    owned = optimizer._get_model_param_range_map(parameter)["param"]
     group, order = optimizer.model_param_group_index_map[parameter]
     return _Shard(optimizer.optimizer.param_groups[group]["params"][order], owned.start, owned.end)
 

@@ -1,0 +1,204 @@
+"""Training checkpoints: what a rank writes, how the folder is published, what a resumed run takes back.
+
+    <save>/iter_0000020/args.json                              model, layout, base, LoRA settings, template
+    <save>/iter_0000020/mp_rank_TT[_PPP]/model_optim_rng.pt    {"model": ..., "optimizer": ..., "rng_state": ..., ...}
+    <save>/latest_checkpointed_iteration.txt                   written last
+
+`optimizer` is {"master" | "exp_avg" | "exp_avg_sq": {model key: {parameter name: tensor}}, "step": int}: the tensors
+lie under their parameter's name in its shape, so they are read at any layout by the weights' own algebra.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor, nn
+
+from mindspeed_llm.checkpoint.atomic import StagedDirectory, iteration_folder, write_tracker
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
+from mindspeed_llm.checkpoint.formats.mcore_writer import local_share
+from mindspeed_llm.checkpoint.formats.torch_file import materialise, write_torch_file
+from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout
+from mindspeed_llm.checkpoint.metadata import Metadata, write_metadata
+from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, logical_name
+from mindspeed_llm.checkpoint.upstream_args import upstream_args
+from mindspeed_llm.device.base import Device
+from mindspeed_llm.errors import InputError
+from mindspeed_llm.models.causal_lm import CausalLM
+from mindspeed_llm.training.engine import Engine
+from mindspeed_llm.training.optimizer_state import FIELDS, export_state, import_state
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: steps done, rows consumed, steps skipped, steps without a finite loss."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped: int = 0
+    nan: int = 0
+
+
+def trainable(chunk: nn.Module) -> dict[str, nn.Parameter]:
+    """A chunk's trainable parameters by local name."""
+    return {name: p for name, p in chunk.named_parameters() if p.requires_grad}
+
+
+def barrier(device: Device) -> None:
+    """Wait for all ranks."""
+    torch.distributed.all_reduce(torch.zeros(1, device=device.torch_device(torch.distributed.get_node_local_rank(0))))
+
+
+def save(
+    engine: Engine,
+    folder: Path,
+    metadata: Metadata,
+    progress: Progress,
+    device: Device,
+    adapter_only: bool,
+    with_optimizer: bool = True,
+    with_rng: bool = True,
+) -> Path:
+    """Write a checkpoint of `progress.iteration`; collective over all ranks. -> its folder.
+
+    One rank of each model replica writes; the folder appears finished or not at all, the tracker after it.
+    """
+    staged = StagedDirectory(folder / iteration_folder(progress.iteration))
+    first = torch.distributed.get_rank() == 0
+    if first:
+        staged.create()
+    barrier(device)
+    content = rank_content(engine, metadata, progress, device, adapter_only, with_optimizer, with_rng)
+    if parallel_state.get_data_parallel_rank() == 0:
+        ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+        path = staged.path / metadata.layout.rank_folder(*ranks) / CHECKPOINT_FILE
+        path.parent.mkdir(exist_ok=True)
+        write_torch_file(path, content)
+    barrier(device)
+    if first:
+        write_metadata(staged.path, metadata)
+        staged.publish()
+        write_tracker(folder, progress.iteration)
+    barrier(device)
+    return staged.final
+
+
+def rank_content(
+    engine: Engine,
+    metadata: Metadata,
+    progress: Progress,
+    device: Device,
+    adapter_only: bool,
+    with_optimizer: bool,
+    with_rng: bool,
+) -> dict[str, Any]:
+    """The content of this rank's file. Collective over DP: optimizer state and random states are gathered."""
+    keys = metadata.layout.model_keys()
+    content: dict[str, Any] = {
+        "args": upstream_args(metadata.model, metadata.layout, padded_rows(engine, metadata), progress.iteration),
+        "checkpoint_version": 3.0,
+        "iteration": progress.iteration,
+        "consumed_train_samples": progress.consumed_samples,
+        "skipped_iterations": progress.skipped,
+        "nan_iterations": progress.nan,
+    }
+    for key, chunk in zip(keys, engine.chunks, strict=True):
+        content[key] = model_state(chunk, adapter_only)
+    if with_optimizer:
+        parts = [export_state(engine.optimizer, trainable(chunk)) for chunk in engine.chunks]
+        optimizer: dict[str, Any] = {
+            field: {key: {n: s[field] for n, s in state.items()} for key, (state, _) in zip(keys, parts, strict=True)}
+            for field in FIELDS
+        }
+        content["optimizer"] = {**optimizer, "step": max(step for _, step in parts)}
+    if with_rng:
+        states: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
+        torch.distributed.all_gather_object(states, rng_state(device), group=parallel_state.get_data_parallel_group())
+        content["rng_state"] = states
+    return content
+
+
+def model_state(chunk: CausalLM, adapter_only: bool) -> dict[str, Tensor | None]:
+    """A chunk's state on the CPU; with `adapter_only` the LoRA factors alone."""
+    state = {k: v.detach().cpu() if isinstance(v, Tensor) else None for k, v in chunk.state_dict().items()}
+    return {k: v for k, v in state.items() if "lora_" in k} if adapter_only else state
+
+
+def padded_rows(engine: Engine, metadata: Metadata) -> int:
+    """Rows of the embedding over all TP ranks, padding included."""
+    tensor = engine.config.tensor_model_parallel_size
+    return -(-metadata.model.vocab_size // tensor) * tensor
+
+
+def rng_state(device: Device) -> dict[str, Any]:
+    """Every random generator a step may draw from."""
+    return {
+        "random": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": device.rng_state().cpu(),
+        "tracker": {k: v.cpu() for k, v in get_cuda_rng_tracker().get_states().items()},
+    }
+
+
+def restore_rng(state: dict[str, Any], device: Device) -> None:
+    """Put `rng_state`'s generators back."""
+    version, words, gauss = state["random"]
+    random.setstate((version, tuple(words), gauss))
+    numpy.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    device.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+
+
+def load_progress(checkpoint: MegatronCheckpoint) -> Progress:
+    """How far the run was that wrote this checkpoint."""
+    first = checkpoint.first
+    return Progress(
+        int(first.get("iteration", 0)),
+        int(first.get("consumed_train_samples", 0)),
+        int(first.get("skipped_iterations", 0)),
+        int(first.get("nan_iterations", 0)),
+    )
+
+
+def load_optimizer(engine: Engine, checkpoint: MegatronCheckpoint) -> None:
+    """Take the optimizer's state from a checkpoint of any layout.
+
+    Raises:
+        InputError: it was saved without one.
+    """
+    stored = checkpoint.first.get("optimizer")
+    if not stored:
+        raise InputError(
+            f"{checkpoint.folder}: holds no optimizer state (saved with --no-save-optim, or converted); give --finetune "
+            "to start from its weights, or --no-load-optim to go on without"
+        )
+    sources = {field: checkpoint.section("optimizer", field) for field in FIELDS}
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for chunk in engine.chunks:
+        parameters = trainable(chunk)
+        state = {}
+        for local, parameter in parameters.items():
+            name = checkpoint.table.resolve(logical_name(local, chunk.first_layer))
+            padded = parameter.shape[0] * tp if name in (EMBEDDING, OUTPUT_LAYER) else None
+            state[local] = {field: local_share(source, name, tp, rank, padded) for field, source in sources.items()}
+        import_state(engine.optimizer, parameters, state, int(stored["step"]))
+
+
+def load_rng(checkpoint: MegatronCheckpoint, layout: Layout, device: Device) -> bool:
+    """Take this rank's random states; -> False when the layout differs, where they mean nothing."""
+    if checkpoint.layout != layout:
+        return False
+    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    states = checkpoint.files[ranks].get("rng_state")
+    if not states or len(states) != parallel_state.get_data_parallel_world_size():
+        return False
+    restore_rng(materialise(states[parallel_state.get_data_parallel_rank()]), device)
+    return True

@@ -1,0 +1,88 @@
+"""Rows to device batches: which rows a rank reads at a step, cut, padded and moved."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mindspeed_llm.arguments.data import DataOptions
+from mindspeed_llm.data.batch import CutRule, collate, cut_count, first_overlong
+from mindspeed_llm.data.dataset import RowSource
+from mindspeed_llm.data.sampler import EpochSampler
+from mindspeed_llm.errors import InputError
+from mindspeed_llm.training.engine import Batch, to_device
+
+
+class Feed:
+    """Global batches of one data set for one rank.
+
+    Every rank of a model replica reads the same rows from the files, so no batch is broadcast.
+    """
+
+    def __init__(
+        self, source: RowSource, sampler: EpochSampler, options: DataOptions, pad_id: int, multiple: int, device: Any
+    ) -> None:
+        """Args:
+        pad_id: token behind a row's end.
+        multiple: padded lengths are multiples of it; the TP size divides it under sequence parallelism.
+        """
+        self.source, self.sampler, self.device = source, sampler, device
+        self.options, self.pad_id, self.multiple = options, pad_id, multiple
+        self.cut = cut_rule(options)
+        check_lengths(source, options)
+
+    def batches(self, consumed_samples: int) -> list[Batch]:
+        """The micro-batches of the global batch that begins after `consumed_samples`."""
+        return [
+            to_device(self.collate([self.source[row] for row in rows]), self.device)
+            for rows in self.sampler.batch(consumed_samples)
+        ]
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """One micro-batch as numpy arrays."""
+        return collate(
+            rows,
+            self.pad_id,
+            self.options.seq_length,
+            self.multiple,
+            pad_to_longest=self.options.no_pad_to_seq_lengths,
+            cut=self.cut,
+        )
+
+    def walk(self, global_batches: int) -> Iterator[list[Batch]]:
+        """The first `global_batches` global batches, for validation."""
+        size = self.sampler.global_batch_size
+        return (self.batches(number * size) for number in range(global_batches))
+
+
+def cut_rule(options: DataOptions) -> CutRule:
+    """The rule for rows longer than --seq-length (contract of upstream's training flags)."""
+    if options.no_cut_token:
+        return CutRule.REFUSE
+    return CutRule.HARD if options.cut_max_seqlen else CutRule.TURNS
+
+
+def check_lengths(source: RowSource, options: DataOptions) -> None:
+    """Refuse over-long rows before the model is built when --no-cut-token asks for it.
+
+    Raises:
+        InputError: the first such row, by number.
+    """
+    if options.no_cut_token and (row := first_overlong(source, options.seq_length)) is not None:
+        raise InputError(
+            f"{cut_count(source, options.seq_length)} rows are longer than --seq-length {options.seq_length}, first row "
+            f"{row} with {int(source.lengths[row])} tokens, and --no-cut-token forbids to cut; raise --seq-length"
+        )
+
+
+def length_multiple(options: DataOptions, tensor: int, sequence_parallel: bool) -> int:
+    """What padded lengths must be a multiple of: the option's, and TP's under sequence parallelism."""
+    multiple = options.pad_to_multiple_of if options.no_pad_to_seq_lengths else 1
+    parts = tensor if sequence_parallel else 1
+    return math.lcm(multiple, parts)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for all ranks; a plain all-reduce, because gloo's barrier takes no device."""
+    torch.distributed.all_reduce(torch.zeros(1, device=device))

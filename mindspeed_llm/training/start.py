@@ -1,0 +1,113 @@
+"""Where a run starts: which base, which adapter, from scratch or resumed; decided before anything is built."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mindspeed_llm.arguments.programs import PosttrainOptions
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource
+from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, check_base, open_base, open_lora
+from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.lora.config import settings_from_options
+
+ITERATION = re.compile(r"^iter_(\d{7,})$")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+        base: source of the base weights (of all weights in full tuning).
+        base_path: the folder the user named for it.
+        adapter: a saved adapter to load, or None.
+        settings: LoRA settings; None in full tuning.
+        resume: the checkpoint whose iteration, optimizer and random state are continued, or None.
+        stale: iteration folders under --save that the first save of this run replaces (--overwrite).
+    """
+
+    base: BaseSource
+    base_path: str
+    adapter: LoraSource | None
+    settings: LoraSettings | None
+    resume: MegatronCheckpoint | None
+    stale: tuple[Path, ...] = ()
+
+
+def iterations(folder: Path) -> list[Path]:
+    """Finished checkpoints below a run folder, oldest first. A folder that bears its final name is finished."""
+    found = [(int(match[1]), path) for path in folder.glob("iter_*") if (match := ITERATION.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find_start(options: PosttrainOptions) -> Start:
+    """Decide the start from --load, --lora-load, --finetune, --auto-resume, --save and --overwrite.
+
+    Raises:
+        UsageError: no --load, or flags that contradict what is loaded.
+        InputError: nothing there to load, another base, or a --save folder that would be mixed up.
+    """
+    checkpoint, lora = options.checkpoint, options.lora
+    saved = iterations(Path(checkpoint.save)) if checkpoint.save else []
+    if checkpoint.auto_resume and saved:
+        return _resumed(options, MegatronCheckpoint(saved[-1], options.model.model_type_hf))
+    if not checkpoint.load:
+        raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to start from")
+    if lora.lora_load:
+        adapter = open_lora(lora.lora_load, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
+        base = open_base(checkpoint.load, options.model.model_type_hf, with_adapter=True)
+        check_base(adapter, base, checkpoint.load)
+        resume = None if options.training.finetune else adapter.checkpoint
+        start = Start(base, checkpoint.load, adapter, adapter.settings, resume)
+    else:
+        base = open_base(checkpoint.load, options.model.model_type_hf)
+        settings = settings_from_options(lora)
+        start = Start(base, checkpoint.load, None, settings, _own_past(options, base, settings))
+    return _checked_save(options, start, saved)
+
+
+def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start:
+    """The start of a run that continues `checkpoint`, an adapter or a whole model."""
+    lora = options.lora
+    if not checkpoint.lora_names:
+        if lora.lora_target_modules:
+            raise UsageError(
+                f"--auto-resume: {checkpoint.folder} is a fully tuned model, but --lora-target-modules asks for LoRA; "
+                "choose another --save"
+            )
+        return Start(checkpoint.base(), options.checkpoint.load or str(checkpoint.folder), None, None, checkpoint)
+    if not options.checkpoint.load:
+        raise UsageError(f"--load is missing: the base of the adapter in {checkpoint.folder}")
+    adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
+    base = open_base(options.checkpoint.load, options.model.model_type_hf, with_adapter=True)
+    check_base(adapter, base, options.checkpoint.load)
+    return Start(base, options.checkpoint.load, adapter, adapter.settings, checkpoint)
+
+
+def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> MegatronCheckpoint | None:
+    """The checkpoint to continue when full tuning loads what full tuning saved, unless --finetune."""
+    if options.training.finetune or settings is not None or not isinstance(base, ShardedSource):
+        return None
+    checkpoint = MegatronCheckpoint(base.path, options.model.model_type_hf)
+    return checkpoint if "optimizer" in checkpoint.first else None
+
+
+def _checked_save(options: PosttrainOptions, start: Start, saved: list[Path]) -> Start:
+    """Refuse to mix a new run into a folder that holds another one's checkpoints."""
+    folder = options.checkpoint.save
+    if not folder:
+        raise UsageError("--save is missing: the folder for the run's checkpoints")
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--save {path} is a file, expected a folder")
+    if start.resume is not None and start.resume.folder.parent.resolve() == path.resolve():
+        return start
+    if path.is_dir() and any(path.iterdir()):
+        if not options.checkpoint.overwrite:
+            raise InputError(
+                f"--save {path} is not empty; continue its run with --auto-resume, replace it with --overwrite, or "
+                "choose another folder"
+            )
+        return Start(start.base, start.base_path, start.adapter, start.settings, start.resume, tuple(saved))
+    return start
