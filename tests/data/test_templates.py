@@ -10,6 +10,7 @@ from mindspeed_llm.data.templates import TEMPLATES_FILE, Message, get_template
 from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import InputError, UsageError
 
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -89,7 +90,7 @@ def test_thoughts_that_are_there_stay_unless_thinking_is_off(golden: Path) -> No
     }
 
 
-@pytest.mark.parametrize(("mode", "ending"), [("true", ""), ("false", "<think>\n\n</think>\n\n"), ("none", "<think>\n\n</think>\n\n")])  # fmt: skip
+@pytest.mark.parametrize(("mode", "ending"), [("true", ""), ("false", EMPTY_THOUGHT), ("none", EMPTY_THOUGHT)])
 def test_a_prompt_is_what_training_showed_before_an_answer_with_old_thoughts_removed(
     golden: Path, mode: str, ending: str
 ) -> None:

@@ -10,7 +10,8 @@ from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import InputError
 
 TEXTS = [
-    "Give three tips.\n\n  indented\ttabs", "知识就是力量。", "emoji 👩‍👩‍👧 🇨🇳 é ñ ﬁ Ａ１", "<|im_start|>user\nHi<|im_end|>\n",
+    "Give three tips.\n\n  indented\ttabs", "知识就是力量。", "emoji 👩‍👩‍👧 🇨🇳 é ñ ﬁ Ａ１",
+    "<|im_start|>user\nHi<|im_end|>\n",
     "<think>\n\n</think>\n\nanswer", "12345.678 ０", "", " leading and trailing ", "CRLF\r\nline\u200b",
 ]  # fmt: skip
 

@@ -1,0 +1,125 @@
+"""Data sets on indexed files, their split, and the check against the run that trains on them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindspeed_llm.data.dataset import IndexedDataset, split_dataset
+from mindspeed_llm.data.indexed_file import IndexedFileWriter
+from mindspeed_llm.data.report import check_data_matches, write_json
+from mindspeed_llm.errors import InputError, UsageError
+
+
+def make(prefix: Path, rows: list[list[int]], fields: tuple[str, ...] = ("input_ids", "labels")) -> Path:
+    for field in fields:
+        with IndexedFileWriter(Path(f"{prefix}_packed_{field}_document")) as writer:
+            for row in rows:
+                writer.add(np.array([t + (100 if field == "labels" else 0) for t in row], np.int32), [len(row)])
+    return prefix
+
+
+def test_rows_come_back_by_number_and_name_their_place(tmp_path: Path) -> None:
+    prefix = make(tmp_path / "a", [[1, 2], [3], [4, 5, 6]])
+    data = IndexedDataset(prefix)
+    assert len(data) == 3 and data.lengths.tolist() == [2, 1, 3] and data.report is None
+    assert data[2]["input_ids"].tolist() == [4, 5, 6] and data[2]["labels"].tolist() == [104, 105, 106]
+    assert data[1]["attention_mask"].tolist() == [1]
+    assert data[1]["name"] == f"row 1 of {prefix}"
+    with pytest.raises(IndexError):
+        data[3]
+
+
+def test_several_prefixes_are_one_data_set(tmp_path: Path) -> None:
+    prefixes = [make(tmp_path / "a", [[1], [2]]), make(tmp_path / "b", [[3]]), make(tmp_path / "c", [[4], [5]])]
+    data = IndexedDataset(prefixes)
+    assert [data[i]["input_ids"].tolist() for i in range(len(data))] == [[1], [2], [3], [4], [5]]
+    assert data[3]["name"] == f"row 0 of {tmp_path / 'c'}"
+
+
+@pytest.mark.parametrize("ending", ["", "_packed", "_packed_input_ids_document", "_packed_labels_document.idx"])
+def test_the_prefix_may_carry_the_files_ending(tmp_path: Path, ending: str) -> None:
+    make(tmp_path / "a", [[1, 2]])
+    assert len(IndexedDataset(f"{tmp_path / 'a'}{ending}")) == 1
+
+
+def test_a_prefix_is_literal(tmp_path: Path) -> None:
+    make(tmp_path / "a+(1).*[x]", [[1]])
+    make(tmp_path / "aa1", [[2], [3]])
+    assert len(IndexedDataset(tmp_path / "a+(1).*[x]")) == 1
+    with pytest.raises(InputError):
+        IndexedDataset(tmp_path / "a*")
+
+
+def test_missing_data_say_what_is_there(tmp_path: Path) -> None:
+    make(tmp_path / "alpaca", [[1]])
+    with pytest.raises(InputError, match=r"no data .*alpca_packed.*prefixes there: alpaca"):
+        IndexedDataset(tmp_path / "alpca")
+    with pytest.raises(InputError, match="folder .* does not exist"):
+        IndexedDataset(tmp_path / "no" / "alpaca")
+    with pytest.raises(InputError, match="no data: give --data-path"):
+        IndexedDataset([])
+
+
+def test_files_of_different_runs_are_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a", [[1, 2], [3]])
+    make(tmp_path / "a", [[1, 2]], ("labels",))
+    with pytest.raises(InputError, match="input_ids has 2 rows .* labels has 1"):
+        IndexedDataset(tmp_path / "a")
+    Path(tmp_path / "a_packed_labels_document.idx").unlink()
+    with pytest.raises(InputError, match=r"labels_document\.idx is missing"):
+        IndexedDataset(tmp_path / "a")
+
+
+def test_neatly_packed_rows_are_recognised_with_and_without_report(tmp_path: Path) -> None:
+    prefix = make(tmp_path / "a", [[1, 1, 2]], ("input_ids", "labels", "attention_mask"))
+    assert IndexedDataset(prefix).neat_packed
+    write_json(Path(f"{prefix}_report.json"), {"neat_pack": False})
+    assert not IndexedDataset(prefix).neat_packed
+
+
+@pytest.mark.parametrize(
+    ("split", "counts"),
+    [("95,5,0", (95, 5, 0)), ("100,0,0", (100, 0, 0)), ("8,1,1", (80, 10, 10)), ("1", (100, 0, 0)),
+     ("999,1,0", (99, 1, 0)), ("1/1", (50, 50, 0))],
+)  # fmt: skip
+def test_a_split_is_disjoint_complete_and_repeatable(tmp_path: Path, split: str, counts: tuple[int, ...]) -> None:
+    data = IndexedDataset(make(tmp_path / "a", [[i] * (i % 7 + 1) for i in range(100)]))
+    parts = split_dataset(data, split, seed=1)
+    rows = [[int(part[i]["input_ids"][0]) for i in range(len(part))] for part in parts]
+    assert tuple(map(len, rows)) == counts
+    assert sorted(sum(rows, [])) == list(range(100))
+    assert all(part == sorted(part) for part in rows)
+    assert [part.lengths.tolist() for part in parts] == [[r % 7 + 1 for r in part] for part in rows]
+    again = split_dataset(data, split, seed=1)
+    assert [part.rows.tolist() for part in again] == rows
+    if counts[1] > 1:
+        assert [part.rows.tolist() for part in split_dataset(data, split, seed=2)] != rows
+
+
+def test_a_split_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    data = IndexedDataset(make(tmp_path / "a", [[1]]))
+    for split in ("", "a,b", "1,2,3,4", "-1,2,0", "0,0,0"):
+        with pytest.raises(UsageError, match="--split"):
+            split_dataset(data, split, 0)
+    with pytest.raises(InputError, match="1 rows cannot be divided into the 2 parts"):
+        split_dataset(data, "95,5,0", 0)
+
+
+def test_data_of_another_tokenizer_template_or_mode_are_refused_naming_both() -> None:
+    report = {
+        "tokenizer": {"path": "/models/a", "sha256": "1" * 64},
+        "template": {"name": "qwen3", "uses_thinking": True},
+        "enable_thinking": "true",
+    }
+    check_data_matches(report, "1" * 64, "qwen3", "true")
+    check_data_matches(report, "1" * 64)
+    check_data_matches(None, "2" * 64, "qwen", "false")
+    with pytest.raises(InputError, match="/models/a .*111111111111.*222222222222"):
+        check_data_matches(report, "2" * 64, "qwen3", "true")
+    with pytest.raises(InputError, match="--prompt-type qwen3, the run asks for qwen"):
+        check_data_matches(report, "1" * 64, "qwen", "true")
+    with pytest.raises(InputError, match="--enable-thinking true, the run asks for none"):
+        check_data_matches(report, "1" * 64, "qwen3", "none")
+    report["template"] = {"name": "alpaca", "uses_thinking": False}
+    check_data_matches(report, "1" * 64, "alpaca", "none")
