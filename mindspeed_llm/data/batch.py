@@ -38,8 +38,8 @@ def collate(
         rows: dicts with `input_ids` and `labels` [length], labels unshifted (-100 = not trained); `name` in errors.
         pad_id: token behind a row's end.
         seq_length: length beyond which rows are cut, and to which they are padded.
-        pad_to_multiple_of, pad_to_longest: pad to the longest row of the micro-batch, rounded up to a multiple,
-            instead of to `seq_length`, which is taken as it is.
+        pad_to_longest: pad to the longest row of the micro-batch instead of to `seq_length`.
+        pad_to_multiple_of: the padded length is rounded up to a multiple of it, in both cases.
         cut: see `CutRule`.
 
     Returns:
@@ -52,7 +52,8 @@ def collate(
     cut_rows = [cut_row(row, seq_length, cut) for row in rows]
     lengths = np.array([len(ids) for ids, _ in cut_rows], dtype=np.int64)
     longest = max(int(lengths.max(initial=0)), 1)
-    width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of if pad_to_longest else seq_length
+    width = longest if pad_to_longest else seq_length
+    width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
     tokens = np.full((len(rows), width), pad_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
     for i, (ids, row_labels) in enumerate(cut_rows):

@@ -6,6 +6,7 @@ behind and the old files as they were.
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -101,6 +102,8 @@ def _job(options: PreprocessOptions) -> Job:
         map_keys = json.loads(options.map_keys or "{}")
     except ValueError as error:
         raise UsageError(f"--map-keys is not valid JSON ({error}): {options.map_keys}") from error
+    if options.output_prefix.endswith(("/", os.sep)):
+        raise UsageError(f"--output-prefix {options.output_prefix} ends with the folder; add a name, e.g. alpaca")
     if not isinstance(map_keys, dict):
         raise UsageError(f"--map-keys must be a JSON object of key and column, got {options.map_keys}")
     return Job(
@@ -260,3 +263,8 @@ def _publish(aside: Path, targets: list[Path]) -> None:
             target.unlink(missing_ok=True)
     for target in targets:
         (aside / target.name).replace(target)
+    folder = os.open(targets[0].parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -53,7 +53,8 @@ def test_padding_goes_to_the_longest_row_rounded_up_or_to_the_sequence_length() 
     rows = [row((2, 3)), row((5, 5))]
     assert collate(rows, 0, 100, 8, pad_to_longest=True)["tokens"].shape == (2, 16)
     assert collate(rows, 0, 100, 1, pad_to_longest=True)["tokens"].shape == (2, 10)
-    assert collate(rows, 0, 100, 8)["tokens"].shape == (2, 100)
+    assert collate(rows, 0, 100)["tokens"].shape == (2, 100)
+    assert collate(rows, 0, 101, 2)["tokens"].shape == (2, 102)
 
 
 def test_turns_are_read_from_the_labels() -> None:
