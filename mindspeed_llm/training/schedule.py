@@ -11,8 +11,8 @@ from mindspeed_llm.errors import UsageError
 class Schedule:
     """Sets the rate a step is trained with: warm-up from 0 to `lr`, then decay to `min_lr`.
 
-    Step n (1-based) uses the rate that upstream prints for iteration n; upstream trains it with the rate of n - 1, so
-    its first step has rate 0 and changes nothing.
+    Of W warm-up steps, step n (1-based) has the rate n/W that upstream prints for it; the first step behind them has
+    the full rate. (Upstream trains step n with the rate of n - 1, so its first step has rate 0 and changes nothing.)
     """
 
     def __init__(self, optimizer: Any, options: OptimizerOptions, train_iters: int) -> None:
@@ -24,6 +24,7 @@ class Schedule:
                 f"warm-up of {warmup} steps leaves nothing of the {decay} steps to decay over; shorten "
                 "--lr-warmup-iters / --lr-warmup-fraction or train longer"
             )
+        self.warmup = warmup
         self.scheduler = OptimizerParamScheduler(
             optimizer,
             init_lr=0.0,
@@ -40,6 +41,6 @@ class Schedule:
 
     def set(self, step: int) -> float:
         """Give the optimizer the rate and decay of `step` (1-based); -> the rate."""
-        self.scheduler.num_steps = step
+        self.scheduler.num_steps = step if step <= self.warmup else step - 1
         self.scheduler.step(increment=0)
         return float(self.scheduler.optimizer.param_groups[0]["lr"])

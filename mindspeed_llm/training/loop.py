@@ -1,0 +1,213 @@
+"""The run itself: step, report, validate, save, stop when asked."""
+
+import math
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+from megatron.core import parallel_state
+
+from mindspeed_llm.training import checkpointing
+from mindspeed_llm.training.checkpointing import barrier
+from mindspeed_llm.training.engine import Batch, StepResult, evaluate, train_step
+from mindspeed_llm.training.flops import step_flops
+from mindspeed_llm.training.report import MEGABYTE, Report, StepRecord, say
+from mindspeed_llm.training.setup import Run, count_cut_rows
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers a SIGTERM or SIGUSR1 until the end of the step; the signals' former handlers come back afterwards."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.former: dict[int, object] = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def __enter__(self) -> "StopRequest":
+        self.former = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank."""
+        flag = torch.tensor(float(self.asked), device=device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def train(run: Run, report: Report | None) -> bool:
+    """Train to the end, or to a stop request; -> whether the run is complete.
+
+    Args:
+        report: on the rank that prints, else None.
+    """
+    place = run.feed.device
+    if report is not None:
+        report.begin(run.progress.iteration)
+    saved = run.progress.iteration
+    window = _Window(run)
+    with StopRequest() as stop:
+        while run.progress.iteration < run.train_iters:
+            batches = run.feed.batches(run.progress.consumed_samples)
+            rate = run.schedule.set(run.progress.iteration + 1)
+            result = train_step(run.engine, batches)
+            advance(run, result)
+            window.add(result, batches)
+            iteration = run.progress.iteration
+            if iteration % run.options.logging.log_interval == 0 or iteration == run.train_iters:
+                window.flush(report, rate)
+            validate(run, report)
+            stopping = stop.agreed(place)
+            every = run.options.checkpoint.save_interval
+            if stopping or iteration == run.train_iters or (every and iteration % every == 0):
+                save(run)
+                saved = iteration
+            if stopping:
+                break
+    if report is not None:
+        report.end()
+    return saved == run.train_iters
+
+
+def advance(run: Run, result: StepResult) -> None:
+    """Count a finished step."""
+    done = run.progress
+    run.progress = replace(
+        done,
+        iteration=done.iteration + 1,
+        consumed_samples=done.consumed_samples + run.global_batch_size,
+        skipped=done.skipped + (not result.updated),
+        nan=done.nan + (not math.isfinite(result.loss)),
+    )
+
+
+class _Window:
+    """Steps since the last log line: their time, tokens and losses."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.losses: list[float] = []
+        self.tokens, self.flops, self.grad_norm = 0, 0.0, 0.0
+        self.first = True
+        self.began = time.perf_counter()
+
+    def add(self, result: StepResult, batches: list[Batch]) -> None:
+        """Count one step; tokens read by this replica stand for all of them."""
+        frozen = self.run.start.settings is not None
+        for batch in batches:
+            rows, length = batch["tokens"].shape
+            self.tokens += rows * length
+            self.flops += step_flops(self.run.metadata.model, rows * length, length, frozen)
+        self.losses.append(result.loss)
+        self.grad_norm = result.grad_norm
+
+    def flush(self, report: Report | None, rate: float) -> None:
+        """Print the steps as one line and begin anew."""
+        self.run.device.synchronize()
+        seconds = time.perf_counter() - self.began
+        replicas = parallel_state.get_data_parallel_world_size()
+        done, layout = self.run.progress, self.run.metadata.layout
+        if report is not None:
+            finite = [loss for loss in self.losses if math.isfinite(loss)]
+            record = StepRecord(
+                iteration=done.iteration,
+                consumed_samples=done.consumed_samples,
+                milliseconds=seconds * 1000 / len(self.losses),
+                learning_rate=rate,
+                loss=sum(finite) / len(finite) if finite else math.nan,
+                grad_norm=self.grad_norm,
+                tokens_per_second=self.tokens * replicas / seconds,
+                memory=self.run.device.memory()[1] / MEGABYTE,
+                skipped=done.skipped,
+                nan=done.nan,
+            )
+            throughput = self.flops / seconds / (layout.tp * layout.pp) / 1e12
+            report.step(record, throughput if self.run.options.logging.log_throughput else None)
+            if self.first:
+                now, peak = (value / MEGABYTE for value in self.run.device.memory())
+                rank = torch.distributed.get_rank()
+                say(
+                    f"[Rank {rank}] (after {done.iteration} iterations) memory (MB) | allocated: {now:.1f} | "
+                    f"max allocated: {peak:.1f} | reserved: {now:.1f} | max reserved: {peak:.1f}"
+                )
+        self.first = False
+        self.losses, self.tokens, self.flops = [], 0, 0.0
+        self.began = time.perf_counter()
+
+
+def validate(run: Run, report: Report | None) -> None:
+    """Validation loss, every --eval-interval steps and at the end, where there are validation rows."""
+    training, iteration = run.options.training, run.progress.iteration
+    due = iteration % training.eval_interval == 0 or iteration == run.train_iters
+    if run.validation is None or not training.eval_iters or not due:
+        return
+    rows = math.ceil(len(run.validation.source) / run.global_batch_size)
+    loss = evaluate(run.engine, run.validation.walk(min(training.eval_iters, rows)))
+    if report is not None:
+        report.validation(iteration, loss)
+
+
+def save(run: Run) -> Path:
+    """Save a checkpoint; the first one of a run with --overwrite also removes what it replaces."""
+    options, lora = run.options.checkpoint, run.start.settings is not None
+    folder, iteration = Path(options.save or ""), run.progress.iteration
+    if run.first_rank:
+        say(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch format")
+    final = checkpointing.save(
+        run.engine,
+        folder,
+        replace(run.metadata, iteration=iteration),
+        run.progress,
+        run.device,
+        adapter_only=lora and run.options.lora.lora_ckpt_filter,
+        with_optimizer=not options.no_save_optim,
+        with_rng=not options.no_save_rng,
+    )
+    if run.first_rank:
+        say(f"  successfully saved checkpoint from iteration {iteration:7d} to {folder}")
+        for old in run.start.stale:
+            if old.resolve() != final.resolve():
+                shutil.rmtree(old)
+    run.start = replace(run.start, stale=())
+    barrier(run.device)
+    return final
+
+
+def announce(run: Run) -> None:
+    """What is about to happen, in a few lines; on rank 0."""
+    world = torch.distributed.get_world_size()
+    layout, settings = run.metadata.layout, run.start.settings
+    parameters = sum(p.numel() for chunk in run.engine.chunks for p in chunk.parameters() if p.requires_grad)
+    what = (
+        "full tuning"
+        if settings is None
+        else (
+            f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(settings.target_modules)}"
+            f"{' (fused)' if run.options.lora.lora_fusion else ''}"
+        )
+    )
+    source = run.feed.source
+    lines = [
+        f"{what}: {parameters:,} trainable parameters on this rank, {run.metadata.model.dtype}, {run.device.name}",
+        f"{layout} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; base {run.start.base_path}",
+        f"{len(source):,} training rows, {int(source.lengths.sum()):,} tokens; {run.train_iters} steps of "
+        f"{run.global_batch_size} rows = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
+    ]
+    if run.progress.iteration:
+        lines.append(f"resumed at step {run.progress.iteration} from {run.start.resume.folder}")
+    if cut := count_cut_rows(run):
+        length = run.options.data.seq_length
+        lines.append(f"warning: {cut} of {len(source)} rows are longer than --seq-length {length} and are cut")
+    for line in lines:
+        say(line)

@@ -1,0 +1,60 @@
+"""`posttrain_gpt.py`: parse, choose the device, build the run, train, say what comes next."""
+
+import os
+import shlex
+from typing import Any
+
+from mindspeed_llm.arguments.parser import parse
+from mindspeed_llm.arguments.programs import PosttrainOptions
+
+
+def main(argv: list[str]) -> int:
+    """Tune a model; -> exit status."""
+    options = parse(PosttrainOptions, argv, "posttrain_gpt.py")
+    from mindspeed_llm import device
+
+    chosen = device.select(options.device.device)
+    # megatron-core sees the device only when imported after this choice
+    from mindspeed_llm.models import parallel
+    from mindspeed_llm.training import loop
+    from mindspeed_llm.training.report import Report, say
+    from mindspeed_llm.training.setup import prepare
+
+    parallel.connect(chosen, options.device.distributed_timeout_minutes)
+    try:
+        run = prepare(options, chosen)
+        if run.first_rank:
+            loop.announce(run)
+        logging = options.logging
+        report = None
+        if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+            name = os.path.basename(os.path.normpath(options.checkpoint.save or "run"))
+            report = Report(
+                logging.log_dir, name, run.train_iters, run.global_batch_size, logging.tensorboard_dir, logging.progress
+            )
+        complete = loop.train(run, report)
+        if run.first_rank:
+            say(next_command(run) if complete else resume_command(options, argv))
+    finally:
+        parallel.disconnect()
+    return 0
+
+
+def next_command(run: Any) -> str:
+    """The command that tries what was trained."""
+    options = run.options
+    words = ["python", "inference.py"]
+    if run.start.settings is None:
+        words += ["--load", options.checkpoint.save]
+    else:
+        words += ["--load", run.start.base_path, "--lora-load", options.checkpoint.save]
+    if options.tokenizer.tokenizer_name_or_path:
+        words += ["--tokenizer-name-or-path", options.tokenizer.tokenizer_name_or_path]
+    return "next: " + shlex.join(words)
+
+
+def resume_command(options: PosttrainOptions, argv: list[str]) -> str:
+    """The command that continues a stopped run."""
+    kept = [word for word in argv if word.replace("_", "-") != "--overwrite"]
+    words = kept if options.checkpoint.auto_resume else [*kept, "--auto-resume"]
+    return "stopped; continue with the same launcher and: posttrain_gpt.py " + shlex.join(words)
