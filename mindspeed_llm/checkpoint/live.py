@@ -55,7 +55,9 @@ def load_live(
             wrong.append(f"{name}: the model has {list(tensor.shape)}, the checkpoint {list(share)} for TP{tp_size}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"{getattr(source, 'path', 'checkpoint')}: does not fit the model: {'; '.join(wrong[:5])}{more}")
+        raise InputError(
+            f"{getattr(source, 'path', 'checkpoint')}: does not fit the model: {'; '.join(wrong[:5])}{more}"
+        )
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(part_of(lambda dim, ranges, name=name: source.read(name, dim, ranges), axes[name], tp_rank))

@@ -83,5 +83,7 @@ class MergedSource:
         result = values.to(self.dtype(name))
         if result.dtype != values.dtype and result.dtype == torch.float16 and not torch.isfinite(result).all():
             largest = values.abs().max().item()
-            raise InputError(f"{name}: {largest:g} does not fit float16 (at most 65504); choose --params-dtype bf16 or fp32")
+            raise InputError(
+                f"{name}: {largest:g} does not fit float16 (at most 65504); choose --params-dtype bf16 or fp32"
+            )
         return result

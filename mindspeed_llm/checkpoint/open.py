@@ -55,11 +55,15 @@ def open_base(
     if is_megatron(folder):
         checkpoint = MegatronCheckpoint(folder, family_name, config)
         if checkpoint.lora_names and not checkpoint.missing_base and not with_adapter:
-            raise InputError(f"{folder}: holds LoRA weights beside the base; give it as --lora-load too, or merge it first")
+            raise InputError(
+                f"{folder}: holds LoRA weights beside the base; give it as --lora-load too, or merge it first"
+            )
         return checkpoint.base()
     if (folder / "config.json").is_file():
         return HFSource(folder)
-    raise InputError(f"{folder}: no model: neither a config.json nor a Megatron checkpoint's tracker or mp_rank_* folders")
+    raise InputError(
+        f"{folder}: no model: neither a config.json nor a Megatron checkpoint's tracker or mp_rank_* folders"
+    )
 
 
 def open_lora(
@@ -104,7 +108,9 @@ def adapter_of(
         ("--lora-alpha", alpha, settings.alpha),
         ("--lora-target-modules", target_modules and sorted(target_modules), sorted(settings.target_modules)),
     )
-    wrong = [f"{flag} says {given}, the adapter says {value}" for flag, given, value in flags if given and given != value]
+    wrong = [
+        f"{flag} says {given}, the adapter says {value}" for flag, given, value in flags if given and given != value
+    ]
     if wrong:
         raise UsageError(f"{'; '.join(wrong)} ({checkpoint.folder}); leave these flags out")
     base = metadata.base if metadata else None

@@ -86,7 +86,9 @@ class WeightTable:
         """The entry of a base tensor (a tied output layer gives the embedding's); `InputError` when there is none."""
         found = self.entries.get(self.resolve(name))
         if found is None:
-            raise InputError(f"{name}: a {self.config.family} model of {self.config.num_layers} layers has no such tensor")
+            raise InputError(
+                f"{name}: a {self.config.family} model of {self.config.num_layers} layers has no such tensor"
+            )
         return found
 
     def shape(self, name: str, rank: int | None = None) -> tuple[int, ...]:

@@ -105,7 +105,9 @@ class ModelConfig:
         missing = sorted(known - set(values) - {"hf_config"})
         strange = sorted(set(values) - known)
         if missing or strange:
-            raise InputError(f"{where}: missing fields {missing}, unknown fields {strange}; written by another version?")
+            raise InputError(
+                f"{where}: missing fields {missing}, unknown fields {strange}; written by another version?"
+            )
         family_named(values["family"])
         return cls(**values)
 

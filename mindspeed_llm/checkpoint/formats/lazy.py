@@ -117,7 +117,7 @@ def narrow(tensor: torch.Tensor, dim: int | None, ranges: Ranges | None) -> torc
     """`ranges` of `tensor` along `dim`, joined in order; the tensor itself when there are none given."""
     if ranges is None or dim is None:
         return tensor
-    pieces = [tensor.narrow(dim, start, stop - start) for start, stop in ranges]
+    pieces = [tensor.narrow(dim, start, stop - start) for start, stop in ranges or [(0, 0)]]
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
@@ -153,7 +153,9 @@ def read_into(path: Path, descriptor: int, offset: int, memory: memoryview) -> N
     while done < len(memory):
         got = os.preadv(descriptor, [memory[done : done + READ_LIMIT]], offset + done)
         if got == 0:
-            raise InputError(f"{path}: ends at byte {offset + done}, the tensor needs {len(memory) - done} more; truncated")
+            raise InputError(
+                f"{path}: ends at byte {offset + done}, the tensor needs {len(memory) - done} more; truncated"
+            )
         done += got
 
 

@@ -160,11 +160,15 @@ class MegatronCheckpoint:
             raise InputError(f"{self.folder}: expert-parallel checkpoints are not supported yet")
         for key, found in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
             if said.get(key, found) != found:
-                raise InputError(f"{self.folder}: args say {key} {said[key]}, the folders show {found}; files are missing")
+                raise InputError(
+                    f"{self.folder}: args say {key} {said[key]}, the folders show {found}; files are missing"
+                )
         if self.metadata:
             recorded = self.metadata.layout
             if (recorded.tp, recorded.pp) != (tp, pp):
-                raise InputError(f"{self.folder}: {FILE} says {recorded}, the folders show TP{tp} PP{pp}; files are missing")
+                raise InputError(
+                    f"{self.folder}: {FILE} says {recorded}, the folders show TP{tp} PP{pp}; files are missing"
+                )
             return recorded
         keys = sorted((key for key in self.first if MODEL_KEY.match(key)), key=len)
         counts = [[layer_count(self.files[0, rank].get(key, {})) for rank in range(pp)] for key in keys]
@@ -224,7 +228,9 @@ class MegatronCheckpoint:
                 if axis.dim is not None:
                     wanted[axis.dim] = axis.part_size(rank)
                 if list(share.shape) != wanted:
-                    raise InputError(f"{share.path}: {name} has shape {list(share.shape)}, {self.layout} asks for {wanted}")
+                    raise InputError(
+                        f"{share.path}: {name} has shape {list(share.shape)}, {self.layout} asks for {wanted}"
+                    )
 
     @property
     def lora_names(self) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PRODUCER = {"format": "pt", "producer": "mindspeed_llm"}
+"""The files' own metadata: transformers wants the format; the producer tells our exports from a model's original."""
 HEADER_LIMIT = 100_000_000
 """Bytes; the format's own limit on headers."""
 
@@ -31,6 +34,21 @@ def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
         InputError: missing, truncated, or the header does not describe the file.
     """
     path = Path(path)
+    header, start, size = read_header(path)
+    found: dict[str, LazyTensor] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        found[name] = tensor_of(path, name, entry, start)
+        if found[name].offset + found[name].nbytes > size:
+            raise InputError(
+                f"{path}: {name} ends at byte {start + entry['data_offsets'][1]} of {size}; truncated file"
+            )
+    return found
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON header, where the tensors' bytes begin, and the file's size; `InputError` when it is broken."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -42,15 +60,15 @@ def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: broken safetensors header ({error})") from error
-    start = 8 + length
-    found: dict[str, LazyTensor] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        found[name] = tensor_of(path, name, entry, start)
-        if found[name].offset + found[name].nbytes > size:
-            raise InputError(f"{path}: {name} ends at byte {start + entry['data_offsets'][1]} of {size}; truncated file")
-    return found
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the safetensors header is not an object; broken file")
+    return header, 8 + length, size
+
+
+def is_export(folder: str | Path) -> bool:
+    """Whether the safetensors files of a folder were written here."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return bool(files) and read_header(files[0])[0].get("__metadata__") == PRODUCER
 
 
 def tensor_of(path: Path, name: str, entry: Mapping, start: int) -> LazyTensor:
@@ -63,7 +81,9 @@ def tensor_of(path: Path, name: str, entry: Mapping, start: int) -> LazyTensor:
         raise InputError(f"{path}: {name}: type {dtype} is not supported (known: {', '.join(DTYPES)})")
     tensor = LazyTensor(path, start + begin, DTYPES[dtype], shape)
     if end - begin != tensor.nbytes or begin < 0:
-        raise InputError(f"{path}: {name}: {dtype} {list(shape)} needs {tensor.nbytes} bytes, the header says {end - begin}")
+        raise InputError(
+            f"{path}: {name}: {dtype} {list(shape)} needs {tensor.nbytes} bytes, the header says {end - begin}"
+        )
     return tensor
 
 
@@ -77,7 +97,7 @@ class SafetensorsWriter:
             tensors: type and shape by name, in file order.
         """
         self.path = Path(path)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": PRODUCER}
         position = 0
         for name, (dtype, shape) in tensors.items():
             end = position + element_count(shape) * dtype.itemsize
@@ -97,7 +117,9 @@ class SafetensorsWriter:
         entry = self.header[name]
         announced = (entry["dtype"], entry["shape"])
         if announced != (NAMES[values.dtype], list(values.shape)):
-            raise InputError(f"{self.path}: {name} was announced as {announced}, arrives as {values.dtype} {values.shape}")
+            raise InputError(
+                f"{self.path}: {name} was announced as {announced}, arrives as {values.dtype} {values.shape}"
+            )
         write_values(self.descriptor, self.start + entry["data_offsets"][0], values)
         self.missing.discard(name)
 

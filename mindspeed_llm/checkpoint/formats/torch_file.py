@@ -73,6 +73,11 @@ def build_numpy_array(target: NumpyArray, state: Any) -> np.ndarray:
     return np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C").copy()
 
 
+def numpy_from_buffer(data: bytes, kind: NumpyType, shape: tuple[int, ...], order: str) -> np.ndarray:
+    """The array of pickle protocol 5's form."""
+    return np.frombuffer(bytes(data), kind.dtype).reshape(shape, order="F" if order == "F" else "C").copy()
+
+
 def read_torch_file(path: str | Path) -> Any:
     """The object in a torch file; tensors come as `LazyTensor`, unknown classes as `Inert`, numpy values as numpy.
 
@@ -89,7 +94,9 @@ def read_torch_file(path: str | Path) -> Any:
             prefix = pickles[0][: -len("data.pkl")]
             order = members.get(prefix + "byteorder")
             if order is not None and archive.read(order) != b"little":
-                raise InputError(f"{path}: big-endian values are not supported; save it again on a little-endian machine")
+                raise InputError(
+                    f"{path}: big-endian values are not supported; save it again on a little-endian machine"
+                )
             data = archive.read(pickles[0])
             return PickleReader(path, raw, prefix, members).run(data)
     except FileNotFoundError as error:
@@ -127,6 +134,8 @@ class PickleReader:
         for module in NUMPY_MODULES:
             constructors[Global(module, "_reconstruct")] = lambda *_: NumpyArray()
             constructors[Global(module, "scalar")] = lambda kind, data: np.frombuffer(data, kind.dtype)[0]
+        for module in ("numpy.core.numeric", "numpy._core.numeric"):
+            constructors[Global(module, "_frombuffer")] = numpy_from_buffer
         build = {NumpyType: build_numpy_type, NumpyArray: build_numpy_array}
         return PickleMachine(constructors, self.storage, values, build).run(data, str(self.path))
 
@@ -155,7 +164,15 @@ class PickleReader:
         return self.view(storage, storage.dtype, offset, tuple(shape), tuple(stride))
 
     def tensor_with_dtype(
-        self, storage: Storage, offset: int, shape: Any, stride: Any, _grad: bool, _hooks: Any, dtype: torch.dtype, *_: Any
+        self,
+        storage: Storage,
+        offset: int,
+        shape: Any,
+        stride: Any,
+        _grad: bool,
+        _hooks: Any,
+        dtype: torch.dtype,
+        *_: Any,
     ) -> LazyTensor:
         """`_rebuild_tensor_v3`: the same with an explicit element type over untyped bytes."""
         return self.view(storage, dtype, offset, tuple(shape), tuple(stride))
@@ -218,7 +235,9 @@ def fill(place: LazyTensor, values: torch.Tensor, descriptor: int) -> None:
         InputError: shape or type differ from the place's.
     """
     if tuple(values.shape) != place.shape or values.dtype != place.dtype:
-        raise InputError(f"{place.path}: a {values.dtype} {tuple(values.shape)} tensor for a {place.dtype} {place.shape} place")
+        raise InputError(
+            f"{place.path}: a {values.dtype} {tuple(values.shape)} tensor for a {place.dtype} {place.shape} place"
+        )
     write_values(descriptor, place.offset, values)
 
 
