@@ -1,0 +1,111 @@
+"""Staged folders, and what a checkpoint records about itself."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_text, write_tracker
+from mindspeed_llm.checkpoint.layout import Layout
+from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings, Metadata, read_metadata, write_metadata
+from mindspeed_llm.errors import InputError
+from mindspeed_llm.models.config import ModelConfig
+from tests.checkpoint.tiny import hf_config
+
+
+def test_nothing_is_visible_before_publishing_and_everything_after(tmp_path: Path) -> None:
+    stage = StagedDirectory(tmp_path / "run" / "iter_0000003")
+    folder = stage.create()
+    (folder / "mp_rank_00").mkdir()
+    (folder / "mp_rank_00" / "file").write_text("x")
+    assert not stage.final.exists() and [p.name[0] for p in (tmp_path / "run").iterdir()] == ["."]
+    stage.publish()
+    assert (stage.final / "mp_rank_00" / "file").read_text() == "x"
+    assert os.stat(stage.final / "mp_rank_00" / "file").st_mode & 0o777 == 0o640
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["iter_0000003"]
+
+
+def test_publishing_replaces_an_older_folder_and_creating_clears_a_leftover(tmp_path: Path) -> None:
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "old").write_text("1")
+    leftover = StagedDirectory(tmp_path / "it")
+    (leftover.create() / "half").write_text("killed here")
+    stage = StagedDirectory(tmp_path / "it")
+    (stage.create() / "new").write_text("2")
+    stage.publish()
+    assert sorted(p.name for p in (tmp_path / "it").iterdir()) == ["new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["it"]
+
+
+def test_publishing_into_a_folder_keeps_its_other_files_and_moves_the_marker_last(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    stage = StagedDirectory(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for name in ("config.json", "a.safetensors", "z.json"):
+        (stage.create() if not stage.path.exists() else stage.path).joinpath(name).write_text(name)
+    order = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (order.append(self.name), replace(self, target))[1])
+    stage.publish_into("config.json")
+    assert order == ["a.safetensors", "z.json", "config.json"]
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine" and not stage.path.exists()
+
+
+def test_an_unwritable_place_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="choose a writable folder"):
+        StagedDirectory(tmp_path / "file" / "run").create()
+
+
+def test_small_files_are_replaced_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    write_tracker(tmp_path, 20)
+    write_tracker(tmp_path, "release")
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_metadata_survives_its_file(tmp_path: Path) -> None:
+    metadata = Metadata(
+        ModelConfig.from_hf_dict(hf_config(), "here"),
+        Layout.even(4, 2, 2, 1),
+        iteration=20,
+        content_hash="ab" * 32,
+        base=BaseRecord("/models/base", "cd" * 32),
+        lora=LoraSettings(16, 32.0, ("linear_fc1", "linear_qkv"), 0.1),
+        template="qwen3",
+        enable_thinking="none",
+        options={"lr": 1e-4},
+    )
+    write_metadata(tmp_path, metadata)
+    found = read_metadata(tmp_path)
+    assert found == metadata and found.model.hf_config == metadata.model.hf_config
+    assert found.lora.scaling == 2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format_version=2), "format version 2"),
+        (lambda d: d.pop("model"), "does not describe a checkpoint"),
+        (lambda d: d["model"].pop("hidden_size"), "missing fields"),
+        (lambda d: d.update(surprise=1), "does not describe a checkpoint"),
+        (lambda d: d["layout"].pop("counts"), "does not describe a checkpoint"),
+    ],
+)
+def test_damaged_or_newer_metadata_is_refused(change, message: str, tmp_path: Path) -> None:
+    write_metadata(tmp_path, Metadata(ModelConfig.from_hf_dict(hf_config(), "here"), Layout.even(4)))
+    values = json.loads((tmp_path / "args.json").read_text())
+    change(values)
+    (tmp_path / "args.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        read_metadata(tmp_path)
+
+
+def test_a_checkpoint_of_another_program_has_no_metadata(tmp_path: Path) -> None:
+    assert read_metadata(tmp_path) is None
+    (tmp_path / "args.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_metadata(tmp_path)
