@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -46,8 +47,18 @@ def main(argv: list[str]) -> int:
         UsageError, InputError: see `preprocess`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    preprocess(parse(PreprocessOptions, argv, "preprocess_data.py"))
+    options = parse(PreprocessOptions, argv, "preprocess_data.py")
+    previous = signal.signal(signal.SIGTERM, _exit_on_signal)  # so that what is written aside is removed
+    try:
+        preprocess(options)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def _exit_on_signal(number: int, frame: object) -> None:
+    """Unwind and leave with the status a shell gives to a process ended by this signal."""
+    raise SystemExit(128 + number)
 
 
 def preprocess(options: PreprocessOptions) -> dict[str, Any]:

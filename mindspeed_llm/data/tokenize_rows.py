@@ -2,12 +2,14 @@
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 
@@ -130,12 +132,20 @@ def _executor(workers: int) -> Executor:
     """One worker is a thread beside the reader, and tokenises on all cores; more are processes with one core each."""
     if workers == 1:
         return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_core)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
 
 
-def _one_core() -> None:
-    """Keep the tokenizer library of a worker process to its own core."""
+def _start_worker() -> None:
+    """Keep the tokenizer library of a worker process to its own core, and end with the parent, however it ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_exit_after, args=(parent_process(),), daemon=True).start()
+
+
+def _exit_after(parent: BaseProcess | None) -> None:
+    """Leave this process as soon as its parent has gone: a killed parent cannot say goodbye."""
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _arrays(rows: list[Encoded], eos_id: int) -> tuple[np.ndarray, np.ndarray]:

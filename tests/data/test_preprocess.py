@@ -1,8 +1,10 @@
 """The program as a whole: same files whatever the number of workers, nothing lost, nothing half-written."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +229,23 @@ def test_with_a_fast_tokenizer_neither_torch_nor_transformers_is_loaded(tokenize
     command = [sys.executable, "-c", code, *words(source, tmp_path / "x", tokenizer)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPO)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_publishes_nothing_and_leaves_no_process(
+    tokenizer: Path, tmp_path: Path, kill: signal.Signals
+) -> None:
+    source = write(tmp_path / "rows.jsonl", rows(500) * 60)
+    command = [sys.executable, str(REPO / "preprocess_data.py")]
+    command += words(source, tmp_path / "out" / "x", tokenizer, "--workers", "2")
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while not list((tmp_path / "out").glob(".x.*.partial/*.bin")) and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(kill)
+        process.wait(timeout=30)
+        assert process.returncode != 0
+        process.stderr.read()  # ends only when no worker holds the pipe any more
+    left = list((tmp_path / "out").iterdir())
+    assert left == [] if kill == signal.SIGTERM else all(path.name.startswith(".x.") for path in left)
