@@ -1,0 +1,114 @@
+"""The programs that build the live model, each composed of groups of options."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mindspeed_llm.arguments.checkpoint import CheckpointOptions, LoadOptions
+from mindspeed_llm.arguments.convert import ConvertOptions
+from mindspeed_llm.arguments.data import DataOptions
+from mindspeed_llm.arguments.device import DeviceOptions
+from mindspeed_llm.arguments.evaluation import EvaluationOptions
+from mindspeed_llm.arguments.generation import GenerationOptions
+from mindspeed_llm.arguments.logging import LoggingOptions
+from mindspeed_llm.arguments.lora import LoraOptions
+from mindspeed_llm.arguments.model import ModelOptions
+from mindspeed_llm.arguments.optimizer import OptimizerOptions
+from mindspeed_llm.arguments.parallel import ParallelOptions
+from mindspeed_llm.arguments.preprocess import PreprocessOptions
+from mindspeed_llm.arguments.schema import Program, group, option
+from mindspeed_llm.arguments.tokenizer import TokenizerOptions
+from mindspeed_llm.arguments.training import TrainingOptions
+from mindspeed_llm.errors import UsageError
+
+
+@dataclass
+class PosttrainOptions(Program):
+    """Tune a model, whole or with LoRA, from a Megatron checkpoint or straight from an HF folder.
+
+    Start it with torchrun for more than one process: tensor- times pipeline-parallel size divides their number, and
+    the quotient is the data-parallel size.
+    """
+
+    SCRIPT: ClassVar[str] = "posttrain_gpt.py"
+    EXAMPLE: ClassVar[str] = """
+torchrun --nproc_per_node 2 posttrain_gpt.py --stage sft --finetune --bf16 \\
+    --load ./model_weights/qwen3_mcore/ --save ./ckpt/qwen3_lora --data-path ./finetune_dataset/alpaca \\
+    --tokenizer-name-or-path ./model_from_hf/qwen3_hf --pipeline-model-parallel-size 2 \\
+    --lora-r 16 --lora-alpha 32 --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 --lora-fusion \\
+    --micro-batch-size 4 --global-batch-size 16 --train-iters 2000 --lr 1.25e-5 --no-pad-to-seq-lengths
+"""
+
+    device: DeviceOptions = group(DeviceOptions)
+    model: ModelOptions = group(ModelOptions)
+    parallel: ParallelOptions = group(ParallelOptions)
+    tokenizer: TokenizerOptions = group(TokenizerOptions)
+    data: DataOptions = group(DataOptions)
+    training: TrainingOptions = group(TrainingOptions)
+    optimizer: OptimizerOptions = group(OptimizerOptions)
+    lora: LoraOptions = group(LoraOptions)
+    checkpoint: CheckpointOptions = group(CheckpointOptions)
+    logging: LoggingOptions = group(LoggingOptions)
+
+
+@dataclass
+class LiveProgram(Program):
+    """What every program that runs a tuned model shares; some options are only read from upstream's scripts."""
+
+    device: DeviceOptions = group(DeviceOptions)
+    model: ModelOptions = group(ModelOptions)
+    parallel: ParallelOptions = group(ParallelOptions)
+    tokenizer: TokenizerOptions = group(TokenizerOptions)
+    lora: LoraOptions = group(LoraOptions)
+    checkpoint: LoadOptions = group(LoadOptions)
+    seq_length: int | None = option(
+        None, help="Longest prompt and answer together; left out, the model's own limit.", unit="tokens"
+    )
+    micro_batch_size: int = option(1, help="Sequences run at once where a task allows it.", unit="sequences")
+    seed: int = option(1234, help="Seed of sampling.")
+    bf16: bool = option(False, help="Compute in bfloat16; left out, in the type of the checkpoint's weights.")
+    fp32: bool = option(False, help="Compute in float32; left out, in the type of the checkpoint's weights.")
+
+    def check(self) -> None:
+        """Raise UsageError for two precisions at once and lengths below one."""
+        if self.bf16 and self.fp32:
+            raise UsageError("--bf16 and --fp32 contradict each other; give one of the two")
+        for name in ("seq_length", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+@dataclass
+class InferenceOptions(LiveProgram):
+    """Answer questions or chat with a model, or with a base and its LoRA adapter.
+
+    The adapter's rank, scale and targets, the prompt template and the thinking mode come from the checkpoint.
+    """
+
+    SCRIPT: ClassVar[str] = "inference.py"
+    EXAMPLE: ClassVar[str] = """
+torchrun --nproc_per_node 1 inference.py --load ./model_weights/qwen3_mcore/ --lora-load ./ckpt/qwen3_lora \\
+    --tokenizer-name-or-path ./model_from_hf/qwen3_hf --prompt "Who are you?"
+"""
+
+    generation: GenerationOptions = group(GenerationOptions)
+
+
+@dataclass
+class EvaluateOptions(LiveProgram):
+    """Score a model, or a base with its LoRA adapter, on benchmarks given as local files."""
+
+    SCRIPT: ClassVar[str] = "evaluation.py"
+    EXAMPLE: ClassVar[str] = """
+torchrun --nproc_per_node 1 evaluation.py --task mmlu --task-data-path ./mmlu/data/test \\
+    --load ./model_weights/qwen3_mcore/ --lora-load ./ckpt/qwen3_lora \\
+    --tokenizer-name-or-path ./model_from_hf/qwen3_hf --output-path ./mmlu.json
+"""
+
+    evaluation: EvaluationOptions = group(EvaluationOptions)
+
+
+PROGRAMS: dict[str, type[Program]] = {
+    program.SCRIPT: program
+    for program in (ConvertOptions, PreprocessOptions, PosttrainOptions, InferenceOptions, EvaluateOptions)
+}

@@ -1,0 +1,144 @@
+"""Flags of upstream's scripts that need nothing here, and those that would mean something else here.
+
+A flag is accepted without effect only when leaving it out gives the same numbers; otherwise it is refused with its
+reason. A flag that a program declares itself is never looked up here.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A flag that is read and then not needed.
+
+    Attributes:
+        reason: why nothing has to be done.
+        values: how many values follow: 0, 1, or "*" for any number.
+        allowed: the only values that need nothing; any other one is refused. Empty: every value.
+    """
+
+    reason: str
+    values: int | str = 0
+    allowed: tuple[str, ...] = ()
+
+
+_FUSED = "fused kernels are used wherever the device has them, with the same result"
+_MCORE = "megatron-core is the only engine"
+_SOFTMAX = "attention accumulates its softmax in float32 on every device"
+_HALF = "loss scaling belongs to float16 training; bfloat16 and float32 need none"
+_PACKAGED = "the installed megatron-core is used"
+_COMMUNICATION = "a scheduling detail that the engine decides for each layout"
+_FAMILY = "the model family's weight table knows it"
+_VOCAB = "informational upstream; sizes come from the model's config.json"
+
+ACCEPTED: dict[str, Accepted] = {
+    "use_mcore_models": Accepted(_MCORE),
+    "transformer_impl": Accepted("the local implementation is the only one", 1, ("local",)),
+    "megatron_path": Accepted(_PACKAGED, 1),
+    "use_flash_attn": Accepted(_FUSED),
+    "use_fused_rotary_pos_emb": Accepted(_FUSED),
+    "use_fused_swiglu": Accepted(_FUSED),
+    "use_fused_rmsnorm": Accepted(_FUSED),
+    "use_fused_mlp": Accepted(_FUSED),
+    "no_masked_softmax_fusion": Accepted(_FUSED),
+    "no_bias_gelu_fusion": Accepted(_FUSED),
+    "no_bias_swiglu_fusion": Accepted(_FUSED),
+    "no_bias_dropout_fusion": Accepted(_FUSED),
+    "no_rope_fusion": Accepted(_FUSED),
+    "no_persist_layer_norm": Accepted(_FUSED),
+    "no_gradient_accumulation_fusion": Accepted(_FUSED),
+    "use_rotary_position_embeddings": Accepted("every supported family uses rotary positions, as its config.json says"),
+    "attention_softmax_in_fp32": Accepted(_SOFTMAX),
+    "init_method_std": Accepted("weights are always loaded, never drawn at random", 1),
+    "initial_loss_scale": Accepted(_HALF, 1),
+    "min_loss_scale": Accepted(_HALF, 1),
+    "loss_scale_window": Accepted(_HALF, 1),
+    "hysteresis": Accepted(_HALF, 1),
+    "distributed_backend": Accepted("--device decides between nccl, hccl and gloo", 1, ("nccl", "hccl", "gloo")),
+    "no_shared_storage": Accepted("no index cache is written beside the data"),
+    "no_async_tensor_model_parallel_allreduce": Accepted(_COMMUNICATION),
+    "no_overlap_p2p_communication": Accepted(_COMMUNICATION),
+    "variable_seq_lengths": Accepted("pipeline stages always exchange batches at their own length"),
+    "lora_register_forward_hook": Accepted("the embedding output always carries gradients when layers need them", "*"),
+    "load_checkpoint_loosely": Accepted("checkpoints are read by tensor name; every name is still checked"),
+    "tokenizer_not_use_fast": Accepted("the tokenizer.json of the model is used; its tokens are the same"),
+    "tokenizer_padding_side": Accepted("batches are padded on the right", 1, ("right",)),
+    "vocab_file": Accepted("the tokenizer comes from the model folder", 1, ("None", "none")),
+    "manual_gc": Accepted("garbage collection needs no steering here"),
+    "manual_gc_interval": Accepted("garbage collection needs no steering here", 1),
+}
+
+ACCEPTED_BY_SCRIPT: dict[str, dict[str, Accepted]] = {
+    "convert_ckpt.py": {
+        "model_type": Accepted("GPT is the only model type", 1, ("GPT",)),
+        "loader": Accepted("--load-model-type names the source format", 1),
+        "saver": Accepted("--save-model-type names the target format", 1),
+        "max_queue_size": Accepted("tensors are streamed without a queue", 1),
+        "ckpt_cfg_path": Accepted(_FAMILY, 1),
+        "tokenizer_model": Accepted("tokenizer files come from the HF folder", 1),
+        "w_pack": Accepted(_FAMILY, "*"),
+        "ckpt_format": Accepted("per-rank torch files are written", 1, ("torch",)),
+    },
+    "preprocess_data.py": {
+        "datasets": Accepted("unused upstream too", "*"),
+        "dataset_impl": Accepted("memory-mapped files are the only kind", 1, ("mmap",)),
+        "cache_dir": Accepted("no cache is kept: the input is read afresh", 1),
+        "overwrite_cache": Accepted("no cache is kept: the input is read afresh"),
+        "make_vocab_size_divisible_by": Accepted(_VOCAB, 1),
+        "pad_vocab_size_to": Accepted(_VOCAB, 1),
+    },
+    "evaluation.py": {
+        "broadcast": Accepted("every rank sees the samples its layout needs"),
+        "greedy": Accepted("answers are compared by likelihood; nothing is sampled"),
+        "eval_language": Accepted("the task decides its language", 1, ("en",)),
+    },
+}
+
+_MOE = "mixture-of-experts models are not supported yet"
+_QLORA = "4-bit base weights are not supported; LoRA on bf16 weights needs no conversion flag"
+_LU = "LU-LoRA's local update rule is not implemented; use LoRA"
+_LAYERS = "layers are divided evenly over the stages; choose a pipeline size that divides them"
+_LEGACY = "only checkpoints with megatron-core names are read and written"
+_EVAL = "tasks use lm-eval's own prompt and scoring, so that scores can be compared"
+
+REFUSED: dict[str, str] = {
+    "fp16": "float16 training with loss scaling is not supported; use --bf16 or --fp32",
+    "qlora": _QLORA,
+    "qlora_nf4": _QLORA,
+    "qlora_save_dequantize": _QLORA,
+    "lu_lora_final_layer_index": _LU,
+    "lu_lora_lr": _LU,
+    "lu_lora_lr_ratio": _LU,
+    "lora_modules_to_save": "only the adapters are trained; leave it out (upstream ignored it)",
+    "num_experts": _MOE,
+    "moe_grouped_gemm": _MOE,
+    "moe_tp_extend_ep": _MOE,
+    "moe_router_topk": _MOE,
+    "num_layer_list": _LAYERS,
+    "noop_layers": _LAYERS,
+    "load_from_legacy": _LEGACY,
+    "save_to_legacy": _LEGACY,
+    "load_hf_from_config": "exported files are written directly; give --hf-cfg-dir for config and tokenizer",
+    "save_lora_to_hf": "exporting the adapter alone is not supported yet; leave it out to export the merged model",
+    "reset_attention_mask": "training on packed rows is not supported yet; preprocess without --pack",
+    "reset_position_ids": "training on packed rows is not supported yet; preprocess without --pack",
+    "padded_samples": "samples are never padded to fill an epoch: epochs are joined instead",
+    "full_shuffle_instruction_dataset": "rows are shuffled anew in each epoch by --seed; use --no-shuffle to keep order",
+    "is_pairwise_dataset": "preference training is not supported yet; --stage sft reads instruction data",
+    "enable_hf2mg_convert": "--load reads an HF folder directly, at any layout; leave the flag out",
+    "enable_mg2hf_convert": "export with convert_ckpt.py --load-model-type mg --save-model-type hf",
+    "trust_remote_code": "code shipped inside a model folder is never executed",
+    "use_ascend_coc": "it is not compatible with LoRA (upstream refuses it too); leave it out",
+    "script_data_dir": "loading scripts are not executed; convert the data to json, jsonl or parquet",
+    "hf_datasets_params": "--input reads json, jsonl and parquet files directly; name the file there",
+    "streaming": "--input reads files of any size piece by piece; leave the flag out",
+    "instruction_template": _EVAL,
+    "alternative_prompt": _EVAL,
+    "origin_postprocess": _EVAL,
+    "chain_of_thought": _EVAL,
+}
+
+
+def accepted_for(script: str) -> dict[str, Accepted]:
+    """The flags accepted without effect by one entry script ("posttrain_gpt.py")."""
+    return {**ACCEPTED, **ACCEPTED_BY_SCRIPT.get(script, {})}
