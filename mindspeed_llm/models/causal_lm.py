@@ -19,13 +19,17 @@ class CausalLM(GPTModel):
     Attributes:
         first_layer: global number of this chunk's first decoder layer.
         vocabulary: true vocabulary size; rows from here on are padding and never win.
+        answers_logits: with labels given, return the logits [m, v] of the labelled positions instead of their losses.
     """
 
     first_layer: int = 0
     vocabulary: int = 0
+    answers_logits: bool = False
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Hidden states between stages; on the last one the losses [m] of labelled positions, or logits.
+        """Hidden states between stages; on the last one the losses [m] (or logits [m, v]) of labelled positions.
+
+        Without labels the logits [b, s, v/t] of all positions, as megatron-core gives them.
 
         Args:
             hidden_states: [s/t, b, h] under sequence parallelism, else [s, b, h].
@@ -38,10 +42,13 @@ class CausalLM(GPTModel):
         flat = labels.transpose(0, 1).reshape(-1)
         chosen = (flat != IGNORE).nonzero().squeeze(1)
         hidden = hidden_states.reshape(-1, hidden_states.size(-1)).index_select(0, chosen).unsqueeze(1)
-        return self.head_loss(hidden, flat.index_select(0, chosen))
+        if self.answers_logits:
+            return self.head_logits(hidden, gather=True).squeeze(1)[:, : self.vocabulary]
+        logits = self.mask_padding_rows(self.head_logits(hidden, gather=False))
+        return vocab_parallel_cross_entropy(logits.float(), flat.index_select(0, chosen).unsqueeze(1)).squeeze(1)
 
-    def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy [m] of the head's logits for `hidden` [m, 1, h] against `targets` [m]."""
+    def head_logits(self, hidden: Tensor, gather: bool) -> Tensor:
+        """The output layer on `hidden` [m, 1, h] -> [m, 1, v/t], or [m, 1, v] when gathered over TP."""
         head = self.output_layer
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         # Under SP the sequence is whole by now, and the gather before this point sums its gradient over the TP ranks:
@@ -49,10 +56,10 @@ class CausalLM(GPTModel):
         kept = head.sequence_parallel, head.disable_grad_reduce
         head.sequence_parallel, head.disable_grad_reduce = False, kept[0] or kept[1]
         try:
-            logits, _ = head(hidden, weight=weight, runtime_gather_output=False)
+            logits, _ = head(hidden, weight=weight, runtime_gather_output=gather)
         finally:
             head.sequence_parallel, head.disable_grad_reduce = kept
-        return vocab_parallel_cross_entropy(self.mask_padding_rows(logits).float(), targets.unsqueeze(1)).squeeze(1)
+        return logits
 
     def mask_padding_rows(self, logits: Tensor) -> Tensor:
         """Logits [..., v/t] with the vocabulary's padding rows at -inf, so that they take no probability."""

@@ -17,6 +17,7 @@ from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.live import load_live
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata
 from mindspeed_llm.checkpoint.open import source_hash
+from mindspeed_llm.checkpoint.recorded import tokenizer_folder
 from mindspeed_llm.data.batch import cut_count
 from mindspeed_llm.data.dataset import IndexedDataset, RowSource, split_dataset
 from mindspeed_llm.data.report import check_data_matches
@@ -129,15 +130,6 @@ def seed_everything(seed: int) -> None:
     """Seed the generators outside megatron-core's reach."""
     random.seed(seed)
     numpy.random.seed(seed)
-
-
-def tokenizer_folder(options: Any, base: Any) -> str | None:
-    """Where the tokenizer lies: the option, the HF folder itself, or the HF folder a conversion recorded."""
-    if options.tokenizer_name_or_path:
-        return options.tokenizer_name_or_path
-    metadata = getattr(base, "metadata", None)
-    places = [str(base.path), metadata.base.path if metadata and metadata.base else None]
-    return next((p for p in places if p and (Path(p) / "tokenizer_config.json").is_file()), None)
 
 
 def open_data(options: PosttrainOptions, start: Start) -> tuple[IndexedDataset, Tokenizer | None]:

@@ -1,0 +1,171 @@
+"""Answering one prompt or a file of prompts, in the ways --task names."""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from tqdm import tqdm
+
+from mindspeed_llm.arguments.programs import InferenceOptions
+from mindspeed_llm.checkpoint.atomic import write_text
+from mindspeed_llm.data.templates import Message
+from mindspeed_llm.errors import InputError
+from mindspeed_llm.inference.generate import Limits, beam_search, generate
+from mindspeed_llm.inference.live import LiveModel
+from mindspeed_llm.inference.prompts import Prompter, shown, split_thought
+from mindspeed_llm.inference.sampling import Sampler, greedy, sampler, warp
+
+TITLES = {
+    "greedy": "=============== Greedy Search ================",
+    "do_sample": "================ Do Sample =================",
+    "beam_search": "=============== Beam Search =================",
+    "beam_search_with_sampling": "======== Beam Search with sampling ==========",
+}
+RULE = "=" * 46
+
+
+class Answerer:
+    """Prompt ids to answer ids, by any task."""
+
+    def __init__(self, options: InferenceOptions, model: LiveModel, prompter: Prompter) -> None:
+        self.options, self.model, self.prompter = options, model, prompter
+        wanted = options.generation
+        length = wanted.max_length or options.seq_length or model.config.max_position_embeddings
+        self.limits = Limits(
+            wanted.max_new_tokens, min(length, model.config.max_position_embeddings), prompter.stop_ids
+        )
+        self.sample = sampler(wanted.temperature, wanted.top_k, wanted.top_p, options.seed)
+
+    def __call__(
+        self, task: str, prompts: list[list[int]], on_token: Callable[[int], None] | None = None
+    ) -> list[list[int]]:
+        """Answers to prompts of one length; `on_token` is told the first answer's tokens."""
+        wanted = self.options.generation
+        if task.startswith("beam"):
+            noisy = self._spread if task.endswith("sampling") else None
+            return [
+                beam_search(self.model, p, self.limits, wanted.num_beams, wanted.length_penalty, noisy) for p in prompts
+            ]
+        choose: Sampler = greedy if task == "greedy" else self.sample
+        return generate(self.model, prompts, self.limits, choose, wanted.use_kv_cache, on_token)
+
+    def _spread(self, scores: torch.Tensor) -> torch.Tensor:
+        """Warped scores with Gumbel noise: the best of them are a sample without replacement."""
+        wanted = self.options.generation
+        generator = torch.Generator().manual_seed(self.options.seed)
+        noise = torch.empty(scores.shape).exponential_(generator=generator).log_().neg_()
+        return warp(scores, wanted.temperature, wanted.top_k, wanted.top_p) + noise.to(scores.device)
+
+
+def print_answer(answerer: Answerer, task: str, question: str) -> None:
+    """One question in upstream's frame, on rank 0."""
+    ids = answerer.prompter.encode([Message(role="user", content=question)])
+    began = time.perf_counter()
+    answer = answerer(task, [ids])[0]
+    if torch.distributed.get_rank() == 0:
+        text = shown(answerer.prompter.text(answer))
+        print(f"\n{TITLES[task]}\n\nYou:\n{question}\n\nMindSpeed-LLM:\n{text}\n{RULE}\n", flush=True)
+        print(f"Elapsed: {time.perf_counter() - began:.2f}s", flush=True)
+
+
+def read_questions(path: str) -> list[dict[str, Any]]:
+    """Rows with the keys `prompt`, or `messages`, or `instruction` and `input`.
+
+    Raises:
+        InputError: no such file, not JSON, or a row without a question; file and row are named.
+    """
+    rows = []
+    for number, row in enumerate(_raw_rows(path)):
+        if isinstance(row, str):
+            row = {"prompt": row}
+        if not isinstance(row, dict) or question_of(row) is None:
+            raise InputError(f"{path}: row {number} has no question: expected the key prompt, messages or instruction")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path} holds no questions")
+    return rows
+
+
+def _raw_rows(path: str) -> Iterable[Any]:
+    """Lines of a .txt file, or the rows of any data file preprocessing reads."""
+    if not Path(path).is_file():
+        raise InputError(f"--input-file {path}: no such file")
+    if path.endswith(".txt"):
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return _parsed(path)
+
+
+def _parsed(path: str) -> list[Any]:
+    """Rows of a jsonl file, or of a JSON list."""
+    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        if text.lstrip().startswith("["):
+            return list(json.loads(text))
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise InputError(f"--input-file {path}: not JSON lines ({error})") from error
+
+
+def question_of(row: dict[str, Any]) -> list[Message] | None:
+    """The messages of a row, ending with the question; None when it has none."""
+    if isinstance(row.get("messages"), list) and row["messages"]:
+        found = [m for m in row["messages"] if isinstance(m, dict) and {"role", "content"} <= set(m)]
+        turns = [Message(role=m["role"], content=m["content"]) for m in found if m["role"] != "system"]
+        return turns if turns and turns[-1]["role"] == "user" and len(found) == len(row["messages"]) else None
+    text = row.get("prompt")
+    if text is None and isinstance(row.get("instruction"), str):
+        text = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    return [Message(role="user", content=text)] if isinstance(text, str) and text else None
+
+
+def system_of(row: dict[str, Any]) -> str | None:
+    """The system text of a row."""
+    listed = [m["content"] for m in row.get("messages") or [] if isinstance(m, dict) and m.get("role") == "system"]
+    return listed[0] if listed else row.get("system")
+
+
+def answer_file(answerer: Answerer, task: str, path: str, output: str | None) -> None:
+    """Answer every row of a file; rows of equal prompt length run together, --micro-batch-size at a time.
+
+    Data-parallel replicas share the rows. The answers are written as jsonl in the order of the questions, each row
+    with `answer` (and `thought`, where there is one) added; without --output-file they are printed.
+    """
+    rows = read_questions(path)
+    prompts = [answerer.prompter.encode(question_of(row) or [], system_of(row)) for row in rows]
+    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    mine = sorted(range(replica, len(rows), replicas), key=lambda i: (len(prompts[i]), i))
+    groups: list[list[int]] = []
+    for i in mine:
+        full = not groups or len(groups[-1]) >= answerer.options.micro_batch_size
+        if full or len(prompts[groups[-1][0]]) != len(prompts[i]):
+            groups.append([])
+        groups[-1].append(i)
+    speaker = torch.distributed.get_rank() == 0
+    done: dict[int, list[int]] = {}
+    with tqdm(total=len(mine), unit="row", disable=not speaker or None) as bar:
+        for group in groups:
+            done.update(zip(group, answerer(task, [prompts[i] for i in group]), strict=True))
+            bar.update(len(group))
+    shared: list[Any] = [None] * replicas
+    torch.distributed.all_gather_object(shared, done, group=parallel_state.get_data_parallel_group())
+    if not speaker:
+        return
+    answers = {i: ids for part in shared for i, ids in part.items()}
+    lines = [
+        json.dumps(_with_answer(rows[i], answerer.prompter, answers[i]), ensure_ascii=False) for i in sorted(answers)
+    ]
+    if output is None:
+        print("\n".join(lines), flush=True)
+        return
+    Path(output).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(output).expanduser(), "\n".join(lines) + "\n")
+    print(f"{len(lines)} answers written to {output}", flush=True)
+
+
+def _with_answer(row: dict[str, Any], prompter: Prompter, ids: list[int]) -> dict[str, Any]:
+    thought, answer = split_thought(prompter.text(ids))
+    return {**row, "answer": answer, **({"thought": thought} if thought else {})}

@@ -1,0 +1,168 @@
+"""A model ready to answer: base or base with adapter, at any TP and PP, one forward pass at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from mindspeed_llm.arguments.programs import LiveProgram
+from mindspeed_llm.checkpoint.layout import Layout
+from mindspeed_llm.checkpoint.live import load_live
+from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, check_base, open_base, open_lora
+from mindspeed_llm.device.base import Device
+from mindspeed_llm.errors import UsageError
+from mindspeed_llm.lora.inject import inject
+from mindspeed_llm.models import parallel
+from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
+from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
+from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a live model is made of: the opened base, the folder named for it, and the adapter or None."""
+
+    base: BaseSource
+    base_path: str
+    adapter: LoraSource | None
+
+
+def open_sources(options: LiveProgram) -> Sources:
+    """Open --load and --lora-load and hold the flags against them.
+
+    Raises:
+        UsageError: no --load, or a flag that contradicts the model or the adapter.
+        InputError: nothing there, or an adapter of another base.
+    """
+    path, lora = options.checkpoint.load, options.lora
+    if not path:
+        raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to run")
+    adapter = None
+    if lora.lora_load:
+        adapter = open_lora(lora.lora_load, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
+    elif lora.lora_target_modules:
+        raise UsageError("--lora-target-modules is given without --lora-load: there is no adapter to run")
+    base = open_base(path, options.model.model_type_hf, with_adapter=adapter is not None)
+    if adapter is not None:
+        check_base(adapter, base, path)
+    check_architecture_flags(base.config, options.model, path)
+    if options.parallel.num_layers_per_virtual_pipeline_stage is not None:
+        raise UsageError("--num-layers-per-virtual-pipeline-stage is for training only; leave it out")
+    return Sources(base, path, adapter)
+
+
+class LiveModel:
+    """One stage of the model on this rank, and the way a batch takes through all stages.
+
+    Every rank calls the same methods with the same tokens; results are the same on every rank of a replica.
+    """
+
+    def __init__(self, chunk: CausalLM, config: ModelConfig, device: torch.device) -> None:
+        self.chunk, self.config, self.device = chunk, config, device
+        self.pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self.first = parallel_state.is_pipeline_first_stage()
+        self.last = parallel_state.is_pipeline_last_stage()
+
+    def _stage(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """Run this stage on what the previous one sends, and send on; -> the last stage's output, else hidden states."""
+        if not self.first:
+            rows, length = tokens.shape
+            hidden = torch.empty(
+                length, rows, self.config.hidden_size, dtype=self.chunk.config.pipeline_dtype, device=self.device
+            )
+            previous = parallel_state.get_pipeline_model_parallel_prev_rank()
+            torch.distributed.recv(hidden, previous, group=self.pipeline)
+            self.chunk.set_input_tensor(hidden)
+        out = self.chunk(tokens, None, None, runtime_gather_output=True, **kwargs)
+        if not self.last:
+            following = parallel_state.get_pipeline_model_parallel_next_rank()
+            torch.distributed.send(out.contiguous(), following, group=self.pipeline)
+        return out
+
+    def _from_last(self, values: Tensor) -> Tensor:
+        """The last stage's values on every stage."""
+        if self.pipeline.size() > 1:
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast(values, source, group=self.pipeline)
+        return values
+
+    def cache(self, rows: int, length: int) -> StaticInferenceContext:
+        """An empty key-value cache for `rows` sequences of at most `length` tokens."""
+        return StaticInferenceContext(rows, length)
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, cache: StaticInferenceContext | None) -> Tensor:
+        """Logits [b, v] fp32 behind the last token of each row.
+
+        Args:
+            tokens: [b, s], what follows the cached tokens, or whole rows without a cache.
+        """
+        logits = torch.empty(tokens.size(0), self.config.vocab_size, device=self.device)
+        out = self._stage(tokens, inference_context=cache)
+        if self.last:
+            logits.copy_(out[:, -1, : self.config.vocab_size])
+        if cache is not None:
+            cache.sequence_len_offset += tokens.size(1)
+            cache.enable_decode_mode()
+        return self._from_last(logits)
+
+    @torch.no_grad()
+    def log_probabilities(self, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[tuple[float, bool]]:
+        """For each row of tokens, of its last `lengths[i]` tokens: (sum of log-probabilities, all greedily chosen).
+
+        Rows are padded on the right to the longest; the causal mask keeps padding out of every real token's sight.
+        """
+        longest = max(len(row) for row in rows) - 1
+        tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+        labels = torch.full((len(rows), longest), IGNORE)
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            tokens[i, : len(row) - 1] = torch.tensor(row[:-1])
+            labels[i, len(row) - 1 - length : len(row) - 1] = torch.tensor(row[-length:])
+        tokens, labels = tokens.to(self.device), labels.to(self.device)
+        self.chunk.answers_logits = True
+        try:
+            logits = self._stage(tokens, labels=labels)
+        finally:
+            self.chunk.answers_logits = False
+        result = torch.zeros(len(rows), 2, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        result = result.to(self.device)
+        if self.last:
+            flat = labels.transpose(0, 1).reshape(-1)
+            chosen = (flat != IGNORE).nonzero().squeeze(1)
+            targets, owner = flat[chosen], chosen % len(rows)
+            scores = torch.log_softmax(logits.float(), -1)
+            values = scores.gather(1, targets.unsqueeze(1)).squeeze(1)
+            misses = (scores.argmax(-1) != targets).to(result.dtype)
+            result[:, 0].index_add_(0, owner, values.to(result.dtype))
+            result[:, 1].index_add_(0, owner, misses)
+        return [(total, missed == 0) for total, missed in self._from_last(result).tolist()]
+
+
+def live_dtype(options: LiveProgram, sources: Sources) -> torch.dtype:
+    """Compute type: the flag's, else that of the base's weights."""
+    if options.bf16 or options.fp32:
+        return torch.bfloat16 if options.bf16 else torch.float32
+    return DTYPES[sources.base.config.dtype]
+
+
+def load_model(options: LiveProgram, sources: Sources, device: Device) -> LiveModel:
+    """Build this rank's stage and load base and adapter into it; the process groups are created here."""
+    config, cut = sources.base.config, options.parallel
+    tensor, pipeline = cut.tensor_model_parallel_size, cut.pipeline_model_parallel_size
+    Layout.even(config.num_layers, tensor, pipeline)  # refuses what does not divide
+    for entry in sources.base.table.entries.values():
+        entry.shard_map(tensor, None)
+    parallel.start(device, tensor, pipeline, None, options.seed, options.device.distributed_timeout_minutes)
+    engine = EngineOptions(tensor=tensor, pipeline=pipeline, dtype=live_dtype(options, sources))
+    chunks = build_chunks(config, engine, device)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    load_live(dict(chunks[0].named_parameters()), sources.base, rank, tensor, chunks[0].first_layer)
+    if sources.adapter is not None:
+        inject(chunks, sources.adapter.settings, fused=True, seed=0)
+        load_live(dict(chunks[0].named_parameters()), sources.adapter.tensors, rank, tensor, chunks[0].first_layer)
+    chunks[0].eval()
+    return LiveModel(chunks[0], config, device.torch_device(torch.distributed.get_node_local_rank(0)))
