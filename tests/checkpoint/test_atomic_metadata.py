@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,9 @@ def test_publishing_replaces_an_older_folder_and_creating_clears_a_leftover(tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["it"]
 
 
-def test_publishing_into_a_folder_keeps_its_other_files_and_moves_the_marker_last(tmp_path: Path, monkeypatch) -> None:
+def test_publishing_into_a_folder_keeps_its_other_files_and_moves_the_marker_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     stage = StagedDirectory(tmp_path / "out")
     (tmp_path / "out").mkdir()
@@ -95,7 +98,7 @@ def test_metadata_survives_its_file(tmp_path: Path) -> None:
         (lambda d: d["layout"].pop("counts"), "does not describe a checkpoint"),
     ],
 )
-def test_damaged_or_newer_metadata_is_refused(change, message: str, tmp_path: Path) -> None:
+def test_damaged_or_newer_metadata_is_refused(change: Callable[[dict], object], message: str, tmp_path: Path) -> None:
     write_metadata(tmp_path, Metadata(ModelConfig.from_hf_dict(hf_config(), "here"), Layout.even(4)))
     values = json.loads((tmp_path / "args.json").read_text())
     change(values)

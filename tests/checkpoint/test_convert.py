@@ -67,7 +67,9 @@ def test_the_checkpoint_records_model_layout_base_and_hash(tmp_path: Path) -> No
     found = read_metadata(tmp_path / "mg" / "iter_0000001")
     expected = content_hash(HFSource(hf))
     assert found.content_hash == expected and found.base == BaseRecord(str(hf), expected)
-    assert found.layout == Layout.even(4, 2, 2) and found.model.hf_config == json.loads((hf / "config.json").read_text())
+    assert found.layout == Layout.even(4, 2, 2) and found.model.hf_config == json.loads(
+        (hf / "config.json").read_text()
+    )
     assert (tmp_path / "mg" / "latest_checkpointed_iteration.txt").read_text() == "1"
     convert("mg", "mg", tmp_path / "mg", tmp_path / "mg2", *split(1, 4))
     again = read_metadata(tmp_path / "mg2" / "iter_0000001")
@@ -103,6 +105,35 @@ def test_a_merge_into_hf_needs_no_settings_and_goes_beside_the_original(tmp_path
     assert (hf / "mg2hf").resolve() == (hf / "mg2hg").resolve()
     assert (hf / "mg2hg" / "chat_template.jinja").is_file()
     assert not torch.equal(logits(hf / "mg2hg"), logits(hf))
+
+
+def test_the_merged_export_computes_what_peft_computes_with_the_adapter(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    hf = make_hf(tmp_path / "hf", dtype="float32")
+    source = HFSource(hf)
+    factors = random_adapter(source.table)
+    write_adapter(tmp_path / "lora", source.table, factors, Layout.even(4, 2, 2), SETTINGS)
+    convert("hf", "hf", hf, tmp_path / "out", "--lora-load", tmp_path / "lora")
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, target_modules="all-linear"))
+    parameters = dict(model.named_parameters())
+    for name in factors:
+        if ".lora_A." not in name:
+            continue
+        module = name.replace(".lora_A.weight", "")
+        entry = source.table.entry(f"{module}.weight")
+        for part, projection in enumerate(entry.hf):
+            rows = torch.cat([torch.arange(*one) for one in entry.hf_map().part_ranges(part)])
+            target = "base_model.model." + projection.removesuffix(".weight")
+            parameters[f"{target}.lora_A.default.weight"].data.copy_(factors[f"{module}.lora_A.weight"])
+            parameters[f"{target}.lora_B.default.weight"].data.copy_(factors[f"{module}.lora_B.weight"][rows])
+    with torch.no_grad():
+        expected = model(torch.arange(1, 33).view(2, 16)).logits
+    found = logits(tmp_path / "out")
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (found - logits(hf)).abs().max() > 1e-2 * expected.abs().max()
 
 
 @pytest.mark.parametrize("route", ["mg to mg to hf", "hf base"])
@@ -227,7 +258,10 @@ def test_the_upstream_command_line_runs_and_says_what_comes_next(tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "converted qwen3 (4 layers, bfloat16): hf -> mg TP1 PP2" in done.stdout
-    assert f"next: torchrun --nproc_per_node 2 posttrain_gpt.py --stage sft --finetune --load {tmp_path / 'mg'}" in done.stdout
+    assert (
+        f"next: torchrun --nproc_per_node 2 posttrain_gpt.py --stage sft --finetune --load {tmp_path / 'mg'}"
+        in done.stdout
+    )
 
 
 def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
@@ -235,7 +269,9 @@ def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
     unknown = script(*flags, "--load-dir", tmp_path, "--target-tensor-paralel-size", 2)
     assert unknown.returncode == 2 and "target-tensor-parallel-size" in unknown.stderr
     missing = script(*flags, "--load-dir", tmp_path / "none")
-    assert missing.returncode == 1 and len(missing.stderr.strip().splitlines()) == 1 and "Traceback" not in missing.stderr
+    assert (
+        missing.returncode == 1 and len(missing.stderr.strip().splitlines()) == 1 and "Traceback" not in missing.stderr
+    )
     assert not (tmp_path / "mg").exists()
 
 
@@ -279,7 +315,9 @@ def test_a_kill_in_the_middle_leaves_nothing_visible_and_the_next_run_succeeds(t
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    visible = [path for path in (tmp_path / "out").rglob("*") if not str(path.relative_to(tmp_path / "out")).startswith(".")]
+    visible = [
+        path for path in (tmp_path / "out").rglob("*") if not str(path.relative_to(tmp_path / "out")).startswith(".")
+    ]
     assert not visible
     convert("mg", target, tmp_path / "mg", tmp_path / "out")
     assert not [path for path in (*tmp_path.iterdir(), *(tmp_path / "out").iterdir()) if path.name.startswith(".")]

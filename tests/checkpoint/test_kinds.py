@@ -86,7 +86,9 @@ def test_touching_segments_are_read_at_once() -> None:
     assert axis.part_ranges(0) == [(0, 8)]
 
 
-@pytest.mark.parametrize(("kind", "shape", "tp"), [(Kind.QKV, (100, 24), 4), (Kind.ROW, (24, 44), 8), (Kind.GATED, (88, 24), 3)])
+@pytest.mark.parametrize(
+    ("kind", "shape", "tp"), [(Kind.QKV, (100, 24), 4), (Kind.ROW, (24, 44), 8), (Kind.GATED, (88, 24), 3)]
+)
 def test_sizes_that_do_not_divide_are_refused_naming_both(kind: Kind, shape: tuple[int, int], tp: int) -> None:
     with pytest.raises(UsageError, match=f"not divisible by tensor parallel size {tp}"):
         shard_map("linear", kind, CONFIG, shape, tp)

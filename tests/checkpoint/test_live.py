@@ -97,4 +97,6 @@ def test_a_stage_wants_only_its_own_layers(tmp_path: Path) -> None:
     names = chunk_names(source.table, layout, 1)
     live = {file_key(name, 2): torch.zeros(source.shape(name)) for name in names}
     assert load_live(live, MegatronCheckpoint(make_mcore(source, tmp_path / "m", layout).folder).base(), first_layer=2)
-    assert torch.equal(live["decoder.layers.0.mlp.linear_fc1.weight"], source.read("decoder.layers.2.mlp.linear_fc1.weight").float())
+    assert torch.equal(
+        live["decoder.layers.0.mlp.linear_fc1.weight"], source.read("decoder.layers.2.mlp.linear_fc1.weight").float()
+    )

@@ -73,7 +73,9 @@ def test_the_merge_has_the_same_bits_from_every_pair_of_layouts(tmp_path: Path) 
     source = HFSource(make_hf(tmp_path / "hf", tied=True))
     factors = random_adapter(source.table)
     hashes = set()
-    for number, (of_base, of_lora) in enumerate([((1, 1), (2, 2)), ((2, 2), (1, 1)), ((1, 4), (2, 1)), ((2, 1), (1, 2))]):
+    for number, (of_base, of_lora) in enumerate(
+        [((1, 1), (2, 2)), ((2, 2), (1, 1)), ((1, 4), (2, 1)), ((2, 1), (1, 2))]
+    ):
         base = make_mcore(source, tmp_path / f"mg{number}", Layout.even(4, *of_base)).base()
         folder = write_adapter(tmp_path / f"lora{number}", source.table, factors, Layout.even(4, *of_lora), SETTINGS)
         hashes.add(content_hash(MergedSource(base, open_lora(folder))))

@@ -61,7 +61,9 @@ def make_hf(folder: Path, tied: bool = False, layers: int = 4, seed: int = 0, dt
     return folder
 
 
-def make_mcore(source: TensorSource, folder: Path, layout: Layout, metadata: Metadata | None = None) -> MegatronCheckpoint:
+def make_mcore(
+    source: TensorSource, folder: Path, layout: Layout, metadata: Metadata | None = None
+) -> MegatronCheckpoint:
     """A Megatron checkpoint of `source`, with an args.json only if `metadata` is given."""
     target = folder / iteration_folder(1)
     target.mkdir(parents=True)
