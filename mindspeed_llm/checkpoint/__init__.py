@@ -1,1 +1,1 @@
-"""WHERE does a weight go: named, lazily sliceable tensors between HF folders, megatron-core checkpoints and live models."""
+"""WHERE does a weight go: named, sliceable tensors between HF folders, megatron-core checkpoints and live models."""

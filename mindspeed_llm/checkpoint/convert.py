@@ -102,7 +102,7 @@ def prepare(options: ConvertOptions) -> Job:
             raise InputError(f"{origin}: config.json is of another model than {options.load_dir}: {differing}")
     elif options.save_model_type == "hf":
         raise InputError(
-            f"{options.load_dir}: does not record an HF folder that still exists, so the result would have no config and"
+            f"{options.load_dir}: records no HF folder that still exists, so the result would have no config and"
             " tokenizer; give it with --hf-cfg-dir"
         )
     return Job(source, base, lora, origin, final)
@@ -125,7 +125,10 @@ def check_flags(options: ConvertOptions) -> None:
         and not options.params_dtype
     ):
         raise UsageError("hf to hf without --lora-load or --params-dtype changes nothing; copy the folder instead")
-    if Path(options.load_dir).resolve() == Path(options.save_dir).resolve() and options.load_model_type == "mg":
+    if Path(options.load_dir).resolve() == Path(options.save_dir).resolve() and "mg" in (
+        options.load_model_type,
+        options.save_model_type,
+    ):
         raise UsageError(f"--save-dir is --load-dir ({options.load_dir}); choose another folder")
 
 
@@ -296,7 +299,7 @@ def to_hf(options: ConvertOptions, job: Job) -> int:
 
 
 def megatron_bytes(source: TensorSource, layout: Layout, padded_rows: int) -> int:
-    """Bytes of all rank files' tensors: replicated tensors, padding and a tied output layer count as often as stored."""
+    """Bytes of the rank files' tensors: replicated tensors, padding and a tied output layer count as stored."""
     total = 0
     for tp_rank, pp_rank in layout.ranks():
         for vp_rank in range(layout.vp):

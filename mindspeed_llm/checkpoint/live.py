@@ -33,7 +33,7 @@ def load_live(
     A source of LoRA factors fills the LoRA parameters, any other the rest; values are cast to the parameter's type.
 
     Args:
-        named_tensors: local parameters of one chunk by local name (`named_parameters()` of the module, however wrapped).
+        named_tensors: local parameters of one chunk by local name (`named_parameters()`, however wrapped).
         first_layer: global number of the chunk's layer 0.
         adapter: peft's adapter name.
 

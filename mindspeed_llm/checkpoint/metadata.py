@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What an adapter was trained with. The weights are scaled by `alpha / r`; modules by megatron-core's short names."""
+    """What an adapter was trained with. It is scaled by `alpha / r`; modules by megatron-core's short names."""
 
     r: int
     alpha: float

@@ -165,8 +165,8 @@ def check_base(lora: LoraSource, base: TensorSource, base_path: str | Path) -> N
     found = source_hash(base)
     if lora.base.hash != found:
         raise InputError(
-            f"{lora.tensors.path}: trained on the base {lora.base.path} (content {lora.base.hash[:12]}), but {base_path}"
-            f" has content {found[:12]}; give that base"
+            f"{lora.tensors.path}: trained on the base {lora.base.path} (content {lora.base.hash[:12]}), but"
+            f" {base_path} has content {found[:12]}; give that base"
         )
 
 

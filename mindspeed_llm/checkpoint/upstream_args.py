@@ -129,9 +129,8 @@ def config_from_args(args: Any, where: str, dtype: torch.dtype, family_name: str
 
 def family_of_args(known: dict[str, Any], where: str) -> str:
     """The family's name: stored by the second converter; in the layer specification's name for the first."""
-    for key in ("model_type_hf", "model_type"):
-        if isinstance(known.get(key), str):
-            return known[key]
+    if isinstance(known.get("model_type_hf"), str):
+        return known["model_type_hf"]
     spec = known.get("spec")
     if isinstance(spec, list) and spec and isinstance(spec[0], str) and spec[0].endswith("_spec"):
         return spec[0].rpartition(".")[2].removesuffix("_spec")

@@ -130,8 +130,8 @@ class ModelConfig:
 def flatten_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """HF config keys in one spelling: `dtype`, `rope_theta`, `rope_scaling`.
 
-    Transformers 5 writes `dtype` for `torch_dtype` and one `rope_parameters` object for `rope_theta` and `rope_scaling`;
-    a `rope_scaling` of type "default" changes nothing and counts as none.
+    Transformers 5 writes `dtype` for `torch_dtype` and one `rope_parameters` for `rope_theta` and `rope_scaling`; a
+    `rope_scaling` of type "default" changes nothing and counts as none.
     """
     flat = dict(raw)
     flat["dtype"] = raw.get("dtype") or raw.get("torch_dtype")

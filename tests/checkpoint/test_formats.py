@@ -1,5 +1,6 @@
 """HF folders and Megatron checkpoints: recorded references bit for bit, round trips, and damaged input."""
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -15,7 +16,9 @@ from mindspeed_llm.checkpoint.formats.mcore_writer import write_mcore
 from mindspeed_llm.checkpoint.formats.torch_file import materialise, read_torch_file, write_torch_file
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import Metadata
+from mindspeed_llm.checkpoint.upstream_args import config_from_args
 from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.models.config import ModelConfig
 from tests.checkpoint.tiny import make_hf, make_mcore
 from tests.conftest import REPO
 
@@ -66,12 +69,22 @@ def test_rank_files_equal_the_recorded_upstream_ones_bit_for_bit(name: str, gold
             assert {k for k, v in state.items() if v is not None} == {k for k, v in expected.items() if v != "None"}
 
 
-def test_a_recorded_first_converter_namespace_gives_the_config_of_the_hf_folder(golden: Path) -> None:
-    """Enums and dtypes of megatron in the pickled args neither need megatron nor do harm."""
+def test_a_recorded_checkpoint_has_the_config_and_hash_of_its_hf_folder(golden: Path) -> None:
     checkpoint = MegatronCheckpoint(golden / "cases" / "B_qwen3_tied_tp1pp1ep1" / "mg")
     source = HFSource(golden / "_hf" / "qwen3_tied")
     assert checkpoint.config == source.config
     assert content_hash(checkpoint.base()) == content_hash(source)
+
+
+def test_sizes_in_the_first_converters_args_give_the_config_of_the_hf_folder(golden: Path) -> None:
+    """It names no family but its layer specification; enums arrive as inert records."""
+    case = json.loads((golden / "cases" / "B_v1_qwen3_untied_tp1pp2" / "expected.json").read_text())
+    recorded = next(entry["args"] for entry in case["files"].values() if isinstance(entry.get("args"), dict))
+    assert recorded["model_type_hf"] is None
+    config = config_from_args(argparse.Namespace(**recorded), "here", torch.bfloat16)
+    assert config == ModelConfig.from_hf(golden / "_hf" / "qwen3_untied")
+    with pytest.raises(InputError, match="give --model-type-hf"):
+        config_from_args(argparse.Namespace(**{**recorded, "spec": None}), "here", torch.bfloat16)
 
 
 LAYOUTS = [(1, 1, None), (2, 1, None), (1, 2, None), (2, 2, None), (1, 4, None), (2, 2, 1), (1, 2, 1)]

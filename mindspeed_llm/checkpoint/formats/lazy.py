@@ -178,7 +178,7 @@ def assemble(
 
 
 def part_of(read: Callable[[int | None, Ranges | None], torch.Tensor], axis: AxisMap, part: int) -> torch.Tensor:
-    """One part (an HF tensor or a rank's share) of a logical tensor that `read(dim, ranges)` gives; with its padding."""
+    """One part (an HF tensor or a rank's share) of a logical tensor that `read(dim, ranges)` gives, padded."""
     if axis.dim is None:
         return read(None, None)
     own = read(axis.dim, axis.part_ranges(part))

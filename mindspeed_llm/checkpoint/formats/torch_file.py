@@ -21,8 +21,9 @@ from mindspeed_llm.errors import InputError
 DTYPES = {
     name: getattr(torch, name)
     for name in (
-        "float64", "double", "float32", "float", "float16", "half", "bfloat16", "int64", "long", "int32", "int", "int16",
-        "short", "int8", "uint8", "bool", "uint16", "uint32", "uint64", "complex64", "float8_e4m3fn", "float8_e5m2",
+        "float64", "double", "float32", "float", "float16", "half", "bfloat16", "int64", "long", "int32", "int",
+        "int16", "short", "int8", "uint8", "bool", "uint16", "uint32", "uint64", "complex64",
+        "float8_e4m3fn", "float8_e5m2",
     )
     if hasattr(torch, name)
 }  # fmt: skip
@@ -103,7 +104,7 @@ def read_torch_file(path: str | Path) -> Any:
         raise InputError(f"{path}: no such file") from error
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise InputError(
-            f"{path}: not a complete torch zip file ({error}); truncated, or written by torch before 1.6 (save it again)"
+            f"{path}: not a complete torch zip file ({error}); truncated, or written by torch before 1.6 (save again)"
         ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error

@@ -38,7 +38,7 @@ REQUIRED = Required.REQUIRED
 
 
 class HfKey(NamedTuple):
-    """Where a `ModelConfig` field comes from: a key of HF's config.json, and the family's own default in transformers."""
+    """Where a `ModelConfig` field comes from: a key of HF's config.json, and the default in transformers."""
 
     key: str
     default: Any = REQUIRED
