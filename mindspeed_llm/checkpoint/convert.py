@@ -5,6 +5,7 @@
 The source's own layout, sizes and adapter settings are read from its files; flags about them are only checked.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -294,7 +295,8 @@ def to_hf(options: ConvertOptions, job: Job) -> int:
 
     staged(job.final, write)
     if job.final.name == HF_SUBFOLDER and not (job.final.parent / HF_SUBFOLDER_ALIAS).exists():
-        (job.final.parent / HF_SUBFOLDER_ALIAS).symlink_to(HF_SUBFOLDER)
+        with contextlib.suppress(OSError):  # a file system without links: the result itself is complete
+            (job.final.parent / HF_SUBFOLDER_ALIAS).symlink_to(HF_SUBFOLDER)
     return total
 
 
