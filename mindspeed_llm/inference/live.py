@@ -68,7 +68,7 @@ class LiveModel:
         self.last = parallel_state.is_pipeline_last_stage()
 
     def _stage(self, tokens: Tensor, **kwargs: Any) -> Tensor:
-        """Run this stage on what the previous one sends, and send on; -> the last stage's output, else hidden states."""
+        """Run this stage on what the previous one sends and send on; -> its output, on the last stage the logits."""
         if not self.first:
             rows, length = tokens.shape
             hidden = torch.empty(
@@ -111,35 +111,50 @@ class LiveModel:
         return self._from_last(logits)
 
     @torch.no_grad()
-    def log_probabilities(self, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[tuple[float, bool]]:
-        """For each row of tokens, of its last `lengths[i]` tokens: (sum of log-probabilities, all greedily chosen).
+    def log_probabilities(
+        self, rows: Sequence[Sequence[int]], lengths: Sequence[int], finals: Sequence[Sequence[int]]
+    ) -> list[list[tuple[float, bool]]]:
+        """Score continuations that differ in their last token only.
 
-        Rows are padded on the right to the longest; the causal mask keeps padding out of every real token's sight.
+        Args:
+            rows: tokens of each row without the last one of its continuation.
+            lengths: tokens of each continuation, the last one included.
+            finals: last tokens to score for each row; they share the row's forward pass.
+
+        Returns:
+            For each row and final token (sum of the continuation's log-probabilities, all of it greedily chosen). Rows
+            are padded on the right; the causal mask keeps padding out of every real token's sight.
         """
-        longest = max(len(row) for row in rows) - 1
+        longest = max(len(row) for row in rows)
         tokens = torch.zeros(len(rows), longest, dtype=torch.long)
         labels = torch.full((len(rows), longest), IGNORE)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            tokens[i, : len(row) - 1] = torch.tensor(row[:-1])
-            labels[i, len(row) - 1 - length : len(row) - 1] = torch.tensor(row[-length:])
-        tokens, labels = tokens.to(self.device), labels.to(self.device)
+            tokens[i, : len(row)] = torch.tensor(row)
+            labels[i, len(row) - length : len(row) - 1] = torch.tensor(row[len(row) - length + 1 :], dtype=torch.long)
+            labels[i, len(row) - 1] = 0  # where the final token is predicted; its own labels are `finals`
         self.chunk.answers_logits = True
         try:
-            logits = self._stage(tokens, labels=labels)
+            logits = self._stage(tokens.to(self.device), labels=labels.to(self.device))
         finally:
             self.chunk.answers_logits = False
-        result = torch.zeros(len(rows), 2, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        result = result.to(self.device)
+        widest = max(len(final) for final in finals)
+        result = torch.zeros(len(rows), widest, 2, dtype=torch.float32, device=self.device)
         if self.last:
-            flat = labels.transpose(0, 1).reshape(-1)
-            chosen = (flat != IGNORE).nonzero().squeeze(1)
-            targets, owner = flat[chosen], chosen % len(rows)
             scores = torch.log_softmax(logits.float(), -1)
-            values = scores.gather(1, targets.unsqueeze(1)).squeeze(1)
-            misses = (scores.argmax(-1) != targets).to(result.dtype)
-            result[:, 0].index_add_(0, owner, values.to(result.dtype))
-            result[:, 1].index_add_(0, owner, misses)
-        return [(total, missed == 0) for total, missed in self._from_last(result).tolist()]
+            owner = (labels.transpose(0, 1).reshape(-1) != IGNORE).nonzero().squeeze(1) % len(rows)
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                own = scores[owner.to(scores.device) == i]  # [length, v], in the order of positions
+                shared = torch.tensor(list(row[len(row) - length + 1 :]), dtype=torch.long, device=own.device)
+                before = own[:-1].gather(1, shared.unsqueeze(1)).sum()
+                greedy = bool((own[:-1].argmax(-1) == shared).all())
+                for j, final in enumerate(finals[i]):
+                    result[i, j, 0] = before + own[-1, final]
+                    result[i, j, 1] = float(greedy and int(own[-1].argmax()) == final)
+        values = self._from_last(result).tolist()
+        return [
+            [(total, chosen == 1.0) for total, chosen in row[: len(final)]]
+            for row, final in zip(values, finals, strict=True)
+        ]
 
 
 def live_dtype(options: LiveProgram, sources: Sources) -> torch.dtype:
