@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Sets the environment up and runs the whole test-suite, lint included.
+set -euo pipefail
+
+if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
+    cat <<'HELP'
+usage: bash run_tests.sh [pytest arguments]
+
+Makes or reuses .venv (see scripts/setup_env.sh --help) and runs pytest; ruff and shellcheck run as tests.
+
+  bash run_tests.sh                            everything
+  bash run_tests.sh -m "not distributed"       without the tests that start several processes
+  bash run_tests.sh tests/contract             one folder
+HELP
+    exit 0
+fi
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+bash "$ROOT/scripts/setup_env.sh"
+cd "$ROOT"
+exec .venv/bin/python -m pytest "$@"
