@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
         scores = {}
         for task, configs in zip(wanted.task, tasks, strict=True):
             began = time.perf_counter()
-            scores[task] = score(live, configs, wanted.max_eval_samples)
-            scores[task]["seconds"] = round(time.perf_counter() - began, 2)
+            found = score(live, configs, wanted.max_eval_samples)
+            scores[task] = {**(found or {}), "seconds": round(time.perf_counter() - began, 2)}
     finally:
         parallel.disconnect()
     if int(os.environ.get("RANK", 0)) == 0:
@@ -73,8 +73,8 @@ def prepare_offline() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def score(live: Any, configs: list[dict[str, Any]], limit: int | None) -> dict[str, Any]:
-    """Run one benchmark; -> {"subjects": {name: {n, correct, acc, stderr}}, "total": the same}.
+def score(live: Any, configs: list[dict[str, Any]], limit: int | None) -> dict[str, Any] | None:
+    """Run one benchmark; -> {"subjects": {name: {n, correct, acc, stderr}}, "total": the same}, None behind rank 0.
 
     Standard errors are those of a mean of n right-or-wrong answers, sqrt(p (1 - p) / (n - 1)), as lm-eval computes.
     """
@@ -83,6 +83,8 @@ def score(live: Any, configs: list[dict[str, Any]], limit: int | None) -> dict[s
 
     tasks = [ConfigurableTask(config=dict(config)) for config in configs]
     found = simple_evaluate(live, tasks=tasks, limit=limit, log_samples=False, bootstrap_iters=0, verbosity="ERROR")
+    if found is None:  # lm-eval hands its results to rank 0 alone
+        return None
     subjects = {}
     for config in configs:
         result = found["results"][config["task"]]
