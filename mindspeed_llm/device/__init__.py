@@ -11,11 +11,7 @@ from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, lookup
 
 ENVIRONMENT_VARIABLE = "MINDSPEED_LLM_DEVICE"
-MODULES = {
-    "cpu": "mindspeed_llm.device.cpu",
-    "cuda": "mindspeed_llm.device.cuda",
-    "npu": "mindspeed_llm.device.npu",
-}
+MODULES = {"cpu": "mindspeed_llm.device.cpu", "cuda": "mindspeed_llm.device.cuda", "npu": "mindspeed_llm.device.npu"}
 
 _selected: dict[str, Device] = {}
 

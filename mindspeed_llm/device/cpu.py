@@ -21,6 +21,7 @@ WORDS = {
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
 
+
 def available() -> bool:
     """Always."""
     return True

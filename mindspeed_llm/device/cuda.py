@@ -7,6 +7,7 @@ from mindspeed_llm.device.base import PLAIN_TORCH, Device
 
 MISSING = "torch sees no CUDA GPU (torch.cuda.is_available() is False)"
 
+
 def available() -> bool:
     """Whether torch sees a CUDA GPU."""
     return torch.cuda.is_available()

@@ -11,6 +11,7 @@ from mindspeed_llm.errors import InputError
 
 MISSING = "torch_npu is not installed, or it sees no Ascend NPU (is CANN's set_env.sh sourced?)"
 
+
 def available() -> bool:
     """Whether torch_npu is installed and sees a card."""
     if find_spec("torch_npu") is None:
