@@ -56,6 +56,6 @@ python convert_ckpt.py --load-model-type hf --save-model-type mg \\
         None, help="Checked against the adapter: the layers it adapts.", choices=TARGET_MODULES
     )
     hf_cfg_dir: str | None = option(
-        None, help="Folder that gives an hf result its config, tokenizer and chat template; left out, the recorded base."
+        None, help="Folder that gives an hf result its config, tokenizer and chat template; left out, the base's."
     )
     overwrite: bool = option(False, help="Replace an existing result.")

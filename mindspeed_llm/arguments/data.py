@@ -11,7 +11,7 @@ class DataOptions:
     """Data."""
 
     data_path: list[str] = option(
-        [], help="Prefix of the preprocessed files, without _packed_...; several prefixes are joined."
+        [], help="Prefix of the preprocessed files, without _packed_...; several prefixes are joined.", nargs="*"
     )
     split: str = option("100,0,0", help="Shares of the rows for training, validation and test.", unit="parts")
     seq_length: int = option(4096, help="Longest row; longer ones are cut (and counted).", unit="tokens")

@@ -41,7 +41,9 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
         None, help='Columns of the rows as JSON, e.g. {"prompt":"question","response":"answer","history":"history"}.'
     )
     tokenizer_type: str = option("PretrainedFromHF", help="Kind of tokenizer.", choices=TOKENIZER_TYPES)
-    seq_length: int | None = option(None, help="Longest row; longer ones are cut. Left out, rows keep their length.", unit="tokens")
+    seq_length: int | None = option(
+        None, help="Longest row; longer ones are cut. Left out, rows keep their length.", unit="tokens"
+    )
     append_eod: bool = option(False, help="Add the end-of-document token after each row.")
     pack: bool = option(False, help="Join rows into sequences of --seq-length.")
     neat_pack: bool = option(False, help="With --pack: number the joined rows in the attention mask.")

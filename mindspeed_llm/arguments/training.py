@@ -61,7 +61,7 @@ class TrainingOptions:
         if self.bf16 and self.fp32:
             raise UsageError("--bf16 and --fp32 contradict each other; give one of the two")
         if self.train_iters is not None and self.epochs is not None:
-            raise UsageError(f"--train-iters {self.train_iters} and --epochs {self.epochs} both set the length; give one")
+            raise UsageError(f"--train-iters {self.train_iters} and --epochs {self.epochs} both set the length")
         for name in ("micro_batch_size", "global_batch_size", "train_iters", "epochs", "recompute_num_layers"):
             value = getattr(self, name)
             if value is not None and value < 1:

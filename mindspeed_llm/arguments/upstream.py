@@ -123,7 +123,7 @@ REFUSED: dict[str, str] = {
     "reset_attention_mask": "training on packed rows is not supported yet; preprocess without --pack",
     "reset_position_ids": "training on packed rows is not supported yet; preprocess without --pack",
     "padded_samples": "samples are never padded to fill an epoch: epochs are joined instead",
-    "full_shuffle_instruction_dataset": "rows are shuffled anew in each epoch by --seed; use --no-shuffle to keep order",
+    "full_shuffle_instruction_dataset": "each epoch is shuffled anew by --seed; use --no-shuffle to keep the order",
     "is_pairwise_dataset": "preference training is not supported yet; --stage sft reads instruction data",
     "enable_hf2mg_convert": "--load reads an HF folder directly, at any layout; leave the flag out",
     "enable_mg2hf_convert": "export with convert_ckpt.py --load-model-type mg --save-model-type hf",

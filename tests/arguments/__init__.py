@@ -1,0 +1,1 @@
+"""Tests of the option schema and of the command lines made from it."""
