@@ -67,6 +67,11 @@ make_venv() {
         rm -rf "$VENV"
         fail "$python cannot make a virtual environment (on Debian and Ubuntu: install python3-venv)"
     }
+    # A torch inside an activated virtual environment is not among the system's packages: name its folder.
+    if ((${#options[@]})); then
+        "$python" -c 'import os, sys, torch; sys.prefix != sys.base_prefix and print(os.path.dirname(torch.__path__[0]))' \
+            >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_environment.pth"
+    fi
 }
 
 # The exact versions of what must not be replaced, as pip constraints; empty when there is no torch yet.
