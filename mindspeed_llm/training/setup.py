@@ -141,6 +141,11 @@ def open_data(options: PosttrainOptions, start: Start) -> tuple[IndexedDataset, 
     if not options.data.data_path:
         raise UsageError("--data-path is missing: the --output-prefix given to preprocess_data.py")
     dataset = IndexedDataset(options.data.data_path)
+    if dataset.neat_packed:
+        raise InputError(
+            f"--data-path {' '.join(options.data.data_path)}: the rows are packed with --neat-pack and must not see each "
+            "other, which training does not support yet; preprocess again with --pack or without packing"
+        )
     folder = tokenizer_folder(options.tokenizer, start.base)
     tokenizer = load_tokenizer(folder) if folder else None
     if tokenizer is not None:

@@ -1,7 +1,7 @@
 """Where a run starts: which base, which adapter, from scratch or resumed; decided before anything is built."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindspeed_llm.arguments.programs import PosttrainOptions
@@ -12,6 +12,7 @@ from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.config import settings_from_options
 
 ITERATION = re.compile(r"^iter_(\d{7,})$")
+LEFTOVER = re.compile(r"^\.iter_\d{7,}\.(partial|old)$")  # of a save that was killed
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,20 @@ def _checked_save(options: PosttrainOptions, start: Start, saved: list[Path]) ->
     if path.exists() and not path.is_dir():
         raise InputError(f"--save {path} is a file, expected a folder")
     if start.resume is not None and start.resume.folder.parent.resolve() == path.resolve():
-        return start
-    if path.is_dir() and any(path.iterdir()):
+        later = tuple(old for old in saved if old.name > start.resume.folder.name)
+        if later and not options.checkpoint.overwrite:
+            raise InputError(
+                f"--save {path} holds {later[-1].name}, which is later than {start.resume.folder.name} that the run "
+                "continues; remove the later ones with --overwrite, or choose another folder"
+            )
+        return replace(start, stale=later)
+    if options.checkpoint.auto_resume and not saved:
+        return start  # stopped before its first checkpoint: there is nothing that could be mixed up
+    if path.is_dir() and any(not LEFTOVER.match(entry.name) for entry in path.iterdir()):
         if not options.checkpoint.overwrite:
             raise InputError(
                 f"--save {path} is not empty; continue its run with --auto-resume, replace it with --overwrite, or "
                 "choose another folder"
             )
-        return Start(start.base, start.base_path, start.adapter, start.settings, start.resume, tuple(saved))
+        return replace(start, stale=tuple(saved))
     return start
