@@ -207,7 +207,10 @@ LORA = ("--lora-r", 3, "--lora-alpha", 6, "--lora-target-modules", "linear_qkv",
 
 
 def training(save: Path, *more: Any, lora: bool = True, steps: int | None = 6) -> list[Any]:
-    """A command line of posttrain_gpt.py on the tiny model and data: fp32, 2 x 2 rows a step, warm-up and cosine."""
+    """A command line of posttrain_gpt.py on the tiny model and data: fp32, 2 x 2 rows a step, warm-up and cosine.
+
+    `more` comes last; a flag in it replaces a default, and one followed by None is left out.
+    """
     words: list[Any] = ["--stage", "sft", "--save", save, "--log-dir", save.parent / f"{save.name}_logs"]
     defaults = {
         "--load": hf_model(),
@@ -225,7 +228,8 @@ def training(save: Path, *more: Any, lora: bool = True, steps: int | None = 6) -
     if steps is not None:
         words += ["--train-iters", steps]
     words += ["--no-pad-to-seq-lengths", *(LORA if lora else ()), *more]
-    return [word for word in words if word is not None]
+    left_out = {n for n, word in enumerate(words) if word is None}
+    return [word for n, word in enumerate(words) if not {n, n + 1} & left_out]
 
 
 def records(save: Path) -> list[dict[str, Any]]:

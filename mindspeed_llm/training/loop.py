@@ -37,7 +37,8 @@ class StopRequest:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # None: installed by foreign code outside Python, which the default stands in for
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank."""
