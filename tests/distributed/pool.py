@@ -1,24 +1,33 @@
 """Process pools for tests: real processes over gloo, started once per world size, one task after another.
 
-A task is a module-level function `task(rank, **arguments)`; every process runs it and returns its result. When one
-fails, the error carries every process's traceback.
+A task is a module-level function `task(rank, **arguments)`; every process runs it and returns its result. A task named
+by its address ("package.module:function") is imported in the processes alone, after they have chosen their device, so
+that pytest's own process need not import megatron-core. When one process fails, the error carries every process's
+traceback, also those of processes that wait for the failed one.
 """
 
-import functools
+import atexit
+import faulthandler
+import importlib
 import multiprocessing
 import os
+import signal
 import socket
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
-TIMEOUT = 240  # seconds a task may take
+TIMEOUT = 240.0  # seconds a task may take
+GRACE = 5.0  # seconds the other processes get to answer once one has failed
+
+Task = Callable[..., Any] | str
 
 
-def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
-    """One process: join the group, then run tasks until the pipe closes."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), MINDSPEED_LLM_DEVICE="cpu", OMP_NUM_THREADS="1")
+def join_group(rank: int) -> None:
+    """Become one process of a job on CPUs: one thread, device chosen, default process group joined."""
     import torch
 
     from mindspeed_llm import device
@@ -28,69 +37,147 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     from mindspeed_llm.models import parallel
 
     parallel.connect(chosen)
-    while True:
-        try:
-            task, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            answer = (True, task(rank, **arguments))
-        except BaseException:
-            answer = (False, traceback.format_exc())
-        pipe.send(answer)
+
+
+def _resolve(task: Task) -> Callable[..., Any]:
+    """The task itself, or the one at "package.module:function"."""
+    if not isinstance(task, str):
+        return task
+    module, _, name = task.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _serve(rank: int, environment: dict[str, str], stacks: str, pipe: Any, prepare: Callable[[int], None]) -> None:
+    """One process: prepare, then run tasks until the pipe closes."""
+    os.environ.update(environment)
+    with open(stacks, "w", encoding="utf-8") as dump:
+        faulthandler.register(signal.SIGUSR1, file=dump, all_threads=False)
+        prepare(rank)
+        while True:
+            try:
+                task, arguments = pipe.recv()
+            except EOFError:
+                return
+            try:
+                answer = (True, _resolve(task)(rank, **arguments))
+            except BaseException:
+                answer = (False, traceback.format_exc())
+            pipe.send(answer)
 
 
 class Pool:
-    """`size` processes that share one default process group."""
+    """`size` processes that share one default process group.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        size: number of processes.
+        prepare: what each does first; the default joins them over gloo.
+    """
+
+    def __init__(self, size: int, prepare: Callable[[int], None] = join_group) -> None:
         self.size = size
+        self.folder = tempfile.TemporaryDirectory(prefix="pool-")
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.pipes, self.processes = [], []
         for rank in range(size):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "MINDSPEED_LLM_DEVICE": "cpu",
+                "OMP_NUM_THREADS": "1",
+            }
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            arguments = (rank, environment, self._stacks(rank), theirs, prepare)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, task: Callable[..., Any], **arguments: Any) -> list[Any]:
+    def _stacks(self, rank: int) -> str:
+        return os.path.join(self.folder.name, f"rank{rank}")
+
+    def run(self, task: Task, timeout: float = TIMEOUT, **arguments: Any) -> list[Any]:
         """Run `task(rank, **arguments)` on every process; -> results by rank.
 
+        Args:
+            task: a function, or its address "package.module:function".
+            timeout: seconds it may take.
+
         Raises:
-            AssertionError: a process failed, died or hung; the message holds every traceback.
+            AssertionError: a process failed, died or hung; the message holds every traceback. The pool is closed.
         """
         for pipe in self.pipes:
-            pipe.send((task, arguments))
-        answers, failures = [], []
-        for rank, pipe in enumerate(self.pipes):
             try:
-                done = pipe.poll(30 if failures else TIMEOUT)
-                answer = pipe.recv() if done else (False, f"no answer after {TIMEOUT} s")
-            except (EOFError, ConnectionError):
-                answer = (False, f"the process died with exit code {self.processes[rank].exitcode}")
-            answers.append(answer)
-            if not answer[0]:
-                failures.append(f"--- rank {rank} ---\n{answer[1]}")
+                pipe.send((task, arguments))
+            except ConnectionError:  # a dead process is reported below, with its exit code
+                continue
+        answers = self._collect(timeout)
+        failures = [f"--- rank {rank} ---\n{text}" for rank, (good, text) in sorted(answers.items()) if not good]
         if failures:
             self.close()
-            raise AssertionError(f"{task.__name__} failed on {self.size} processes\n" + "\n".join(failures))
-        return [value for _, value in answers]
+            name = task if isinstance(task, str) else task.__name__
+            raise AssertionError(f"{name} failed on {self.size} processes\n" + "\n".join(failures))
+        return [answers[rank][1] for rank in range(self.size)]
+
+    def _collect(self, timeout: float) -> dict[int, tuple[bool, Any]]:
+        """Rank -> (succeeded, result or traceback), waiting no longer than GRACE after the first failure."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + timeout
+        while len(answers) < self.size:
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
+            ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
+            if not ready:
+                for rank in waiting.values():
+                    answers[rank] = (False, f"no answer; it is at\n{self._where(rank)}")
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    answers[rank] = pipe.recv()
+                except (EOFError, ConnectionError):
+                    self.processes[rank].join(GRACE)
+                    answers[rank] = (False, f"the process died with exit code {self.processes[rank].exitcode}")
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return answers
+
+    def _where(self, rank: int) -> str:
+        """The stack of a process that does not answer."""
+        os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        with open(self._stacks(rank), encoding="utf-8") as dump:
+            return dump.read()
 
     def close(self) -> None:
         """End the processes; the next `pool(size)` starts fresh ones."""
         for process in self.processes:
             process.kill()
             process.join()
-        if pool.cache_info().currsize:
-            pool.cache_clear()
+        for pipe in self.pipes:
+            pipe.close()
+        self.folder.cleanup()
+        if _pools.get(self.size) is self:
+            del _pools[self.size]
 
 
-@functools.cache
+_pools: dict[int, Pool] = {}
+
+
 def pool(size: int) -> Pool:
     """The pool of `size` processes, started on first use and kept until the tests end."""
-    return Pool(size)
+    if size not in _pools:
+        _pools[size] = Pool(size)
+    return _pools[size]
+
+
+@atexit.register
+def close_pools() -> None:
+    """End every pool; runs by itself when the tests' process ends."""
+    for one in list(_pools.values()):
+        one.close()

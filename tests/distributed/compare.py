@@ -1,0 +1,90 @@
+"""From every rank's shares to whole tensors, and the one comparison every layout has to pass."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy
+
+from tests.distributed.cases import SIZES, Arrays, Case
+from tests.distributed.pool import pool
+from tests.distributed.reference import Reference, reference
+from tests.distributed.worker_result import Result
+
+TOLERANCE = 1e-5  # of the largest value of a tensor, fp32
+LATER_TOLERANCE = 5e-5  # of norms once Adam, which divides by the root of a gradient's square, has magnified rounding
+
+
+def reference_of(case: Case) -> Reference:
+    """The truth for a case: the layout does not change it."""
+    return reference(case.tied, case.lora, case.ragged, case.per_token)
+
+
+@cache
+def results(case: Case) -> tuple[Result, ...]:
+    """Every rank's report of a case, run once."""
+    truth = reference_of(case)
+    arguments = {"case": case, "folder": truth.folder, "adapter": truth.adapter, "steps": truth.steps}
+    return tuple(pool(case.world).run("tests.distributed.worker:train", **arguments))
+
+
+def assert_close(found: numpy.ndarray, expected: numpy.ndarray, name: str, tolerance: float = TOLERANCE) -> None:
+    """max|a - b| <= tolerance max|b|, and no nan."""
+    assert found.shape == expected.shape, f"{name}: {found.shape}, expected {expected.shape}"
+    worst = numpy.abs(found.astype(numpy.float64) - expected).max() / numpy.abs(expected).max()
+    assert worst <= tolerance, f"{name}: differs by {worst:.2e} of its largest value"
+
+
+def whole(name: str, shares: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    """The tensor that TP ranks share.
+
+    Shares of columns (qkv, gate and up, vocabulary) lie in rows and those of rows (proj, fc2) in columns; of an
+    adapter's factors only the one on the split side is split. What is not split is the same, bit for bit, on all.
+    """
+    replicated_factor = ".lora_A." if any(part in name for part in ("linear_qkv", "linear_fc1")) else ".lora_B."
+    if "norm" in name or replicated_factor in name:
+        for share in shares[1:]:
+            assert numpy.array_equal(share, shares[0]), f"{name}: replicas differ over TP"
+        return shares[0]
+    if "linear_fc1" in name:
+        halves = [numpy.split(share, 2) for share in shares]
+        return numpy.concatenate([half[i] for i in (0, 1) for half in halves])
+    if "linear_proj" in name or "linear_fc2" in name:
+        return numpy.concatenate(shares, axis=1)
+    joined = numpy.concatenate(shares)
+    return joined[: SIZES.vocab] if "embedding" in name or "output_layer" in name else joined
+
+
+def gathered(reports: Sequence[Result], what: str, case: Case) -> Arrays:
+    """All ranks' `gradients` or `trained` as whole tensors; every replica must agree bit for bit."""
+    held: dict[str, dict[int, numpy.ndarray]] = {}
+    for report in reports:
+        for name, value in getattr(report, what).items():
+            known = held.setdefault(name, {}).setdefault(report.tp, value)
+            assert numpy.array_equal(known, value), f"{what} {name}: replicas differ over DP or PP"
+    joined = {}
+    for name, shares in held.items():
+        assert sorted(shares) == list(range(case.tensor)), f"{name}: shares of TP ranks {sorted(shares)} only"
+        joined[name] = whole(name, [shares[rank] for rank in range(case.tensor)])
+    if case.tied and case.pipeline > 1 and not case.lora:  # the last stage's copy of a tied embedding
+        copy = joined.pop("output_layer.weight")
+        assert numpy.array_equal(copy, joined["embedding.word_embeddings.weight"]), f"{what}: tied copies differ"
+    return joined
+
+
+def assert_exact(case: Case, reports: Sequence[Result]) -> None:
+    """Logits, losses, norms and every gradient equal the reference's."""
+    truth = reference_of(case)
+    last = [report for report in reports if report.pp == case.pipeline - 1]
+    for report in last:
+        expected = truth.logits[report.dp :: case.replicas]
+        assert len(report.logits) == len(expected), f"{len(report.logits)} micro-batches of logits"
+        for number, (found, value) in enumerate(zip(report.logits, expected, strict=True)):
+            assert_close(found, value, f"logits of micro-batch {number}")
+    gradients = gathered(reports, "gradients", case)
+    assert set(gradients) == set(truth.gradients), set(gradients) ^ set(truth.gradients)
+    for name, value in truth.gradients.items():
+        assert_close(gradients[name], value, f"gradient of {name}")
+    for report in reports:
+        assert_close(numpy.array(report.losses), numpy.array(truth.losses), "losses")
+        assert_close(numpy.array(report.norms[:1]), numpy.array(truth.norms[:1]), "first gradient norm")
+        assert_close(numpy.array(report.norms), numpy.array(truth.norms), "gradient norms", LATER_TOLERANCE)

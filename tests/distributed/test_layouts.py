@@ -1,0 +1,129 @@
+"""Every layout computes what transformers, peft and torch's AdamW compute, at the cost it should have."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.cases import Case
+from tests.distributed.collectives import totals
+from tests.distributed.compare import assert_exact, gathered, reference_of, results
+from tests.distributed.expected import collectives, parameter_bytes
+from tests.distributed.reference import IGNORE
+
+SP = {"tensor": 2, "sequence_parallel": True}
+VPP = {"pipeline": 2, "virtual_layers": 1}
+
+LAYOUTS = (
+    Case(),
+    Case(world=2, tensor=2),
+    Case(world=2, **SP),
+    Case(world=2, pipeline=2),
+    Case(world=2, **VPP),
+    Case(world=2),
+    Case(world=2, distributed_optimizer=True),
+    Case(world=4, pipeline=2, **SP),
+)
+MODULAR = tuple(replace(case, fused=False) for case in LAYOUTS)
+RECOMPUTED = (
+    *(replace(case, recompute="full") for case in LAYOUTS),
+    Case(recompute="selective"),
+    Case(world=2, recompute="selective", **SP),
+    Case(world=4, pipeline=2, recompute="full", fused=False, **SP),
+)
+TIED = (
+    Case(tied=True),
+    Case(world=2, tied=True, **SP),
+    Case(world=2, tied=True, pipeline=2),
+    Case(world=2, tied=True, **VPP),
+    Case(world=4, tied=True, pipeline=2, **SP),
+)
+PADDED = (
+    Case(ragged=False),
+    Case(world=2, ragged=False, **SP),
+    Case(world=2, ragged=False, **VPP),
+    Case(world=2, ragged=False, distributed_optimizer=True),
+    Case(world=4, ragged=False, pipeline=2, **SP),
+)
+PER_TOKEN = (
+    Case(per_token=True),
+    Case(world=2, per_token=True),
+    Case(world=2, per_token=True, distributed_optimizer=True),
+    Case(world=2, per_token=True, pipeline=2),
+    Case(world=4, per_token=True, pipeline=2, **SP),
+)
+COMBINED = (
+    Case(world=2, distributed_optimizer=True, overlap=True),
+    Case(world=4, distributed_optimizer=True, **SP),
+    Case(world=4, pipeline=2, distributed_optimizer=True),
+    Case(world=4, virtual_layers=1, pipeline=2, **SP),
+)
+ADAPTERS = (*LAYOUTS, *MODULAR, *RECOMPUTED, *TIED, *PADDED, *PER_TOKEN, *COMBINED)
+FULL_TUNING = tuple(
+    replace(case, lora=False)
+    for case in (
+        Case(),
+        Case(tied=True),
+        Case(world=2, **SP),
+        Case(world=2, pipeline=2, tied=True),
+        Case(world=2, distributed_optimizer=True),
+        Case(world=4, pipeline=2, tied=True, **SP),
+        Case(world=4, pipeline=2, recompute="full", **SP),
+    )
+)
+every_adapter = pytest.mark.parametrize("case", ADAPTERS, ids=str)
+every_case = pytest.mark.parametrize("case", (*ADAPTERS, *FULL_TUNING), ids=str)
+
+
+@every_case
+def test_logits_losses_and_every_gradient_equal_the_reference(case: Case) -> None:
+    assert_exact(case, results(case))
+
+
+@every_case
+def test_the_bytes_of_parameters_per_rank_follow_from_the_sizes(case: Case) -> None:
+    for report in results(case):
+        assert report.parameter_bytes == parameter_bytes(case, report.pp)
+
+
+@every_adapter
+def test_exactly_the_expected_collectives_are_seen(case: Case) -> None:
+    step = reference_of(case).steps[0]
+    for report in results(case):
+        assert report.collectives == collectives(case, report.pp, report.dp, step)
+
+
+@every_adapter
+def test_frozen_weights_are_bit_identical_after_training(case: Case) -> None:
+    assert [report.frozen_changed for report in results(case)] == [[]] * case.world
+
+
+@every_case
+def test_trained_weights_are_identical_on_all_replicas_and_all_have_moved(case: Case) -> None:
+    trained = gathered(results(case), "trained", case)
+    truth = reference_of(case)
+    assert set(trained) == set(truth.trained)
+    for name, before in truth.adapter.items():
+        assert (trained[name] != before).mean() > 0.9, name
+
+
+@every_case
+def test_every_rank_reports_the_tokens_of_the_global_batch(case: Case) -> None:
+    expected = [sum(int((b["labels"] != IGNORE).sum()) for b in step) for step in reference_of(case).steps]
+    for report in results(case):
+        assert report.tokens == expected
+
+
+@pytest.mark.parametrize("case", [Case(world=2, **SP), Case(world=4, pipeline=2, **SP)], ids=str)
+def test_the_fused_form_communicates_less_than_the_modular_one(case: Case) -> None:
+    fused, modular = (totals(results(replace(case, fused=fused))[0].collectives) for fused in (True, False))
+    assert fused["all_gather", "tp"][0] < modular["all_gather", "tp"][0]
+    assert fused["all_gather", "tp"][1] < modular["all_gather", "tp"][1]
+    assert {k: v for k, v in fused.items() if k[0] != "all_gather"} == {
+        k: v for k, v in modular.items() if k[0] != "all_gather"
+    }
+
+
+def test_data_parallel_ranks_see_different_numbers_of_tokens() -> None:
+    step = reference_of(Case()).steps[0]
+    counts = [sum(int((b["labels"] != IGNORE).sum()) for b in step[rank::2]) for rank in (0, 1)]
+    assert counts[0] != counts[1]

@@ -1,0 +1,241 @@
+"""What the processes of a pool run: one layout, built, measured, trained and reported. Imports megatron-core."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy
+import torch
+from megatron.core import parallel_state as groups
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from mindspeed_llm import device
+from mindspeed_llm.arguments.optimizer import OptimizerOptions
+from mindspeed_llm.checkpoint.formats.lazy import narrow
+from mindspeed_llm.checkpoint.live import load_live
+from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.checkpoint.open import open_base
+from mindspeed_llm.checkpoint.tables import WeightTable, logical_name
+from mindspeed_llm.lora import fused
+from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
+from mindspeed_llm.lora.layers import lora_layers
+from mindspeed_llm.models import gpt, parallel
+from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
+from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.training.engine import Engine, create_engine, run_microbatches, train_step
+from mindspeed_llm.training.optimizer_state import export_gradients
+from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays, Case
+from tests.distributed.collectives import Collectives
+from tests.distributed.worker_result import Result
+
+TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+RECOMPUTE = {
+    None: {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+class Factors:
+    """LoRA factors in memory as the package reads them from a checkpoint (`TensorSource`)."""
+
+    path = "memory"
+
+    def __init__(self, config: ModelConfig, values: Arrays) -> None:
+        self.config, self.table = config, WeightTable(config)
+        self.values = {name: torch.from_numpy(value) for name, value in values.items()}
+
+    def names(self) -> list[str]:
+        return list(self.values)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.values[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.values[name].dtype
+
+    def read(self, name: str, dim: int | None = None, ranges: Any = None) -> Tensor:
+        return narrow(self.values[name], dim, ranges)
+
+
+def forget_sequence_parallel_mark(chunk: CausalLM) -> None:
+    """Planted fault: the replicated factors are not known to see local tokens only."""
+    for parameter in chunk.parameters():
+        if parameter.requires_grad:
+            parameter.sequence_parallel = False
+
+
+def swap_gate_and_up(chunk: CausalLM) -> None:
+    """Planted fault: up where gate belongs, in the loaded base weights."""
+    for name, parameter in chunk.named_parameters():
+        if "linear_fc1" in name and "lora" not in name:
+            parameter.data.copy_(torch.cat(parameter.data.chunk(2)[::-1]))
+
+
+def nothing_pending(x: Tensor, group: Any) -> Any:
+    """Planted fault: the sum over ranks is skipped."""
+    return mock.Mock(wait=lambda: x)
+
+
+def slice_pending(x: Tensor, group: Any) -> Any:
+    """Planted fault: each rank keeps its slice of its own partial sums."""
+    return mock.Mock(wait=lambda: x.chunk(group.size())[group.rank()].contiguous())
+
+
+CHUNK_FAULTS: dict[str, Callable[[CausalLM], None]] = {
+    "no-sequence-parallel-mark": forget_sequence_parallel_mark,
+    "gate-and-up-swapped": swap_gate_and_up,
+}
+FUSED_FAULTS = {
+    "all-reduce-skipped": ("_all_reduce", nothing_pending),
+    "reduce-scatter-skipped": ("_reduce_scatter", slice_pending),
+}
+SYNC_FAULT = "gradient-sync-skipped"
+
+
+def start(case: Case) -> device.Device:
+    """megatron-core's groups for the case."""
+    chosen = device.select("cpu")
+    virtual = engine_options(case).virtual_stages(SIZES.layers)
+    parallel.start(chosen, case.tensor, case.pipeline, virtual)
+    return chosen
+
+
+def engine_options(case: Case) -> gpt.EngineOptions:
+    """The case as the package names it."""
+    return gpt.EngineOptions(
+        tensor=case.tensor,
+        pipeline=case.pipeline,
+        layers_per_virtual_stage=case.virtual_layers,
+        sequence_parallel=case.sequence_parallel,
+        variable_seq_lengths=case.ragged,
+        calculate_per_token_loss=case.per_token,
+        **RECOMPUTE[case.recompute],
+    )
+
+
+def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
+    """The loaded engine of this rank, with the case's fault in it."""
+    base = open_base(folder)
+    chunks = gpt.build_chunks(base.config, engine_options(case), device.select("cpu"))
+    rank = groups.get_tensor_model_parallel_rank()
+    for chunk in chunks:
+        load_live(dict(chunk.named_parameters()), base, rank, case.tensor, chunk.first_layer)
+    if case.lora:
+        inject(chunks, LoraSettings(SIZES.rank, SIZES.alpha, TARGETS), case.fused, seed=1)
+        if case.recompute == "full":
+            give_recompute_a_gradient(chunks)
+        source = Factors(base.config, adapter)
+        for chunk in chunks:
+            load_live(dict(chunk.named_parameters()), source, rank, case.tensor, chunk.first_layer)
+    if case.fault in CHUNK_FAULTS:
+        for chunk in chunks:
+            CHUNK_FAULTS[case.fault](chunk)
+    options = OptimizerOptions(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_grad=CLIP)
+    return create_engine(chunks, options, case.distributed_optimizer, case.overlap, case.overlap)
+
+
+def logical(engine: Engine, trainable: bool | None = None) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by logical name; all, or only the trainable or the frozen ones."""
+    return {
+        logical_name(name, chunk.first_layer): parameter
+        for chunk in engine.chunks
+        for name, parameter in chunk.named_parameters()
+        if trainable is None or parameter.requires_grad == trainable
+    }
+
+
+def share(step: Sequence[Mapping[str, numpy.ndarray]]) -> list[dict[str, Tensor]]:
+    """This DP rank's micro-batches: every D-th."""
+    mine = step[groups.get_data_parallel_rank() :: groups.get_data_parallel_world_size()]
+    return [{key: torch.from_numpy(value) for key, value in batch.items()} for batch in mine]
+
+
+def real_logits(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> list[numpy.ndarray]:
+    """Logits [m, v] of every micro-batch's real positions, on the last stage; through the pipeline's own schedule."""
+
+    def step(iterator: Any, model: Any) -> Any:
+        batch = next(iterator)
+        labels = torch.where(batch["real"], 0, IGNORE)
+        return model(batch["tokens"], None, None, labels=labels), lambda out, **kwargs: out
+
+    models = engine.wrapped
+    for chunk in engine.chunks:
+        chunk.answers_logits = True
+    rows, length = batches[0]["tokens"].shape
+    found = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(batches) for _ in models] if len(models) > 1 else iter(batches),
+        model=models if len(models) > 1 else models[0],
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    for chunk in engine.chunks:
+        chunk.answers_logits = False
+    return [logits.numpy() for logits in found]
+
+
+def process_groups() -> dict[str, Any]:
+    """Short names of the groups a step may talk in."""
+    return {
+        "tp": groups.get_tensor_model_parallel_group(),
+        "pp": groups.get_pipeline_model_parallel_group(),
+        "dp": groups.get_data_parallel_group(with_context_parallel=True),
+        "embedding": groups.get_embedding_group(check_initialized=False),
+    }
+
+
+def arrays(tensors: Mapping[str, Tensor]) -> Arrays:
+    """Copies that outlive this task."""
+    return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
+
+
+def train(rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[Any]) -> Result:
+    """Build the case's layout, measure its first global batch, train on all of them; the groups are destroyed."""
+    start(case)
+    try:
+        with ExitStack() as broken:
+            if case.fault in FUSED_FAULTS:
+                broken.enter_context(mock.patch.object(fused, *FUSED_FAULTS[case.fault]))
+            engine = build(case, folder, adapter)
+            if case.fault == SYNC_FAULT:
+                for chunk in engine.wrapped:
+                    chunk.finish_grad_sync = lambda **kwargs: None
+            return measure(engine, steps)
+    finally:
+        parallel.stop()
+
+
+def measure(engine: Engine, steps: Sequence[Any]) -> Result:
+    """Logits, gradients and collectives of the first global batch, then every step's loss and what it changed."""
+    result = Result(
+        groups.get_tensor_model_parallel_rank(),
+        groups.get_pipeline_model_parallel_rank(),
+        groups.get_data_parallel_rank(),
+    )
+    parameters = {id(p): p for chunk in engine.chunks for p in chunk.parameters()}
+    result.parameter_bytes = sum(p.nbytes for p in parameters.values())
+    frozen = {name: p.detach().clone() for name, p in logical(engine, trainable=False).items()}
+    with torch.no_grad():
+        result.logits = real_logits(engine, share(steps[0]))
+    for chunk in engine.wrapped:
+        chunk.zero_grad_buffer()
+    with Collectives({k: v for k, v in process_groups().items() if v is not None}) as counted:
+        run_microbatches(engine, share(steps[0]), forward_only=False)
+    result.collectives = counted.seen
+    result.gradients = arrays(export_gradients(engine.optimizer, logical(engine, trainable=True)))
+    for step in steps:
+        done = train_step(engine, share(step))
+        result.losses.append(done.loss)
+        result.norms.append(done.grad_norm)
+        result.tokens.append(done.tokens)
+    result.trained = arrays(logical(engine, trainable=True))
+    now = logical(engine, trainable=False)
+    result.frozen_changed = [name for name, before in frozen.items() if not torch.equal(before, now[name])]
+    return result

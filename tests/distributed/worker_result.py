@@ -1,0 +1,35 @@
+"""What one rank reports of a run; plain data that pytest's process reads without megatron-core."""
+
+from dataclasses import dataclass, field
+
+import numpy
+
+from tests.distributed.cases import Arrays
+from tests.distributed.collectives import Seen
+
+
+@dataclass
+class Result:
+    """What one rank saw; tensors are its own shares, by logical name.
+
+    Attributes:
+        tp, pp, dp: its place.
+        logits: per micro-batch it ran, [m, v]; empty before the last stage.
+        gradients: after the first global batch. trained: after the last step.
+        parameter_bytes: of all its parameters.
+        collectives: of the first global batch, forward and backward.
+        frozen_changed: base weights that training changed.
+    """
+
+    tp: int
+    pp: int
+    dp: int
+    logits: list[numpy.ndarray] = field(default_factory=list)
+    gradients: Arrays = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    trained: Arrays = field(default_factory=dict)
+    parameter_bytes: int = 0
+    collectives: Seen = field(default_factory=Seen)
+    frozen_changed: list[str] = field(default_factory=list)
