@@ -40,7 +40,6 @@ from mindspeed_llm.checkpoint.open import (
 )
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
-from mindspeed_llm.models.families import family
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ITERATION = 1
@@ -91,7 +90,6 @@ def prepare(options: ConvertOptions) -> Job:
     final = result_folder(options, recorded_folders(base, lora))
     config = base.config
     check_architecture_flags(config, options, options.load_dir)
-    check_family(options, config)
     if lora is not None:
         check_base(lora, base, options.load_dir)
     dtype = DTYPES[options.params_dtype] if options.params_dtype else None
@@ -131,16 +129,6 @@ def check_flags(options: ConvertOptions) -> None:
         options.save_model_type,
     ):
         raise UsageError(f"--save-dir is --load-dir ({options.load_dir}); choose another folder")
-
-
-def check_family(options: ConvertOptions, config: ModelConfig) -> None:
-    """`UsageError` when `--model-type-hf` or `--spec` name another family than the model's."""
-    if options.model_type_hf and family(options.model_type_hf).name != config.family:
-        raise UsageError(
-            f"--model-type-hf says {options.model_type_hf}, {options.load_dir} is {config.family}; leave it out"
-        )
-    if options.spec and options.spec[0].rpartition(".")[2] != f"{config.family}_spec":
-        raise UsageError(f"--spec says {options.spec[0]}, {options.load_dir} is {config.family}; leave it out")
 
 
 def open_source(options: ConvertOptions) -> tuple[BaseSource, LoraSource | None]:

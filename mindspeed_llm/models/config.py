@@ -175,6 +175,21 @@ def architecture_values(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def check_family(config: ModelConfig, options: Any, where: str) -> None:
+    """`UsageError` when --model-type-hf or --spec name another family than the model's, or none at all.
+
+    Args:
+        options: any object; an attribute that is missing or None was not given.
+        where: the model's folder.
+    """
+    named = getattr(options, "model_type_hf", None)
+    if named and family_named(named).name != config.family:
+        raise UsageError(f"--model-type-hf says {named}, {where} is {config.family}; leave it out")
+    spec = getattr(options, "spec", None)
+    if spec and spec[0].rpartition(".")[2] != f"{config.family}_spec":
+        raise UsageError(f"--spec says {spec[0]}, {where} is {config.family}; leave it out")
+
+
 def check_architecture_flags(config: ModelConfig, options: Any, where: str = "the model") -> None:
     """Hold the architecture flags that were given against the model; the flags themselves are never used.
 
@@ -186,6 +201,7 @@ def check_architecture_flags(config: ModelConfig, options: Any, where: str = "th
     Raises:
         UsageError: listing every flag that contradicts the model, with both values.
     """
+    check_family(config, options, where)
     wrong = []
     for name, value in architecture_values(config).items():
         given = getattr(options, name, None)
