@@ -40,7 +40,9 @@ class ModuleView(types.ModuleType):
 def _importer(views: Mapping[str, types.ModuleType]) -> Callable[..., Any]:
     """An `__import__` that hands out `views` (keyed by dotted module name) instead of the real modules."""
 
-    def import_with_views(name: str, globals=None, locals=None, fromlist=(), level: int = 0) -> Any:
+    def import_with_views(
+        name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] | None = (), level: int = 0
+    ) -> Any:
         module = builtins.__import__(name, globals, locals, fromlist, level)
         if level:
             return module

@@ -6,13 +6,13 @@ hide the wide collectives (and the other way round). Notation, rows are tokens:
     X  [n, i]  input        A' = (alpha/r) A     ax = X A'^T        G = dY B        dY [n, o]  output gradient
     ||  runs while the asynchronous collective before it is in flight.  AG all-gather, RS reduce-scatter, AR all-reduce
 
-| case      | forward                                         | backward                                                |
-|-----------|-------------------------------------------------|---------------------------------------------------------|
-| single    | Y = X W^T + ax B^T                              | dX = dY W + G A'; dB = dY^T ax; dA = s G^T X            |
-| column    | Y = X W^T + ax B^T                              | AR(G) || dX = dY W + G A';  AR(dX) || dB, dA            |
-| column_sp | AG(X);  Y = gX W^T + gax B^T, gax = gX A'^T     | RS(G) || dX = dY W + G A';  RS(dX) || dB, dA            |
-| row       | AR(ax) || O = X W^T;  AR(O) || rax B^T          | no collective: dX = dY W + G A'; dB = dY^T rax; dA      |
-| row_sp    | RS(ax) || O = X W^T;  RS(O) || rax B^T          | AG(dY) || dB;  G = gdY B;  dX = gdY W + G A';  dA       |
+| case      | forward                                         | backward                                               |
+|-----------|-------------------------------------------------|--------------------------------------------------------|
+| single    | Y = X W^T + ax B^T                              | dX = dY W + G A'; dB = dY^T ax; dA = s G^T X           |
+| column    | Y = X W^T + ax B^T                              | AR(G) || dX = dY W + G A';  AR(dX) || dB, dA           |
+| column_sp | AG(X);  Y = gX W^T + gax B^T, gax = gX A'^T     | RS(G) || dX = dY W + G A';  RS(dX) || dB, dA           |
+| row       | AR(ax) || O = X W^T;  AR(O) || rax B^T          | no collective: dX = dY W + G A'; dB = dY^T rax; dA     |
+| row_sp    | RS(ax) || O = X W^T;  RS(O) || rax B^T          | AG(dY) || dB;  G = gdY B;  dX = gdY W + G A';  dA      |
 
 Against the modular form: column_sp gathers nothing but X, because gax is recomputed from gX (r columns) instead of
 being gathered, and is kept, so the backward pass gathers nothing at all; G A' is added before the sum over ranks, so

@@ -176,8 +176,8 @@ def load_optimizer(engine: Engine, checkpoint: MegatronCheckpoint) -> None:
     stored = checkpoint.first.get("optimizer")
     if not stored:
         raise InputError(
-            f"{checkpoint.folder}: holds no optimizer state (saved with --no-save-optim, or converted); give --finetune "
-            "to start from its weights, or --no-load-optim to go on without"
+            f"{checkpoint.folder}: holds no optimizer state (saved with --no-save-optim, or converted); give "
+            "--finetune to start from its weights, or --no-load-optim to go on without"
         )
     sources = {field: checkpoint.section("optimizer", field) for field in FIELDS}
     tp = parallel_state.get_tensor_model_parallel_world_size()

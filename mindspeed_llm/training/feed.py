@@ -71,8 +71,8 @@ def check_lengths(source: RowSource, options: DataOptions) -> None:
     """
     if options.no_cut_token and (row := first_overlong(source, options.seq_length)) is not None:
         raise InputError(
-            f"{cut_count(source, options.seq_length)} rows are longer than --seq-length {options.seq_length}, first row "
-            f"{row} with {int(source.lengths[row])} tokens, and --no-cut-token forbids to cut; raise --seq-length"
+            f"{cut_count(source, options.seq_length)} rows are longer than --seq-length {options.seq_length}, first "
+            f"row {row} with {int(source.lengths[row])} tokens, and --no-cut-token forbids to cut; raise --seq-length"
         )
 
 

@@ -143,8 +143,8 @@ def open_data(options: PosttrainOptions, start: Start) -> tuple[IndexedDataset, 
     dataset = IndexedDataset(options.data.data_path)
     if dataset.neat_packed:
         raise InputError(
-            f"--data-path {' '.join(options.data.data_path)}: the rows are packed with --neat-pack and must not see each "
-            "other, which training does not support yet; preprocess again with --pack or without packing"
+            f"--data-path {' '.join(options.data.data_path)}: the rows are packed with --neat-pack and must not see "
+            "each other, which training does not support yet; preprocess again with --pack or without packing"
         )
     folder = tokenizer_folder(options.tokenizer, start.base)
     tokenizer = load_tokenizer(folder) if folder else None
@@ -284,9 +284,9 @@ def resume(run: Run) -> None:
     run.progress = checkpointing.load_progress(checkpoint)
     if not options.no_load_optim:
         checkpointing.load_optimizer(run.engine, checkpoint)
-    if not options.no_load_rng and not checkpointing.load_rng(checkpoint, run.metadata.layout, run.device):
-        if run.first_rank:
-            say(f"random state of {checkpoint.folder} belongs to another layout; it is seeded anew")
+    same = options.no_load_rng or checkpointing.load_rng(checkpoint, run.metadata.layout, run.device)
+    if not same and run.first_rank:
+        say(f"random state of {checkpoint.folder} belongs to another layout; it is seeded anew")
     if run.progress.iteration >= run.train_iters:
         raise InputError(
             f"{checkpoint.folder} is at step {run.progress.iteration} of {run.train_iters}: nothing is left to train; "
