@@ -2,7 +2,9 @@
 
 import errno
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -15,13 +17,16 @@ MACHINE_ERRORS = {
     errno.EADDRINUSE, errno.EMFILE,
 }  # fmt: skip
 
+GRACE_SECONDS = 1.0
+"""How long other ranks let rank 0 speak first; a launcher notices a failed process within 0.1 s."""
+
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line's words and exit with its status.
 
     Exit status: 0 done; 1 an input or the machine does not fit; 2 the options are wrong; 130 interrupted. These print
-    one line on standard error; anything else is a defect and keeps its traceback. Under torchrun a wrong command
-    line is reported by rank 0 alone, every other failure by the ranks on which it happens.
+    one line on standard error; anything else is a defect and keeps its traceback. Under torchrun what fails on every
+    rank is reported by rank 0 alone, what fails on some ranks by those.
     """
     try:
         status = main(sys.argv[1:]) or 0
@@ -56,5 +61,12 @@ def _rank() -> int:
 def _say(message: str) -> None:
     """One line on standard error, naming the script and, in a launch of several processes, the rank."""
     script = os.path.basename(sys.argv[0])
-    rank = f" [rank {_rank()}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    print(f"{script}:{rank} error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and _rank() != 0:
+        # Where rank 0 has failed too, most likely by the same error, the launcher ends this process meanwhile.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE_SECONDS)
+    rank = f" [rank {_rank()}]" if launched else ""
+    # One write, so that the lines of several ranks do not run into each other.
+    sys.stderr.write(f"{script}:{rank} error: {' '.join(message.split())}\n")
+    sys.stderr.flush()

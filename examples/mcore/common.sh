@@ -2,7 +2,7 @@
 # What every recipe shares; sourced by the recipes, not run.
 #
 #   run_tool NAME SCRIPT [options]      one process: conversion, data
-#   launch NAME SCRIPT [options]        torchrun: training, generation, evaluation; needs TP and PP
+#   launch NAME SCRIPT [options]        torchrun, through scripts/launch.py: all else; needs TP and PP
 #
 # Both write what is printed to logs/NAME.log as well and keep the command's exit status. Paths stay relative to the
 # folder from which the recipe is called.
@@ -24,6 +24,10 @@ fi
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-1800}"
+# Notes that every process of every run would repeat: optional packages that are not needed, renamed torch functions.
+_quiet="ignore:Apex is not installed:UserWarning,ignore:Transformer Engine and Apex are not installed:UserWarning"
+_quiet="$_quiet,ignore::FutureWarning:torch.distributed.c10d_logger,ignore:full scope is deprecated:UserWarning"
+export PYTHONWARNINGS="${PYTHONWARNINGS:-$_quiet}"
 
 for _set_env in "${ASCEND_SET_ENV:-}" /usr/local/Ascend/cann/set_env.sh /usr/local/Ascend/ascend-toolkit/set_env.sh; do
     if [[ -f "$_set_env" ]]; then
@@ -120,6 +124,6 @@ launch() {
         exit 1
     fi
     [[ "$node_rank" != 0 ]] && name="$name.node$node_rank"
-    _execute "$name" "$PYTHON" -m torch.distributed.run --nproc_per_node "$nproc" --nnodes "$nnodes" \
+    _execute "$name" "$PYTHON" "$REPO/scripts/launch.py" --nproc_per_node "$nproc" --nnodes "$nnodes" \
         --node_rank "$node_rank" --master_addr "$address" --master_port "$port" "$REPO/$script" "$@"
 }

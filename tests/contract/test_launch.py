@@ -1,0 +1,46 @@
+"""The launcher ends as the failing rank ends: its message, its exit status, nothing below it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+PROGRAM = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+print(f"rank {rank} of {os.environ['WORLD_SIZE']}", flush=True)
+if rank == 1:
+    %s
+if %r:
+    time.sleep(60)
+"""
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("action", "waits", "status", "said"),
+    [
+        ("pass", False, 0, ""),
+        ("sys.exit('prog: error: no such file')", True, 1, "prog: error: no such file\n"),
+        ("print('prog: error: bad flag', file=sys.stderr); sys.exit(2)", True, 2, "prog: error: bad flag\n"),
+        (KILL, True, 137, "launch: rank 1 was ended by SIGKILL, often for want of memory\n"),
+    ],
+)
+def test_a_launch_ends_with_the_failing_ranks_line_and_status(
+    tmp_path: Path, action: str, waits: bool, status: int, said: str
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM % (action, waits))
+    launch = [sys.executable, str(REPO / "scripts" / "launch.py"), "--nproc_per_node", "2", "--master_port", "29873"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the recipes set it; torchrun remarks on its absence
+    result = subprocess.run([*launch, str(program)], capture_output=True, text=True, timeout=60, env=environment)
+    assert result.returncode == status
+    assert sorted(result.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+    assert result.stderr == said
