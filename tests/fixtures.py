@@ -7,6 +7,7 @@ that disappears with it.
 import atexit
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -115,6 +116,22 @@ def refused(outcomes: Sequence[Outcome], status: int, *patterns: str) -> str:
     return errors[0]
 
 
+def once(make: Callable[..., Path]) -> Callable[..., Path]:
+    """Make a thing once per set of arguments, however they are given."""
+    signature, made = inspect.signature(make), {}
+
+    @functools.wraps(make)
+    def cached(*args: Any, **kwargs: Any) -> Path:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        key = tuple(bound.arguments.values())
+        if key not in made:
+            made[key] = make(*key)
+        return made[key]
+
+    return cached
+
+
 @functools.cache
 def scratch() -> Path:
     """A folder for this test session."""
@@ -181,13 +198,13 @@ def make_hf(folder: Path, tied: bool = False, dtype: str = "float32", seed: int 
     return folder
 
 
-@functools.cache
+@once
 def hf_model(tied: bool = False, dtype: str = "float32", seed: int = 0) -> Path:
     """The tiny model's HF folder."""
     return make_hf(scratch() / f"hf_{'tied' if tied else 'untied'}_{dtype}_{seed}", tied, dtype, seed)
 
 
-@functools.cache
+@once
 def data(rows: int = 29, longest: int = 24, template: str = "qwen3", extra: tuple[str, ...] = ()) -> Path:
     """A prefix of preprocessed rows of unequal length."""
     prefix = scratch() / "data" / f"rows_{rows}_{longest}_{template}_{len(extra)}"
@@ -230,6 +247,36 @@ def training(save: Path, *more: Any, lora: bool = True, steps: int | None = 6) -
     words += ["--no-pad-to-seq-lengths", *(LORA if lora else ()), *more]
     left_out = {n for n, word in enumerate(words) if word is None}
     return [word for n, word in enumerate(words) if not {n, n + 1} & left_out]
+
+
+@once
+def tuned(size: int = 1, layout: tuple[Any, ...] = (), dtype: str = "float32") -> Path:
+    """A LoRA run of 12 steps on the tiny model: far enough that it answers otherwise than its base."""
+    save = scratch() / f"tuned_{size}_{'_'.join(map(str, layout)).replace('-', '')}_{dtype}"
+    more = ("--load", hf_model(dtype=dtype), *(("--bf16",) if dtype == "bfloat16" else ()))
+    done(launch(size, "posttrain_gpt.py", training(save, *more, *layout, steps=12)))
+    return save
+
+
+@once
+def exported(size: int = 1, layout: tuple[Any, ...] = (), dtype: str = "float32") -> Path:
+    """`tuned` merged into its base and exported as an HF folder by convert_ckpt.py."""
+    adapter = tuned(size, layout, dtype)
+    folder = adapter.with_name(f"{adapter.name}_export")
+    base = mcore_model(1, 1, dtype)
+    argv = ["--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", base, "--lora-load", adapter]
+    done(launch(1, "convert_ckpt.py", [*argv, "--save-dir", folder]))
+    return next(path.parent for path in folder.rglob("config.json"))
+
+
+@once
+def mcore_model(tensor: int, pipeline: int, dtype: str = "float32") -> Path:
+    """The tiny model as a Megatron checkpoint of a layout."""
+    folder = scratch() / f"mcore_{tensor}_{pipeline}_{dtype}"
+    argv = ["--load-model-type", "hf", "--save-model-type", "mg", "--load-dir", hf_model(dtype=dtype)]
+    argv += ["--target-tensor-parallel-size", tensor, "--target-pipeline-parallel-size", pipeline]
+    done(launch(1, "convert_ckpt.py", [*argv, "--save-dir", folder]))
+    return folder
 
 
 def records(save: Path) -> list[dict[str, Any]]:
