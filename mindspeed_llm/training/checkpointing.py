@@ -30,7 +30,7 @@ from mindspeed_llm.checkpoint.upstream_args import upstream_args
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.causal_lm import CausalLM
-from mindspeed_llm.training.engine import Engine
+from mindspeed_llm.training.engine import Engine, finish_parameter_sync
 from mindspeed_llm.training.optimizer_state import FIELDS, export_state, import_state
 
 
@@ -70,6 +70,7 @@ def save(
     """
     staged = StagedDirectory(folder / iteration_folder(progress.iteration))
     first = torch.distributed.get_rank() == 0
+    finish_parameter_sync(engine)
     if first:
         staged.create()
     barrier(device)

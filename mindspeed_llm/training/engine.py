@@ -15,9 +15,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
+from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models.causal_lm import CausalLM
 
 Batch = dict[str, Tensor]
@@ -114,9 +115,35 @@ def create_engine(
     if overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if overlap_param_gather:
-        starts = [chunk.start_param_sync for chunk in wrapped]
-        config.param_sync_func = starts if len(starts) > 1 else starts[0]
+        for chunk in wrapped:
+            await_adapters(chunk)
     return Engine(list(chunks), wrapped, optimizer)
+
+
+def await_adapters(chunk: DistributedDataParallel) -> None:
+    """Let every adapter wait for its factors under `overlap_param_gather`.
+
+    megatron-core finishes the gather of a parameter when the module that holds it is called. An adapter reads its
+    factors without calling the modules that hold them: they would never be gathered, and ranks would drift apart.
+    """
+
+    def finish(layer: nn.Module, args: Any) -> None:
+        for parameter in layer.parameters():
+            if parameter in chunk.param_to_bucket_group:
+                chunk.param_to_bucket_group[parameter].finish_param_sync()
+
+    for layer in lora_layers(chunk):
+        layer.register_forward_pre_hook(finish)
+
+
+def finish_parameter_sync(engine: Engine) -> None:
+    """Give every rank the last step's parameters, which `overlap_param_gather` leaves to the next forward pass.
+
+    To be called before parameters are read by other means than a forward pass: saved, exported, compared. Collective.
+    """
+    for chunk in engine.wrapped:
+        if chunk.use_forward_hook:
+            chunk.start_param_sync(force_sync=True)
 
 
 def sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
