@@ -5,7 +5,7 @@ import, as megatron-core binds some, cannot hide.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = {
     "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
     "_allgather_base_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
     "allgather_into_tensor_coalesced_": "all_gather",
@@ -35,10 +36,10 @@ class Collectives(TorchDispatchMode):
         seen: what was counted.
     """
 
-    def __init__(self, groups: Mapping[str, torch.distributed.ProcessGroup]) -> None:
-        """Args: groups: short name -> process group; operations in others are filed under the group's own name."""
+    def __init__(self, groups: Iterable[tuple[str, torch.distributed.ProcessGroup]]) -> None:
+        """Args: groups: (short name, process group); operations in others are filed under the group's own name."""
         super().__init__()
-        self.names = {group.group_name: name for name, group in groups.items()}
+        self.names = {group.group_name: name for name, group in groups}
         self.seen: Seen = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -91,14 +91,19 @@ def tensor_collectives(case: Case, stage: int, positions: int, labelled: int) ->
 
 
 def pipeline_messages(case: Case, stage: int, positions: int) -> Seen:
-    """Between stages, for one micro-batch: activations forward and their gradients backward, each with its shape."""
+    """Between stages, for one micro-batch: activations forward and their gradients backward, each with its shape.
+
+    Interleaved stages send both ways at a time, so between two stages megatron-core takes the group of all processes
+    for what the odd one sends.
+    """
     wide = FLOAT * positions * SIZES.hidden // (case.tensor if case.sequence_parallel else 1)
     chunks = case.pipeline * (2 if case.virtual_layers else 1)
     own = range(stage, chunks, case.pipeline)
     outgoing = sum(chunk < chunks - 1 for chunk in own) + sum(chunk > 0 for chunk in own)
     seen: Seen = Counter()
     for kind in ("send", "recv"):  # what goes forward comes back as a gradient
-        seen[kind, "pp", wide] += outgoing
+        from_even = (kind == "send") == (stage % 2 == 0)
+        seen[kind, "pp" if from_even or not case.virtual_layers else "world", wide] += outgoing
         if case.ragged:
             seen[kind, "pp", SHAPE_MESSAGE] += outgoing
     return seen

@@ -53,6 +53,8 @@ PER_TOKEN = (
 )
 COMBINED = (
     Case(world=2, distributed_optimizer=True, overlap=True),
+    Case(world=2, distributed_optimizer=True, overlap=True, fused=False),
+    Case(world=4, distributed_optimizer=True, overlap=True, **VPP),
     Case(world=4, distributed_optimizer=True, **SP),
     Case(world=4, pipeline=2, distributed_optimizer=True),
     Case(world=4, virtual_layers=1, pipeline=2, **SP),
@@ -66,6 +68,8 @@ FULL_TUNING = tuple(
         Case(world=2, **SP),
         Case(world=2, pipeline=2, tied=True),
         Case(world=2, distributed_optimizer=True),
+        Case(world=2, distributed_optimizer=True, overlap=True),
+        Case(world=4, distributed_optimizer=True, overlap=True, **VPP),
         Case(world=4, pipeline=2, tied=True, **SP),
         Case(world=4, pipeline=2, recompute="full", **SP),
     )

@@ -25,12 +25,14 @@ from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models import gpt, parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.training.engine import Engine, create_engine, run_microbatches, train_step
+from mindspeed_llm.training.engine import Engine, create_engine, finish_parameter_sync, run_microbatches, train_step
 from mindspeed_llm.training.optimizer_state import export_gradients
+from mindspeed_llm.training.schedule import Schedule
 from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays, Case
 from tests.distributed.collectives import Collectives
 from tests.distributed.worker_result import Result
 
+OPTIONS = OptimizerOptions(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_grad=CLIP, lr_decay_style="constant")
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 RECOMPUTE = {
     None: {},
@@ -134,8 +136,7 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
     if case.fault in CHUNK_FAULTS:
         for chunk in chunks:
             CHUNK_FAULTS[case.fault](chunk)
-    options = OptimizerOptions(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_grad=CLIP)
-    return create_engine(chunks, options, case.distributed_optimizer, case.overlap, case.overlap)
+    return create_engine(chunks, OPTIONS, case.distributed_optimizer, case.overlap, case.overlap)
 
 
 def logical(engine: Engine, trainable: bool | None = None) -> dict[str, torch.nn.Parameter]:
@@ -181,14 +182,15 @@ def real_logits(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> list[nu
     return [logits.numpy() for logits in found]
 
 
-def process_groups() -> dict[str, Any]:
-    """Short names of the groups a step may talk in."""
-    return {
-        "tp": groups.get_tensor_model_parallel_group(),
-        "pp": groups.get_pipeline_model_parallel_group(),
-        "dp": groups.get_data_parallel_group(with_context_parallel=True),
-        "embedding": groups.get_embedding_group(check_initialized=False),
-    }
+def process_groups() -> list[tuple[str, Any]]:
+    """Short names of the groups a step may talk in; megatron-core has two data-parallel ones of the same ranks."""
+    return [
+        ("world", torch.distributed.group.WORLD),
+        ("tp", groups.get_tensor_model_parallel_group()),
+        ("pp", groups.get_pipeline_model_parallel_group()),
+        ("dp", groups.get_data_parallel_group()),
+        ("dp", groups.get_data_parallel_group(with_context_parallel=True)),
+    ]
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> Arrays:
@@ -226,15 +228,18 @@ def measure(engine: Engine, steps: Sequence[Any]) -> Result:
         result.logits = real_logits(engine, share(steps[0]))
     for chunk in engine.wrapped:
         chunk.zero_grad_buffer()
-    with Collectives({k: v for k, v in process_groups().items() if v is not None}) as counted:
+    with Collectives(process_groups()) as counted:
         run_microbatches(engine, share(steps[0]), forward_only=False)
     result.collectives = counted.seen
     result.gradients = arrays(export_gradients(engine.optimizer, logical(engine, trainable=True)))
-    for step in steps:
+    schedule = Schedule(engine.optimizer, OPTIONS, len(steps))
+    for number, step in enumerate(steps, 1):
+        schedule.set(number)
         done = train_step(engine, share(step))
         result.losses.append(done.loss)
         result.norms.append(done.grad_norm)
         result.tokens.append(done.tokens)
+    finish_parameter_sync(engine)
     result.trained = arrays(logical(engine, trainable=True))
     now = logical(engine, trainable=False)
     result.frozen_changed = [name for name, before in frozen.items() if not torch.equal(before, now[name])]
