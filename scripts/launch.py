@@ -3,15 +3,34 @@
 torchrun itself ends every failure with its own report and status 1, under which one clear line of ours is lost.
 """
 
-import contextlib
 import logging
+import os
 import signal
 import sys
+from pathlib import Path
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def status_of(exitcode: int) -> int:
     """A process's exit code as a shell status: killed by signal N is 128 + N."""
     return exitcode if exitcode >= 0 else 128 - exitcode
+
+
+def children() -> list[int]:
+    """Process ids of this process's children: the ranks."""
+    own = Path("/proc/self/task").glob("*/children")
+    return [int(word) for file in own for word in file.read_text(encoding="ascii").split()]
+
+
+def pass_on(number: int, frame: FrameType | None) -> None:
+    """Hand a stop signal to the ranks and go on waiting: training saves at the step's end and exits 0.
+
+    torchrun would give them 30 seconds and then kill them, in the middle of a large checkpoint if need be.
+    """
+    for child in children():
+        os.kill(child, number)
 
 
 def main(argv: list[str]) -> int:
@@ -24,11 +43,13 @@ def main(argv: list[str]) -> int:
     # "failed (exitcode: 2)", "sending SIGTERM": what they say is said below, or by the ranks themselves.
     for name in {agent_logger.name, "torch.distributed.elastic.multiprocessing.api"}:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # A scheduler's SIGUSR1 is for the ranks, which save and stop; it must not end their launcher.
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    options = parse_args(argv)
+    if hasattr(options, "signals_to_handle"):  # newer torch; older ones always stop at SIGTERM
+        options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    for number in STOP_SIGNALS:
+        signal.signal(number, pass_on)
     try:
-        run(parse_args(argv))
+        run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
