@@ -31,7 +31,25 @@ MAIN = {
     "evaluation.py": "mindspeed_llm.evaluation.main",
     "convert_ckpt.py": "mindspeed_llm.checkpoint.convert",
 }
-WORDS = "the cat counts red boats on a long river and sings of nine old stones 我们在河边数石头 唱歌 。".split()
+ENGLISH = [
+    "the",
+    "cat",
+    "counts",
+    "red",
+    "boats",
+    "on",
+    "a",
+    "long",
+    "river",
+    "and",
+    "sings",
+    "of",
+    "nine",
+    "old",
+    "stones",
+]
+CHINESE = ["我们在河边数石头", "唱歌", "。"]
+WORDS = ENGLISH + CHINESE
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -93,9 +111,7 @@ def launch(
 ) -> list[Outcome]:
     """Run a program on `size` processes that stay for the next one; -> how it ended, by rank."""
     words = [str(word) for word in argv]
-    return pool(size).run(
-        run_on_rank, script=script, argv=words, cwd=str(cwd or scratch()), stdin=stdin, around=around
-    )
+    return pool(size).run(run_on_rank, script=script, argv=words, cwd=str(cwd or scratch()), stdin=stdin, around=around)
 
 
 def done(outcomes: Sequence[Outcome]) -> Outcome:
@@ -220,7 +236,8 @@ def data(rows: int = 29, longest: int = 24, template: str = "qwen3", extra: tupl
     return prefix
 
 
-LORA = ("--lora-r", 3, "--lora-alpha", 6, "--lora-target-modules", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+LORA = ("--lora-r", 3, "--lora-alpha", 6, "--lora-target-modules", *TARGETS)
 
 
 def training(save: Path, *more: Any, lora: bool = True, steps: int | None = 6) -> list[Any]:

@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
     paths = wanted.task_data_path if len(wanted.task_data_path) > 1 else wanted.task_data_path * len(wanted.task)
     tasks = [load_tasks(path, wanted.num_fewshot) for path in paths]
     from mindspeed_llm import device
+    from mindspeed_llm.device import quiet
 
+    quiet.silence()
     chosen = device.select(options.device.device)
     # megatron-core sees the device only when imported after this choice
     from mindspeed_llm.checkpoint.recorded import tokenizer_folder

@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
     options = parse(InferenceOptions, argv, "inference.py")
     tasks = tasks_of(options)
     from mindspeed_llm import device
+    from mindspeed_llm.device import quiet
 
+    quiet.silence()
     chosen = device.select(options.device.device)
     # megatron-core sees the device only when imported after this choice
     from mindspeed_llm.inference.answers import Answerer, answer_file, print_answer

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-
-import torch
 
 from mindspeed_llm.arguments.data import DataOptions
 from mindspeed_llm.data.batch import CutRule, collate, cut_count, first_overlong
@@ -31,13 +30,28 @@ class Feed:
         self.options, self.pad_id, self.multiple = options, pad_id, multiple
         self.cut = cut_rule(options)
         check_lengths(source, options)
+        self.threads = ThreadPoolExecutor(options.num_workers) if options.num_workers else None
+        self.ahead: dict[int, list[Future[Batch]]] = {}  # consumed samples -> micro-batches being prepared
 
     def batches(self, consumed_samples: int) -> list[Batch]:
-        """The micro-batches of the global batch that begins after `consumed_samples`."""
-        return [
-            to_device(self.collate([self.source[row] for row in rows]), self.device)
-            for rows in self.sampler.batch(consumed_samples)
-        ]
+        """The micro-batches of the global batch that begins after `consumed_samples`.
+
+        With threads, those of the next global batch are begun before it is asked for.
+        """
+        if self.threads is None:
+            return [self.prepared(rows) for rows in self.sampler.batch(consumed_samples)]
+        following = consumed_samples + self.sampler.global_batch_size
+        wanted = self.ahead.pop(consumed_samples, None) or self.begin(consumed_samples)
+        self.ahead = {following: self.begin(following)}
+        return [batch.result() for batch in wanted]
+
+    def begin(self, consumed_samples: int) -> "list[Future[Batch]]":
+        """Prepare the micro-batches of a global batch in the background."""
+        return [self.threads.submit(self.prepared, rows) for rows in self.sampler.batch(consumed_samples)]
+
+    def prepared(self, rows: list[int]) -> Batch:
+        """One micro-batch on the device."""
+        return to_device(self.collate([self.source[row] for row in rows]), self.device)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """One micro-batch as numpy arrays."""
@@ -81,8 +95,3 @@ def length_multiple(options: DataOptions, tensor: int, sequence_parallel: bool) 
     multiple = options.pad_to_multiple_of if options.no_pad_to_seq_lengths else 1
     parts = tensor if sequence_parallel else 1
     return math.lcm(multiple, parts)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for all ranks; a plain all-reduce, because gloo's barrier takes no device."""
-    torch.distributed.all_reduce(torch.zeros(1, device=device))

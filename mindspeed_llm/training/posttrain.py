@@ -12,7 +12,9 @@ def main(argv: list[str]) -> int:
     """Tune a model; -> exit status."""
     options = parse(PosttrainOptions, argv, "posttrain_gpt.py")
     from mindspeed_llm import device
+    from mindspeed_llm.device import quiet
 
+    quiet.silence()
     chosen = device.select(options.device.device)
     # megatron-core sees the device only when imported after this choice
     from mindspeed_llm.models import parallel

@@ -84,7 +84,9 @@ def test_adapter_and_optimizer_are_the_same_tensors_whatever_the_layout_that_wro
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("size", "layout", "dtype"), [(1, (), "float32"), (4, TP2_PP2, "float32"), (1, (), "bfloat16")])
+@pytest.mark.parametrize(
+    ("size", "layout", "dtype"), [(1, (), "float32"), (4, TP2_PP2, "float32"), (1, (), "bfloat16")]
+)
 def test_the_merged_export_is_base_plus_scaled_b_a_rounded_once(size: int, layout: tuple, dtype: str) -> None:
     from safetensors.torch import load_file
 
@@ -146,4 +148,3 @@ def test_saved_files_are_private_to_their_group_and_nothing_else_is_left() -> No
     files = [path for path in run.rglob("*") if path.is_file()]
     assert len(files) == 3 and all(path.stat().st_mode & 0o777 == 0o640 for path in files)
     assert tree_bytes(run) < tree_bytes(mcore_model(1, 1)) * 2
-

@@ -174,7 +174,9 @@ def killed(argv: list, around: object) -> int:
 
     alone = Pool(1)
     try:
-        alone.run("tests.fixtures:run_on_rank", script="posttrain_gpt.py", argv=[*map(str, argv)], cwd=".", around=around)
+        alone.run(
+            "tests.fixtures:run_on_rank", script="posttrain_gpt.py", argv=[*map(str, argv)], cwd=".", around=around
+        )
     except AssertionError as error:
         assert "died with exit code -9" in str(error), error
         return -signal.SIGKILL
