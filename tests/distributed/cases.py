@@ -48,7 +48,9 @@ class Case:
         recompute: "full", "selective" or None.
         ragged: micro-batches differ in length; else all are padded to one.
         lora: train an adapter; else every weight.
-        fault: what is broken on purpose (`worker.FAULTS`).
+        steps: global batches to train on.
+        dtype: of parameters; the reference is fp32.
+        fault: what is broken on purpose (see `worker`).
     """
 
     world: int = 1
@@ -64,6 +66,8 @@ class Case:
     per_token: bool = False
     tied: bool = False
     lora: bool = True
+    steps: int = STEPS
+    dtype: str = "float32"
     fault: str | None = None
 
     @property
@@ -86,6 +90,7 @@ class Case:
             "" if self.ragged else "padded",
             "per-token" if self.per_token else "",
             "tied" if self.tied else "",
+            "" if self.dtype == "float32" else self.dtype,
             self.fault or "",
         ]
         return "-".join(word for word in said if word)

@@ -220,6 +220,4 @@ def reference(tied: bool = False, lora: bool = True, ragged: bool = True, per_to
         losses.append(float(loss))
         optimizer.step()
     trained = by_our_names(base, lora, False)
-    return Reference(
-        saved_model(tied), adapter, steps, tuple(logits), gradients, tuple(losses), tuple(norms), trained
-    )
+    return Reference(saved_model(tied), adapter, steps, tuple(logits), gradients, tuple(losses), tuple(norms), trained)

@@ -15,22 +15,21 @@ from torch import Tensor
 from mindspeed_llm import device
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.checkpoint.formats.lazy import narrow
-from mindspeed_llm.checkpoint.live import load_live
+from mindspeed_llm.checkpoint.live import load_live, local_slice
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import open_base
 from mindspeed_llm.checkpoint.tables import WeightTable, logical_name
 from mindspeed_llm.lora import fused
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
-from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models import gpt, parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.training.engine import Engine, create_engine, finish_parameter_sync, run_microbatches, train_step
-from mindspeed_llm.training.optimizer_state import export_gradients
+from mindspeed_llm.training.optimizer_state import export_gradients, export_state, import_state
 from mindspeed_llm.training.schedule import Schedule
-from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays, Case
+from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, STEPS, WEIGHT_DECAY, Arrays, Case
 from tests.distributed.collectives import Collectives
-from tests.distributed.worker_result import Result
+from tests.distributed.worker_result import FIELDS, Continued, OptimizerState, Result
 
 OPTIONS = OptimizerOptions(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_grad=CLIP, lr_decay_style="constant")
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -95,7 +94,17 @@ FUSED_FAULTS = {
     "all-reduce-skipped": ("_all_reduce", nothing_pending),
     "reduce-scatter-skipped": ("_reduce_scatter", slice_pending),
 }
+BACKWARD_FAULT = "backward-sum-skipped"
 SYNC_FAULT = "gradient-sync-skipped"
+
+
+def backward_without_sums(ctx: Any, dy: Tensor, needs_dx: bool) -> Any:
+    """Planted fault: the fused backward pass of a column-parallel layer leaves its sums partial."""
+    with mock.patch.multiple(fused, _all_reduce=nothing_pending, _reduce_scatter=slice_pending):
+        return BACKWARD_COLUMN(ctx, dy, needs_dx)
+
+
+BACKWARD_COLUMN = fused._backward_column
 
 
 def start(case: Case) -> device.Device:
@@ -113,6 +122,7 @@ def engine_options(case: Case) -> gpt.EngineOptions:
         pipeline=case.pipeline,
         layers_per_virtual_stage=case.virtual_layers,
         sequence_parallel=case.sequence_parallel,
+        dtype=gpt.DTYPES[case.dtype],
         variable_seq_lengths=case.ragged,
         calculate_per_token_loss=case.per_token,
         **RECOMPUTE[case.recompute],
@@ -205,6 +215,8 @@ def train(rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[
         with ExitStack() as broken:
             if case.fault in FUSED_FAULTS:
                 broken.enter_context(mock.patch.object(fused, *FUSED_FAULTS[case.fault]))
+            if case.fault == BACKWARD_FAULT:
+                broken.enter_context(mock.patch.object(fused, "_backward_column", backward_without_sums))
             engine = build(case, folder, adapter)
             if case.fault == SYNC_FAULT:
                 for chunk in engine.wrapped:
@@ -244,3 +256,40 @@ def measure(engine: Engine, steps: Sequence[Any]) -> Result:
     now = logical(engine, trainable=False)
     result.frozen_changed = [name for name, before in frozen.items() if not torch.equal(before, now[name])]
     return result
+
+
+def train_on(
+    rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[Any], state: OptimizerState | None
+) -> Continued:
+    """Train at the case's layout from an optimizer state of whole tensors (None: from the start), and export it."""
+    start(case)
+    try:
+        engine = build(case, folder, adapter)
+        if state is not None:
+            take(engine, case, folder, state)
+        schedule = Schedule(engine.optimizer, OPTIONS, STEPS)
+        losses = []
+        for number, step in enumerate(steps, 1):
+            schedule.set(number)
+            losses.append(train_step(engine, share(step)).loss)
+        exported, count = export_state(engine.optimizer, logical(engine, trainable=True))
+        by_field = {f: {name: fields[f].numpy() for name, fields in exported.items()} for f in FIELDS}
+        place = groups.get_tensor_model_parallel_rank(), groups.get_pipeline_model_parallel_rank()
+        trained = {name: p.float() for name, p in logical(engine, trainable=True).items()}
+        return Continued(*place, losses, by_field, count, arrays(trained))
+    finally:
+        parallel.stop()
+
+
+def take(engine: Engine, case: Case, folder: Path, state: OptimizerState) -> None:
+    """Import this rank's shares of a whole optimizer state."""
+    table, rank = open_base(folder).table, groups.get_tensor_model_parallel_rank()
+    parameters = logical(engine, trainable=True)
+    shares: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in parameters.items():
+        padded = parameter.shape[0] * case.tensor if name.startswith(("embedding", "output_layer")) else None
+        shares[name] = {
+            f: local_slice(table, name, torch.from_numpy(whole[name]), case.tensor, rank, padded)
+            for f, whole in state.fields.items()
+        }
+    import_state(engine.optimizer, parameters, shares, state.count)

@@ -1,5 +1,6 @@
 """What one rank reports of a run; plain data that pytest's process reads without megatron-core."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy
@@ -31,5 +32,28 @@ class Result:
     tokens: list[int] = field(default_factory=list)
     trained: Arrays = field(default_factory=dict)
     parameter_bytes: int = 0
-    collectives: Seen = field(default_factory=Seen)
+    collectives: Seen = field(default_factory=Counter)
     frozen_changed: list[str] = field(default_factory=list)
+
+
+FIELDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """Whole tensors by field and logical name, and Adam's step count."""
+
+    fields: dict[str, Arrays]
+    count: int
+
+
+@dataclass
+class Continued:
+    """One rank after some steps: its shares of the optimizer's state by field, of the weights, and every loss."""
+
+    tp: int
+    pp: int
+    losses: list[float]
+    fields: dict[str, Arrays]
+    count: int
+    trained: Arrays
