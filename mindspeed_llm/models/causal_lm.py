@@ -10,6 +10,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
 from torch import Tensor
 
+from mindspeed_llm.models.head import frozen_head_loss
+
 IGNORE = -100  # label of a position that is not trained
 
 
@@ -44,19 +46,29 @@ class CausalLM(GPTModel):
         hidden = hidden_states.reshape(-1, hidden_states.size(-1)).index_select(0, chosen).unsqueeze(1)
         if self.answers_logits:
             return self.head_logits(hidden, gather=True).squeeze(1)[:, : self.vocabulary]
+        targets = flat.index_select(0, chosen)
+        weight = self.head_weight
+        if not weight.requires_grad and chosen.numel():
+            reduce = not self.config.sequence_parallel
+            return frozen_head_loss(hidden.squeeze(1), weight, targets, self.vocabulary, reduce, self.pg_collection.tp)
         logits = self.mask_padding_rows(self.head_logits(hidden, gather=False))
-        return vocab_parallel_cross_entropy(logits.float(), flat.index_select(0, chosen).unsqueeze(1)).squeeze(1)
+        return vocab_parallel_cross_entropy(logits.float(), targets.unsqueeze(1)).squeeze(1)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output layer's weight [v/t, h]: its own, or the embedding's when tied."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def head_logits(self, hidden: Tensor, gather: bool) -> Tensor:
         """The output layer on `hidden` [m, 1, h] -> [m, 1, v/t], or [m, 1, v] when gathered over TP."""
         head = self.output_layer
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         # Under SP the sequence is whole by now, and the gather before this point sums its gradient over the TP ranks:
         # the head must neither gather nor reduce.
         kept = head.sequence_parallel, head.disable_grad_reduce
         head.sequence_parallel, head.disable_grad_reduce = False, kept[0] or kept[1]
         try:
-            logits, _ = head(hidden, weight=weight, runtime_gather_output=gather)
+            logits, _ = head(hidden, weight=self.head_weight, runtime_gather_output=gather)
         finally:
             head.sequence_parallel, head.disable_grad_reduce = kept
         return logits
