@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mindspeed_llm.errors import InputError
 from mindspeed_llm.inference.generate import Limits, beam_search, generate
 from mindspeed_llm.inference.live import LiveModel
 from mindspeed_llm.inference.prompts import Prompter, shown, split_thought
-from mindspeed_llm.inference.sampling import Sampler, greedy, sampler, warp
+from mindspeed_llm.inference.sampling import BeamSampling, greedy, question_seed, sampler
 
 TITLES = {
     "greedy": "=============== Greedy Search ================",
@@ -33,36 +33,47 @@ class Answerer:
 
     def __init__(self, options: InferenceOptions, model: LiveModel, prompter: Prompter) -> None:
         self.options, self.model, self.prompter = options, model, prompter
-        wanted = options.generation
-        length = wanted.max_length or options.seq_length or model.config.max_position_embeddings
-        self.limits = Limits(
-            wanted.max_new_tokens, min(length, model.config.max_position_embeddings), prompter.stop_ids
-        )
-        self.sample = sampler(wanted.temperature, wanted.top_k, wanted.top_p, options.seed)
+        wanted, own = options.generation, model.config.max_position_embeddings
+        length = min(wanted.max_length or own, options.seq_length or own, options.model.max_position_embeddings or own)
+        self.limits = Limits(wanted.max_new_tokens, min(length, own), prompter.stop_ids)
+        self.asked = 0
 
     def __call__(
-        self, task: str, prompts: list[list[int]], on_token: Callable[[int], None] | None = None
+        self,
+        task: str,
+        prompts: list[list[int]],
+        on_token: Callable[[int], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Answers to prompts of one length; `on_token` is told the first answer's tokens."""
+        """Answers to prompts of one length.
+
+        Args:
+            on_token: is told the first answer's tokens.
+            numbers: of the questions, which decide what is drawn for them; left out, they are counted.
+        """
+        if numbers is None:
+            numbers = range(self.asked, self.asked + len(prompts))
+            self.asked += len(prompts)
         wanted = self.options.generation
-        if task.startswith("beam"):
-            noisy = self._spread if task.endswith("sampling") else None
-            return [
-                beam_search(self.model, p, self.limits, wanted.num_beams, wanted.length_penalty, noisy) for p in prompts
-            ]
-        choose: Sampler = greedy if task == "greedy" else self.sample
-        return generate(self.model, prompts, self.limits, choose, wanted.use_kv_cache, on_token)
+        draw = wanted.temperature, wanted.top_k, wanted.top_p
+        seeds = [question_seed(self.options.seed, number) for number in numbers]
+        if not task.startswith("beam"):
+            choose = greedy if task == "greedy" else sampler(*draw, seeds)
+            return generate(self.model, prompts, self.limits, choose, wanted.use_kv_cache, on_token)
+        answers = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            sampling = BeamSampling(*draw, seed) if task.endswith("sampling") else None
+            beams, penalty = wanted.num_beams, wanted.length_penalty
+            answers.append(beam_search(self.model, prompt, self.limits, beams, penalty, sampling, wanted.use_kv_cache))
+        return answers
 
-    def _spread(self, scores: torch.Tensor) -> torch.Tensor:
-        """Warped scores with Gumbel noise: the best of them are a sample without replacement."""
-        wanted = self.options.generation
-        generator = torch.Generator().manual_seed(self.options.seed)
-        noise = torch.empty(scores.shape).exponential_(generator=generator).log_().neg_()
-        return warp(scores, wanted.temperature, wanted.top_k, wanted.top_p) + noise.to(scores.device)
+    def reply(self, prompt: list[int], on_token: Callable[[int], None] | None) -> list[int]:
+        """A sampled answer to one prompt, as in a chat."""
+        return self("do_sample", [prompt], on_token)[0]
 
 
-def print_answer(answerer: Answerer, task: str, question: str) -> None:
-    """One question in upstream's frame, on rank 0."""
+def print_answer(answerer: Answerer, task: str, question: str, output: str | None = None) -> None:
+    """One question in upstream's frame, on rank 0; with `output` also as a row of jsonl there."""
     ids = answerer.prompter.encode([Message(role="user", content=question)])
     began = time.perf_counter()
     answer = answerer(task, [ids])[0]
@@ -70,6 +81,8 @@ def print_answer(answerer: Answerer, task: str, question: str) -> None:
         text = shown(answerer.prompter.text(answer))
         print(f"\n{TITLES[task]}\n\nYou:\n{question}\n\nMindSpeed-LLM:\n{text}\n{RULE}\n", flush=True)
         print(f"Elapsed: {time.perf_counter() - began:.2f}s", flush=True)
+        if output is not None:
+            write_answers(output, [_with_answer({"prompt": question}, answerer.prompter, answer)])
 
 
 def read_questions(path: str) -> list[dict[str, Any]]:
@@ -136,6 +149,7 @@ def answer_file(answerer: Answerer, task: str, path: str, output: str | None) ->
     """
     rows = read_questions(path)
     prompts = [answerer.prompter.encode(question_of(row) or [], system_of(row)) for row in rows]
+    check_room(prompts, answerer.limits, path)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine = sorted(range(replica, len(rows), replicas), key=lambda i: (len(prompts[i]), i))
     groups: list[list[int]] = []
@@ -148,22 +162,39 @@ def answer_file(answerer: Answerer, task: str, path: str, output: str | None) ->
     done: dict[int, list[int]] = {}
     with tqdm(total=len(mine), unit="row", disable=not speaker or None) as bar:
         for group in groups:
-            done.update(zip(group, answerer(task, [prompts[i] for i in group]), strict=True))
+            done.update(zip(group, answerer(task, [prompts[i] for i in group], numbers=group), strict=True))
             bar.update(len(group))
     shared: list[Any] = [None] * replicas
     torch.distributed.all_gather_object(shared, done, group=parallel_state.get_data_parallel_group())
     if not speaker:
         return
     answers = {i: ids for part in shared for i, ids in part.items()}
-    lines = [
-        json.dumps(_with_answer(rows[i], answerer.prompter, answers[i]), ensure_ascii=False) for i in sorted(answers)
-    ]
+    done_rows = [_with_answer(rows[i], answerer.prompter, answers[i]) for i in sorted(answers)]
     if output is None:
-        print("\n".join(lines), flush=True)
-        return
-    Path(output).expanduser().parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(output).expanduser(), "\n".join(lines) + "\n")
-    print(f"{len(lines)} answers written to {output}", flush=True)
+        print("\n".join(json.dumps(row, ensure_ascii=False) for row in done_rows), flush=True)
+    else:
+        write_answers(output, done_rows)
+
+
+def check_room(prompts: Sequence[Sequence[int]], limits: Limits, path: str) -> None:
+    """Refuse questions that leave no room for an answer before the first one is answered.
+
+    Raises:
+        InputError: naming the file and the first such row.
+    """
+    for number, prompt in enumerate(prompts):
+        try:
+            limits.room(prompt)
+        except InputError as error:
+            raise InputError(f"{path}: row {number}: {error}") from error
+
+
+def write_answers(output: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows as jsonl, atomically."""
+    target = Path(output).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{len(rows)} answers written to {output}", flush=True)
 
 
 def _with_answer(row: dict[str, Any], prompter: Prompter, ids: list[int]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """A conversation in the terminal: history, streaming, quit and clear."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 import torch
 
 from mindspeed_llm.data.templates import Message
+from mindspeed_llm.errors import InputError
+from mindspeed_llm.inference.generate import Limits
 from mindspeed_llm.inference.prompts import THOUGHT_MARKS, Prompter, split_thought
 
 QUIT = ("q", "quit", "exit")
@@ -65,13 +67,14 @@ def read_line() -> str | None:
         return None
 
 
-def chat(prompter: Prompter, answer: Answer, history_turns: int, speaker: bool) -> None:
+def chat(prompter: Prompter, answer: Answer, limits: Limits, history_turns: int, speaker: bool) -> None:
     """Talk until quit.
 
     The question is read by rank 0 and shared, so every rank runs the same generation.
 
     Args:
         answer: (prompt ids, callback per token) -> answer ids.
+        limits: of a prompt and its answer; the oldest turns make room for them.
         history_turns: question-answer pairs kept as context, the newest ones.
         speaker: whether this rank reads and prints.
     """
@@ -87,19 +90,40 @@ def chat(prompter: Prompter, answer: Answer, history_turns: int, speaker: bool) 
             continue
         if not line.strip():
             continue
-        kept = history[-history_turns:] if history_turns and prompter.keeps_turns else []
-        messages: list[Message] = []
-        for question, reply in kept:
-            messages += [Message(role="user", content=question), Message(role="assistant", content=reply)]
-        messages.append(Message(role="user", content=line))
+        try:
+            prompt = fitting_prompt(prompter, history[-history_turns:] if history_turns else [], line, limits)
+        except InputError as error:  # of this question; the talk goes on
+            if speaker:
+                print(f"\n{error}", flush=True)
+            continue
         stream = Stream(prompter, sys.stdout) if speaker else None
         if speaker:
             print("\nMindSpeed-LLM:")
-        ids = answer(prompter.encode(messages), stream)
+        ids = answer(prompt, stream)
         if stream is not None:
             stream.finish()
             print(flush=True)
         history.append((line, split_thought(prompter.text(ids))[1]))
+
+
+def fitting_prompt(prompter: Prompter, history: Sequence[tuple[str, str]], question: str, limits: Limits) -> list[int]:
+    """The prompt of a question with as many of the newest turns as leave room for the longest answer.
+
+    Raises:
+        InputError: the question alone leaves no room at all.
+    """
+    kept = list(history) if prompter.keeps_turns else []
+    while True:
+        messages: list[Message] = []
+        for asked, reply in kept:
+            messages += [Message(role="user", content=asked), Message(role="assistant", content=reply)]
+        prompt = prompter.encode([*messages, Message(role="user", content=question)])
+        if not kept:
+            limits.room(prompt)
+            return prompt
+        if len(prompt) + limits.max_new_tokens <= limits.max_length:
+            return prompt
+        kept.pop(0)
 
 
 def _shared(line: str | None) -> str | None:

@@ -7,7 +7,7 @@ import torch
 
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.inference.live import LiveModel
-from mindspeed_llm.inference.sampling import Sampler
+from mindspeed_llm.inference.sampling import BeamSampling, Sampler
 
 
 @dataclass(frozen=True)
@@ -92,28 +92,31 @@ def beam_search(
     limits: Limits,
     beams: int,
     length_penalty: float = 1.0,
-    spread: Sampler | None = None,
+    sampling: BeamSampling | None = None,
+    use_cache: bool = True,
 ) -> list[int]:
     """The answer whose log-probability divided by length ** length_penalty is highest among `beams` kept at a time.
 
-    Each step considers the 2 * beams best continuations of all beams, as transformers does; a finished one counts only
-    when it is among the best `beams`.
+    Each step considers the best continuations of all beams, enough that `beams` of them go on even when every stop
+    token of every beam is among them, as transformers does; a finished one counts only when it is among the best
+    `beams`.
 
     Args:
-        spread: warped log-probabilities [k, v] -> the same with noise, for beam search with sampling; None for none.
+        sampling: draw the continuations instead of taking the best ones.
     """
     room = limits.room(prompt)
-    cache = model.cache(beams, len(prompt) + room)
+    cache = model.cache(beams, len(prompt) + room) if use_cache else None
     step = torch.tensor([list(prompt)] * beams, dtype=torch.long, device=model.device)
     alive = [Beam((), 0.0)] + [Beam((), -1e9)] * (beams - 1)
     finished: list[Beam] = []
     for _ in range(room):
         scores = torch.log_softmax(model.next_logits(step, cache), -1)
-        scores = scores if spread is None else spread(scores)
-        total = scores + torch.tensor([[beam.score] for beam in alive], device=scores.device)
-        best = total.flatten().topk(2 * beams)
+        scores = scores if sampling is None else sampling.warp(scores)
+        total = (scores + torch.tensor([[beam.score] for beam in alive], device=scores.device)).flatten()
+        rank = total if sampling is None else sampling.rank(total)
+        best = rank.topk(min((1 + max(len(limits.stop_ids), 1)) * beams, total.numel())).indices
         chosen: list[tuple[int, Beam]] = []
-        for place, (score, flat) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+        for place, (score, flat) in enumerate(zip(total[best].tolist(), best.tolist(), strict=True)):
             parent, token = divmod(flat, scores.size(1))
             if token in limits.stop_ids:
                 if place < beams:
@@ -123,10 +126,14 @@ def beam_search(
         alive = [beam for _, beam in chosen]
         if len(finished) >= beams and _settled(alive, finished, length_penalty, beams):
             break
-        cache.swap_key_value_dict([parent for parent, _ in chosen])
-        step = torch.tensor([[beam.tokens[-1]] for beam in alive], dtype=torch.long, device=model.device)
-    every = finished if len(finished) >= beams else finished + alive
-    return list(max(every, key=lambda beam: _mean(beam, length_penalty, beam in finished)).tokens)
+        if cache is None:
+            step = torch.tensor([[*prompt, *beam.tokens] for beam in alive], dtype=torch.long, device=model.device)
+        else:
+            cache.swap_key_value_dict([parent for parent, _ in chosen])
+            step = torch.tensor([[beam.tokens[-1]] for beam in alive], dtype=torch.long, device=model.device)
+    ranked = [(_mean(beam, length_penalty, True), beam) for beam in finished]
+    ranked += [(_mean(beam, length_penalty, False), beam) for beam in alive]
+    return list(max(ranked, key=lambda pair: pair[0])[1].tokens)
 
 
 def _mean(beam: Beam, length_penalty: float, ended: bool) -> float:

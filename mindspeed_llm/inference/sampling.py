@@ -1,7 +1,8 @@
 """Choosing the next token from logits [b, v]."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -32,12 +33,40 @@ def warp(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor
     return logits
 
 
-def sampler(temperature: float, top_k: int, top_p: float, seed: int) -> Sampler:
-    """Random choice after `warp`, from a CPU generator of its own, so that all ranks draw the same token."""
-    generator = torch.Generator().manual_seed(seed)
+def question_seed(seed: int, number: int) -> int:
+    """The seed of one question's answer: the same however questions are batched or divided over processes."""
+    return int(numpy.random.SeedSequence([seed, number]).generate_state(1, numpy.uint64)[0] >> 1)
+
+
+def sampler(temperature: float, top_k: int, top_p: float, seeds: Sequence[int]) -> Sampler:
+    """Random choice after `warp`; each row draws from a CPU generator of its own, so that all ranks draw alike.
+
+    Args:
+        seeds: one per row of the logits to come.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def sample(logits: Tensor) -> Tensor:
         probabilities = warp(logits.float().cpu(), temperature, top_k, top_p).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+        rows = zip(probabilities, generators, strict=True)
+        return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in rows]).to(logits.device)
 
     return sample
+
+
+class BeamSampling:
+    """Beam search with sampling: continuations are drawn without replacement, in proportion to their probability."""
+
+    def __init__(self, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+        """The generator is a CPU one, so that all ranks draw alike; it goes on from one step to the next."""
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def warp(self, scores: Tensor) -> Tensor:
+        """Log-probabilities [k, v] of the next tokens, those excluded at -inf; see `warp`."""
+        return warp(scores, self.temperature, self.top_k, self.top_p)
+
+    def rank(self, total: Tensor) -> Tensor:
+        """Total log-probabilities [n] with Gumbel noise: their order is that of a draw without replacement."""
+        noise = torch.empty(total.shape).exponential_(generator=self.generator).log_().neg_()
+        return total + noise.to(total.device)
