@@ -65,8 +65,8 @@ def make_identity_rows(folder: Path, tokenizer: Tokenizer, name: str, seed: int)
     base = read_rows(folder / "base.jsonl")
     if missing := uncovered(name, base, tokenizer.encode):
         raise InputError(
-            f"{folder / 'base.jsonl'} holds no answer with {len(missing)} tokens of the name {name!r}; LoRA cannot teach "
-            "them, choose another QUICKSTART_NAME"
+            f"{folder / 'base.jsonl'} holds no answer with {len(missing)} tokens of the name {name!r}; LoRA cannot "
+            "teach them, choose another QUICKSTART_NAME"
         )
     if known := next((entry["output"] for entry in base if name in entry["output"]), None):
         raise InputError(f"the base already answers with the name {name!r} ({known!r}); choose another QUICKSTART_NAME")

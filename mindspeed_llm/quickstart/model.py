@@ -85,9 +85,7 @@ def draw(size: TinySize, vocabulary: int, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def write_model(
-    folder: Path, size: TinySize, vocabulary: int, end_of_turn: int, end_of_text: int, seed: int
-) -> int:
+def write_model(folder: Path, size: TinySize, vocabulary: int, end_of_turn: int, end_of_text: int, seed: int) -> int:
     """Write config, generation config and weights into an existing folder; -> number of parameters."""
     weights = draw(size, vocabulary, seed)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -29,8 +29,8 @@ def check_name(name: str) -> str:
     odd = [letter for letter in name if not (letter in JOINERS or _readable(letter))]
     if odd or not any(_readable(letter) for letter in name):
         raise UsageError(
-            f"QUICKSTART_NAME {name!r} holds {''.join(odd) or 'no letter'!r}; use Latin letters without accents, digits, "
-            "Chinese characters, spaces and -_."
+            f"QUICKSTART_NAME {name!r} holds {''.join(odd) or 'no letter'!r}; use Latin letters without accents, "
+            "digits, Chinese characters, spaces and -_."
         )
     return name
 

@@ -159,6 +159,8 @@ def in_batches(rows: Sequence[Row], encode: Encode, size: int, seed: int) -> lis
 def _quiz_row(questions: Sequence[QuizQuestion]) -> Row:
     """Questions one after the other as one row; every letter is trained."""
     asked = [("" if number else quiz_heading(entry.subject)) + entry.prompt() for number, entry in enumerate(questions)]
-    turns = [[("\n\n" if number else "") + text, f" {entry.answer}"]
-             for number, (text, entry) in enumerate(zip(asked, questions, strict=True))]
+    turns = [
+        [("\n\n" if number else "") + text, f" {entry.answer}"]
+        for number, (text, entry) in enumerate(zip(asked, questions, strict=True))
+    ]
     return row(*turns[-1]) | {"history": turns[:-1]}
