@@ -44,6 +44,26 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
     seq_length: int | None = option(
         None, help="Longest row; longer ones are cut. Left out, rows keep their length.", unit="tokens"
     )
+    max_length: int | None = option(
+        None, help="Longest row; what becomes of a longer one says --truncation-strategy.", unit="tokens"
+    )
+    truncation_strategy: str = option(
+        "delete",
+        help="Rows longer than --max-length: delete leaves them out, left cuts their beginning off, right their end.",
+        choices=("delete", "left", "right"),
+    )
+    system: str | None = option(None, help="System text of rows that bring none.")
+    mask_history: bool = option(False, help="Train only the last answer of a conversation.")
+    train_on_prompt: bool = option(False, help="Train prompts too, not only answers.")
+    on_bad_row: str = option(
+        "auto",
+        help="Rows that cannot be used. error: stop at the first; skip: pass over, count and list them; auto: skip, "
+        "but refuse the input when more than 1 % of its rows and at least 10 are bad.",
+        choices=("auto", "error", "skip"),
+    )
+    max_chars_per_row: int = option(
+        2_000_000, help="Rows with more text are left out before they are tokenised.", unit="characters"
+    )
     append_eod: bool = option(False, help="Add the end-of-document token after each row.")
     pack: bool = option(False, help="Join rows into sequences of --seq-length.")
     neat_pack: bool = option(False, help="With --pack: number the joined rows in the attention mask.")
@@ -55,7 +75,7 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
 
     def check(self) -> None:
         """Raise UsageError for counts below one and packing without its length."""
-        for name in ("workers", "n_subs", "log_interval", "seq_length"):
+        for name in ("workers", "n_subs", "log_interval", "seq_length", "max_length", "max_chars_per_row"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")

@@ -25,11 +25,13 @@ from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.data.encode import IGNORE_INDEX, ChatEncoder, Limits
 from mindspeed_llm.data.handlers import Handler
 from mindspeed_llm.data.indexed_file import IndexedFile, IndexedFileWriter
+from mindspeed_llm.data.intake import CHUNK_ROWS, in_chunks
 from mindspeed_llm.data.packing import greedy_packs
 from mindspeed_llm.data.progress import Progress
 from mindspeed_llm.data.report import FORMAT, Account, report_path, write_json
 from mindspeed_llm.data.rows import Row, file_hash, find_files, read_rows
-from mindspeed_llm.data.tokenize_rows import CHUNK_ROWS, Job, tokenize_all, tools
+from mindspeed_llm.data.shaping import Shape
+from mindspeed_llm.data.tokenize_rows import Job, tokenize_all, tools
 from mindspeed_llm.errors import InputError, UsageError
 
 FIELDS = ("input_ids", "attention_mask", "labels")
@@ -89,7 +91,7 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
     try:
         rows = _checked(read_rows(files), handler, account)
         _write_rows(aside, job, rows, options, account)
-        _refuse_bad(account, options.input)
+        _refuse_bad(account, options.input, options.on_bad_row)
         sequences = _pack(aside, options, encoder.pad_id) if options.pack else account.written
         report = _report(options, files, encoder, account, sequences)
         write_json(aside / targets[-1].name, report)
@@ -125,6 +127,10 @@ def _job(options: PreprocessOptions) -> Job:
         handler=options.handler_name,
         map_keys=json.dumps(map_keys, sort_keys=True),
         limits=Limits(options.seq_length, options.append_eod, options.pack),
+        system=options.system,
+        shape=Shape(
+            options.max_length, options.truncation_strategy, options.mask_history, options.train_on_prompt
+        ),
     )
 
 
@@ -149,7 +155,7 @@ def _checked(rows: Iterator[Row], handler: Handler, account: Account) -> Iterato
     head = list(islice(rows, CHUNK_ROWS))
     present = list(dict.fromkeys(name for row in head for name in row.columns))
     for column in handler.required_columns():
-        if head and column not in present:
+        if present and column not in present:
             raise InputError(
                 f"{head[0].file} has no column {column!r} (it has: {', '.join(map(str, present))}); name the columns "
                 "with --map-keys"
@@ -167,22 +173,38 @@ def _write_rows(aside: Path, job: Job, rows: Iterator[Row], options: PreprocessO
     with ExitStack() as stack:
         writers = {f: stack.enter_context(IndexedFileWriter(aside / f"{stage}_packed_{f}_document")) for f in names}
         progress = stack.enter_context(Progress(options.log_interval))
-        for chunk in tokenize_all(job, rows, options.workers):
+        for chunk in tokenize_all(job, in_chunks(rows, options.max_chars_per_row), options.workers):
             account.add(chunk)
+            _refuse_first_bad(account, options.on_bad_row)
             arrays = {"input_ids": chunk.ids, "labels": chunk.labels, "attention_mask": np.ones_like(chunk.ids)}
             for field, writer in writers.items():
                 writer.add(arrays[field], chunk.lengths)
             progress.update(chunk.read, len(chunk.ids))
 
 
-def _refuse_bad(account: Account, source: str) -> None:
+def _refuse_first_bad(account: Account, policy: str) -> None:
+    """Raise at the first row that cannot be used when --on-bad-row asks for it."""
+    if policy != "error" or not account.dropped:
+        return
+    reason, listing = next(iter(account.dropped.items()))
+    place = listing.rows[0]
+    raise InputError(
+        f"{place['file']}, row {place['row']}: {reason}; it starts {place['excerpt']!r}: repair the row, or pass over "
+        "such rows with --on-bad-row skip"
+    )
+
+
+def _refuse_bad(account: Account, source: str, policy: str) -> None:
     """Raise when the input as a whole is not usable."""
     reasons = "; ".join(account.summary()) or "it is empty"
     if account.written == 0:
         raise InputError(f"{source}: no row can be used: {reasons}")
     dropped = account.dropped_count
-    if dropped > TOLERATED_ROWS and dropped > TOLERATED_SHARE * account.read:
-        raise InputError(f"{source}: {dropped} of {account.read} rows cannot be used, nothing was written: {reasons}")
+    if policy == "auto" and dropped > TOLERATED_ROWS and dropped > TOLERATED_SHARE * account.read:
+        raise InputError(
+            f"{source}: {dropped} of {account.read} rows cannot be used, nothing was written: {reasons}; repair them, "
+            "or write the others with --on-bad-row skip"
+        )
 
 
 def _pack(aside: Path, options: PreprocessOptions, pad_id: int) -> int:

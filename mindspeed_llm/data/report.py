@@ -37,7 +37,8 @@ class Account:
 
     Attributes:
         read: rows found in the input; written + dropped when all went well.
-        dropped: by reason.
+        dropped: by reason, rows that cannot be used.
+        left_out: by reason, rows that are well made and too long.
         tokens, trained_tokens: over the rows written, before packing pads them.
         longest: tokens of the longest row.
         vanished: columns of the data that mean something and were not asked for, unused files and the like, as
@@ -47,6 +48,7 @@ class Account:
     read: int = 0
     written: int = 0
     dropped: dict[str, Listing] = field(default_factory=dict)
+    left_out: dict[str, Listing] = field(default_factory=dict)
     cut: Listing = field(default_factory=Listing)
     untrained: Listing = field(default_factory=Listing)
     odd_thoughts: Listing = field(default_factory=Listing)
@@ -64,6 +66,8 @@ class Account:
         self.longest = max([self.longest, *chunk.lengths])
         for place in chunk.dropped:
             self.dropped.setdefault(place.note, Listing()).add(place)
+        for place in chunk.left_out:
+            self.left_out.setdefault(place.note, Listing()).add(place)
         for listing, places in (
             (self.cut, chunk.cut),
             (self.untrained, chunk.untrained),
@@ -73,13 +77,18 @@ class Account:
 
     @property
     def dropped_count(self) -> int:
-        """Rows dropped for any reason."""
+        """Rows dropped because they cannot be used."""
         return sum(listing.count for listing in self.dropped.values())
+
+    @property
+    def left_out_count(self) -> int:
+        """Rows left out for their length."""
+        return sum(listing.count for listing in self.left_out.values())
 
     def summary(self) -> list[str]:
         """One sentence per thing a user should know about their rows."""
         lines = list(self.warnings)
-        for reason, listing in self.dropped.items():
+        for reason, listing in [*self.dropped.items(), *self.left_out.items()]:
             first = listing.rows[0]
             lines.append(f"dropped {listing.count} rows: {reason} (first: row {first['row']} of {first['file']})")
         if self.cut.count:
@@ -96,11 +105,17 @@ class Account:
     def to_dict(self) -> dict[str, Any]:
         """The account as JSON values."""
         return {
-            "rows": {"read": self.read, "written": self.written, "dropped": self.dropped_count},
+            "rows": {
+                "read": self.read,
+                "written": self.written,
+                "dropped": self.dropped_count,
+                "left_out": self.left_out_count,
+            },
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
             "longest_row": self.longest,
             "dropped": {reason: asdict(listing) for reason, listing in self.dropped.items()},
+            "left_out": {reason: asdict(listing) for reason, listing in self.left_out.items()},
             "cut": asdict(self.cut),
             "untrained": asdict(self.untrained),
             "unrecognised_thoughts": asdict(self.odd_thoughts),

@@ -1,77 +1,129 @@
 """Rows of a data file or folder, one at a time, each with the place it came from.
 
-json (an array, or one object per line), jsonl, csv and parquet. Files are read piece by piece: memory does not grow
-with the file. What cannot be read at all (not UTF-8, broken JSON, a row that is no object) is an `InputError` naming
-file and row; what is wrong inside a row is judged by the handler.
+What is wrong with one row travels with it as its `fault`, so that the caller can refuse, count or list it; what cannot
+be read at all is an `InputError`.
 """
 
-import csv
 import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from mindspeed_llm.data.readers import CHUNK, FORMATS, Fault, extension, format_of, is_known
 from mindspeed_llm.errors import InputError
 
-CHUNK = 1 << 20  # bytes or characters read at once
-JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
+class Row(NamedTuple):
+    """One row.
 
-@dataclass(frozen=True)
-class Row:
-    """One row: its columns, the file it is from and its number there (from 1; the line number in line files)."""
+    Attributes:
+        file: where it is from.
+        number: its number there (from 1; the line number in line files).
+        columns: its content by column; empty where there is a fault.
+        fault: why it could not be read, None when it could.
+        excerpt: how a row with a fault begins.
+        form: name of the row's own handler where it differs from the run's (sources of several formats).
+    """
 
     file: str
     number: int
     columns: Mapping[str, Any]
+    fault: str | None = None
+    excerpt: str = ""
+    form: str | None = None
 
 
-def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
+def find_files(path: str | Path, option: str = "--input") -> tuple[list[Path], list[Path]]:
     """The data files under `path` in name order, and the files of a folder that are left aside.
 
-    In a folder the most frequent known extension decides, and only its files are read.
+    In a folder the most frequent known extension decides, and only its files are read; where the folder itself holds
+    none, its sub-folders are searched.
 
     Raises:
-        InputError: nothing there, or nothing of a known format.
+        InputError: nothing there, or nothing of a known format; `option` is the flag it names.
     """
     source = Path(path).expanduser()
     if source.is_file():
-        _reader(source)
+        format_of(source)
         return [source], []
     if not source.is_dir():
-        raise InputError(f"--input {path}: no such file or folder")
-    files = sorted(f for f in source.iterdir() if f.is_file() and not f.name.startswith("."))
-    frequency = Counter(f.suffix.lower() for f in files if f.suffix.lower() in READERS)
+        raise InputError(f"{option} {path}: no such file or folder")
+    files = _visible(source.iterdir(), source)
+    if not any(is_known(f) for f in files):
+        files = _visible(source.rglob("*"), source)
+    frequency = Counter(extension(f) for f in files if is_known(f))
     if not frequency:
-        raise InputError(f"--input {path}: the folder holds no {', '.join(READERS)} file")
+        raise InputError(f"{option} {path}: the folder holds no {', '.join(FORMATS)} file")
     chosen = max(sorted(frequency), key=lambda suffix: frequency[suffix])
-    used = [f for f in files if f.suffix.lower() == chosen]
+    used = [f for f in files if extension(f) == chosen]
     return used, [f for f in files if f not in used]
 
 
-def read_rows(files: list[Path]) -> Iterator[Row]:
+def _visible(paths: Iterator[Path], folder: Path) -> list[Path]:
+    """The files among `paths`, in order, without hidden ones."""
+    return sorted(
+        p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
+
+
+def read_rows(files: list[Path], wanted: Callable[[int], bool] | None = None) -> Iterator[Row]:
     """The rows of all files in order.
 
+    Args:
+        wanted: says of a row's position in the files together (from 0) whether it is to be read; left out, all are.
+
     Raises:
-        InputError: a file cannot be read; names the file and the row.
+        InputError: a file cannot be read on; names the file and the row.
     """
+    position = -1
     for file in files:
-        reader = _reader(file)
+        entries, columns, _ = format_of(file)
+        name = str(file)
         try:
-            for number, columns in reader(file):
-                if not isinstance(columns, dict):
-                    raise InputError(
-                        f"{file}, row {number}: a JSON {_json_type(columns)} instead of an object with named columns"
-                    )
-                yield Row(str(file), number, columns)
+            for number, raw in entries(file):
+                position += 1
+                if wanted is not None and not wanted(position):
+                    continue
+                try:
+                    yield Row(name, number, columns(raw))
+                except Fault as fault:
+                    yield Row(name, number, {}, str(fault), fault.excerpt)
         except UnicodeDecodeError as error:
             raise InputError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
-        except OSError as error:
-            raise InputError(f"cannot read {file} ({error.strerror or error})") from error
+        except (OSError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read {file} ({reason})") from error
+
+
+def count_rows(files: list[Path]) -> int:
+    """Rows of all files, told by reading them without interpreting them.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    return sum(map(_count, files))
+
+
+def _count(file: Path) -> int:
+    """Entries of one file."""
+    seen = 0
+
+    def pass_over(_: int) -> bool:
+        nonlocal seen
+        seen += 1
+        return False
+
+    for _ in read_rows([file], pass_over):
+        pass
+    return seen
+
+
+def estimate_rows(files: list[Path]) -> int | None:
+    """About how many rows the files hold, where that can be told quickly; None where it cannot."""
+    counts = [format_of(file).count(file) for file in files]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def file_hash(file: Path) -> str:
@@ -83,181 +135,21 @@ def file_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _reader(file: Path) -> Callable[[Path], Iterator[tuple[int, Any]]]:
-    suffix = file.suffix.lower()
-    if suffix not in READERS:
-        raise InputError(f"{file}: unknown data format {suffix!r}; known are {', '.join(READERS)}")
-    return READERS[suffix]
+def text_size(value: Any) -> int:
+    """Characters of all texts in a value.
 
-
-def _json_type(value: Any) -> str:
-    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
-    """A JSON array, a single object, or one object per line: the first characters tell which."""
-    with file.open(encoding="utf-8-sig") as stream:
-        head = stream.read(4096).lstrip()
-    if head.startswith("["):
-        return _read_array(file)
-    first_line = head.split("\n", 1)[0]
-    if head.startswith("{") and not _parses(first_line) and len(first_line) < 4096:
-        return _read_object(file)
-    return _read_lines(file)
-
-
-def _parses(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_object(file: Path) -> Iterator[tuple[int, Any]]:
-    """A file that is one JSON object over several lines, or the error of its first line."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError:
-        yield from _read_lines(file)
-        return
-    yield 1, content
-
-
-def _read_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """One JSON value per line; empty lines are passed over."""
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
-            if not raw.strip():
-                continue
+    Raises:
+        Fault: a text holds half a surrogate pair, which no UTF-8 can express.
+    """
+    if isinstance(value, str):
+        if not value.isascii():
             try:
-                yield number, json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{file}, line {number} is not UTF-8 ({error.reason}); convert it first") from error
-            except ValueError as error:
-                raise InputError(_broken(f"{file}, line {number}", error, raw.decode("utf-8", "replace"))) from error
-
-
-def _broken(place: str, error: ValueError, text: str) -> str:
-    """The line for broken JSON; `text` is what stands there."""
-    start = text.strip()[:60]
-    return f"{place} is not valid JSON ({error}); it starts {start!r}: repair or complete the file"
-
-
-def _read_array(file: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array, decoded as they are read."""
-    with file.open(encoding="utf-8-sig") as stream:
-        text = _Window(stream.read)
-        text.skip("[")
-        number = 0
-        if text.peek() == "]":
-            text.skip("]")
-        else:
-            while True:
-                number += 1
-                yield number, text.value(f"{file}, row {number}")
-                separator = text.peek()
-                if separator not in (",", "]"):
-                    found = f"{separator!r} follows" if separator else "the file ends"
-                    raise InputError(f"{file}: after row {number} {found} where ',' or ']' belongs; complete the file")
-                text.skip(separator)
-                if separator == "]":
-                    break
-        if text.peek():
-            raise InputError(f"{file}: text follows the end of the array after row {number}")
-
-
-class _Window:
-    """The part of a JSON text that is in memory, read on when a value does not end in it."""
-
-    def __init__(self, read: Callable[[int], str]) -> None:
-        self.read = read
-        self.text = ""
-        self.position = 0
-        self.decoder = json.JSONDecoder()
-
-    def peek(self) -> str:
-        """The next character that is no white space; empty at the end of the file."""
-        while True:
-            self.position = JSON_SPACE.match(self.text, self.position).end()  # type: ignore[union-attr]
-            if self.position < len(self.text):
-                return self.text[self.position]
-            if not self._more():
-                return ""
-
-    def skip(self, character: str) -> None:
-        """Step over `character`, which `peek` has shown to be next."""
-        assert self.peek() == character
-        self.position += 1
-
-    def value(self, place: str) -> Any:
-        """The next JSON value; `place` names it in errors."""
-        self.peek()
-        while True:
-            try:
-                value, end = self.decoder.raw_decode(self.text, self.position)
-            except json.JSONDecodeError as error:
-                if self._may_go_on(error) and self._more():
-                    continue
-                raise InputError(_broken(place, error, self.text[self.position : self.position + 200])) from error
-            if end == len(self.text) and self._more():
-                continue  # a number may go on in the next block
-            self.position = end
-            return value
-
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether the value is merely cut off by the end of what is in memory: the error lies at that end, or is a
-        string that has not been closed yet."""
-        return error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16
-
-    def _more(self) -> bool:
-        """Read on, at least as much as is kept, so that long values cost no quadratic time; False at the end."""
-        rest = self.text[self.position :]
-        block = self.read(max(CHUNK, len(rest)))
-        self.text, self.position = rest + block, 0
-        return bool(block)
-
-
-def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
-    """Rows under a header line; an empty cell is null. The number counts rows, the header left aside."""
-    csv.field_size_limit(1 << 30)  # the default refuses cells above 128 KiB
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        number = 0
-        try:
-            for number, columns in enumerate(reader, 1):
-                cells = [cell for cell in columns.values() if cell is not None]
-                if len(cells) != len(columns) or None in columns:
-                    raise InputError(f"{file}, row {number} has more or fewer cells than the header has columns")
-                yield number, {name: cell if cell else None for name, cell in columns.items()}
-        except csv.Error as error:
-            raise InputError(f"{file}, row {number + 1} is not valid CSV ({error})") from error
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of a parquet file, one record batch in memory at a time."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise InputError(
-            f"{file}: reading parquet needs pyarrow (pip install pyarrow), or convert it to jsonl"
-        ) from error
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as source:
-            for batch in source.iter_batches(batch_size=1024):
-                for columns in batch.to_pylist():
-                    number += 1
-                    yield number, columns
-    except ArrowException as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{file} cannot be read as parquet after row {number} ({first})") from error
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_lines,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+                value.encode()
+            except UnicodeEncodeError:
+                raise Fault("text holds half of a surrogate pair, which is no character") from None
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(text_size, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(text_size, value))
+    return 0

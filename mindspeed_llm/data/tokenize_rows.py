@@ -3,11 +3,11 @@
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 
@@ -15,11 +15,12 @@ import numpy as np
 
 from mindspeed_llm.data.encode import IGNORE_INDEX, ChatEncoder, Conversation, Encoded, Limits
 from mindspeed_llm.data.handlers import BadRow, Handler, get_handler
+from mindspeed_llm.data.intake import TOO_MUCH_TEXT
 from mindspeed_llm.data.rows import Row
+from mindspeed_llm.data.shaping import Shape
 from mindspeed_llm.data.templates import get_template
 from mindspeed_llm.data.tokenizer import load_tokenizer
 
-CHUNK_ROWS = 500  # rows tokenised in one batch; the output does not depend on it
 EXCERPT = 80  # characters of a dropped row that are reported
 
 
@@ -29,6 +30,9 @@ class Job:
 
     Attributes:
         map_keys: JSON text of the columns' names.
+        system: system text of rows that bring none, before the template's own default.
+        shape: what of a row is kept and trained.
+        forms: name -> (handler, map_keys) of the rows that say a `form` of their own.
     """
 
     tokenizer: str
@@ -38,6 +42,9 @@ class Job:
     handler: str
     map_keys: str
     limits: Limits
+    system: str | None = None
+    shape: Shape = Shape()
+    forms: tuple[tuple[str, str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Chunk:
         lengths: tokens of each row.
         read: rows that went in.
         dropped: rows without tokens to train on, `note` being the reason.
+        left_out: rows that are well made and too long, `note` being the reason.
         cut: rows that were shortened, `note` telling from and to how many tokens.
         untrained: rows in which no token is trained.
         odd_thoughts: rows with thought tags that the template does not recognise.
@@ -69,6 +77,7 @@ class Chunk:
     lengths: list[int]
     read: int = 0
     dropped: list[Place] = field(default_factory=list)
+    left_out: list[Place] = field(default_factory=list)
     cut: list[Place] = field(default_factory=list)
     untrained: list[Place] = field(default_factory=list)
     odd_thoughts: list[Place] = field(default_factory=list)
@@ -82,6 +91,17 @@ def tools(job: Job) -> tuple[Handler, ChatEncoder]:
     return get_handler(job.handler, json.loads(job.map_keys)), encoder
 
 
+@lru_cache(maxsize=1)
+def form_handlers(job: Job) -> dict[str, Handler]:
+    """The handlers of rows that say a form of their own, by its name."""
+    return {name: get_handler(handler, json.loads(map_keys)) for name, handler, map_keys in job.forms}
+
+
+def with_system(conversation: Conversation, system: str | None) -> Conversation:
+    """The conversation, with `system` for its system text where it brings none."""
+    return replace(conversation, system=system) if system and not conversation.system else conversation
+
+
 def tokenize_chunk(job: Job, rows: list[Row]) -> Chunk:
     """Conversations, tokens and labels of some rows."""
     handler, encoder = tools(job)
@@ -89,8 +109,12 @@ def tokenize_chunk(job: Job, rows: list[Row]) -> Chunk:
     good: list[Row] = []
     conversations: list[Conversation] = []
     for row in rows:
+        if row.fault is not None:
+            (result.left_out if row.fault == TOO_MUCH_TEXT else result.dropped).append(_place(row, row.fault))
+            continue
+        own = handler if row.form is None else form_handlers(job)[row.form]
         try:
-            conversations.append(handler.conversation(row.columns))
+            conversations.append(with_system(own.conversation(row.columns), job.system))
             good.append(row)
         except BadRow as reason:
             result.dropped.append(_place(row, str(reason)))
@@ -100,6 +124,11 @@ def tokenize_chunk(job: Job, rows: list[Row]) -> Chunk:
         if not tokens.ids:
             result.dropped.append(_place(row, "no text at all"))
             continue
+        shaped = job.shape.apply(tokens)
+        if shaped is None:
+            result.left_out.append(_place(row, f"longer than --max-length {job.shape.max_length}"))
+            continue
+        tokens = shaped
         kept.append(tokens)
         if len(tokens.ids) < tokens.full_length:
             result.cut.append(_place(row, f"{tokens.full_length} -> {len(tokens.ids)} tokens"))
@@ -112,14 +141,13 @@ def tokenize_chunk(job: Job, rows: list[Row]) -> Chunk:
     return result
 
 
-def tokenize_all(job: Job, rows: Iterable[Row], workers: int) -> Iterator[Chunk]:
+def tokenize_all(job: Job, chunks: Iterator[list[Row]], workers: int) -> Iterator[Chunk]:
     """All rows, chunk by chunk in their order, whatever the number of workers; few chunks are in memory at once."""
-    chunks = iter(rows)
     with _executor(workers) as executor:
         waiting = []
         try:
             while True:
-                while len(waiting) <= 2 * workers and (chunk := list(islice(chunks, CHUNK_ROWS))):
+                while len(waiting) <= 2 * workers and (chunk := next(chunks, None)):
                     waiting.append(executor.submit(tokenize_chunk, job, chunk))
                 if not waiting:
                     return
@@ -164,5 +192,5 @@ def _arrays(rows: list[Encoded], eos_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _place(row: Row, note: str) -> Place:
-    text = json.dumps(row.columns, ensure_ascii=False, default=str)
+    text = row.excerpt or json.dumps(row.columns, ensure_ascii=False, default=str)
     return Place(row.file, row.number, note, text[:EXCERPT])

@@ -72,7 +72,7 @@ def test_bad_rows_are_counted_and_listed_and_the_others_kept(tokenizer: Path, tm
     values[9]["output"] = ["a", "b"]
     values[11]["output"] = ""
     report = run(write(tmp_path / "rows.jsonl", values), tmp_path / "x", tokenizer)
-    assert report["rows"] == {"read": 20, "written": 17, "dropped": 3}
+    assert report["rows"] == {"read": 20, "written": 17, "dropped": 3, "left_out": 0}
     listed = {reason: [(r["row"], r["excerpt"]) for r in entry["rows"]] for reason, entry in report["dropped"].items()}
     assert listed == {
         "column 'output' is missing or null": [(4, json.dumps(values[3], ensure_ascii=False)[:80])],
@@ -150,8 +150,8 @@ def test_existing_output_needs_overwrite_and_stays_when_a_run_fails(tokenizer: P
     with pytest.raises(InputError, match="--overwrite"):
         run(source, tmp_path / "x", tokenizer)
     source.write_text(source.read_text() + '{"instruction": "cut o')
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 6 is not valid JSON"):
-        run(source, tmp_path / "x", tokenizer, "--overwrite")
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 6: not valid JSON \(Unterm.*--on-bad-row skip"):
+        run(source, tmp_path / "x", tokenizer, "--overwrite", "--on-bad-row", "error")
     assert {f.name: f.read_bytes() for f in tmp_path.glob("x_*")} == before
     assert not list(tmp_path.glob(".*"))
     write(source, rows(7))
