@@ -96,7 +96,10 @@ def read_questions(path: str) -> list[dict[str, Any]]:
         if isinstance(row, str):
             row = {"prompt": row}
         if not isinstance(row, dict) or question_of(row) is None:
-            raise InputError(f"{path}: row {number} has no question: expected the key prompt, messages or instruction")
+            raise InputError(
+                f"{path}: row {number} has no question: expected the key prompt or instruction, "
+                "or messages in which user and assistant speak in turn, the user last"
+            )
         rows.append(row)
     if not rows:
         raise InputError(f"{path} holds no questions")
@@ -126,13 +129,21 @@ def _parsed(path: str) -> list[Any]:
 def question_of(row: dict[str, Any]) -> list[Message] | None:
     """The messages of a row, ending with the question; None when it has none."""
     if isinstance(row.get("messages"), list) and row["messages"]:
-        found = [m for m in row["messages"] if isinstance(m, dict) and {"role", "content"} <= set(m)]
-        turns = [Message(role=m["role"], content=m["content"]) for m in found if m["role"] != "system"]
-        return turns if turns and turns[-1]["role"] == "user" and len(found) == len(row["messages"]) else None
+        return _turns(row["messages"])
     text = row.get("prompt")
     if text is None and isinstance(row.get("instruction"), str):
         text = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
     return [Message(role="user", content=text)] if isinstance(text, str) and text else None
+
+
+def _turns(messages: list[Any]) -> list[Message] | None:
+    """Messages without the system's; None unless user (or observation) and assistant speak in turn, the user last."""
+    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        return None
+    turns = [Message(role=m.get("role"), content=m["content"]) for m in messages if m.get("role") != "system"]
+    speakers = [("user", "observation") if (len(turns) - n) % 2 else ("assistant",) for n in range(len(turns))]
+    fits = all(turn["role"] in speaker for turn, speaker in zip(turns, speakers, strict=True))
+    return turns if len(turns) % 2 and fits else None
 
 
 def system_of(row: dict[str, Any]) -> str | None:

@@ -56,3 +56,14 @@ def logits(rank: int, argv: Sequence[str], prompts: Sequence[list[int]]) -> list
         return [model.next_logits(torch.tensor([prompt]), None)[0].numpy() for prompt in prompts]
     finally:
         parallel.stop()
+
+
+def prompt_ids(rank: int, argv: Sequence[str], question: str) -> list[int]:
+    """The prompt of one question; no model is built."""
+    from mindspeed_llm.arguments.parser import parse
+    from mindspeed_llm.arguments.programs import InferenceOptions
+    from mindspeed_llm.inference.live import open_sources
+    from mindspeed_llm.inference.prompts import Prompter
+
+    options = parse(InferenceOptions, list(argv), "inference.py")
+    return Prompter(options, open_sources(options)).encode([{"role": "user", "content": question}])
