@@ -134,14 +134,16 @@ make_model() { quick make model --folder hf --seed "$SEED"; }
 
 make_data() {
     quick make prompts --folder data
-    quick make base --folder data --tokenizer hf --seed "$SEED"
+    local made
+    made="$(quick make base --folder data --tokenizer hf --seed "$SEED")"
     preprocess base qwen3
     preprocess quiz empty "${PLAIN_TEXT[@]}"
-    tail -qn 1 logs/data_convert_qwen3_instruction.log
+    echo "$made"
 }
 
 to_megatron() {
     LOAD_DIR=hf SAVE_DIR=mcore TP=1 PP=1 bash "$RECIPES/ckpt_convert_qwen3_hf2mcore.sh" --params-dtype fp32
+    echo "$(du -sh mcore | cut -f1) in $WORK/mcore"
 }
 
 tune_base() {
@@ -168,10 +170,11 @@ score_before() {
 }
 
 make_identity() {
-    quick make identity --folder data --tokenizer hf --seed "$SEED" --name "$NAME"
+    local made
+    made="$(quick make identity --folder data --tokenizer hf --seed "$SEED" --name "$NAME")"
     preprocess identity qwen3
     preprocess quiz_replay empty "${PLAIN_TEXT[@]}"
-    tail -qn 1 logs/data_convert_qwen3_instruction.log
+    echo "$made"
 }
 
 tune_lora() {

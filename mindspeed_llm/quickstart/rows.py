@@ -152,8 +152,9 @@ def in_batches(rows: Sequence[Row], encode: Encode, size: int, seed: int) -> lis
     draw.shuffle(mixed)
     mixed.sort(key=lambda entry: len(encode(entry["instruction"] + entry["output"])))
     batches = [mixed[start : start + size] for start in range(0, len(mixed), size)]
+    short = [batches.pop()] if batches and len(batches[-1]) < size else []  # last, lest it shift the others
     draw.shuffle(batches)
-    return [entry for batch in batches for entry in batch]
+    return [entry for batch in (*batches, *short) for entry in batch]
 
 
 def _quiz_row(questions: Sequence[QuizQuestion]) -> Row:
