@@ -39,7 +39,7 @@ def run_recipe(recipe: Path, *words: str, cwd: Path, **environment: str) -> subp
     inherited = {k: v for k, v in os.environ.items() if k not in ("TP", "PP", "RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
     environment = {**inherited, "MINDSPEED_LLM_DEVICE": "cpu", "PYTHON": sys.executable, **environment}
     return subprocess.run(
-        ["bash", str(recipe), *words], capture_output=True, text=True, cwd=cwd, env=environment, timeout=60
+        ["bash", str(recipe), *words], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240
     )
 
 
