@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
         if folder is None:
             raise InputError(f"{sources.base_path} has no tokenizer beside it; give --tokenizer-name-or-path")
         model = load_model(options, sources, chosen)
-        length = min(options.seq_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        own = model.config.max_position_embeddings
+        length = min(options.seq_length or own, options.model.max_position_embeddings or own, own)
         live = LiveLM(model, load_tokenizer(folder), wanted.evaluation_batch_size, length)
         scores = {}
         for task, configs in zip(wanted.task, tasks, strict=True):
