@@ -1,0 +1,290 @@
+"""Where rows come from: `--input`, or several sources in a stated mixture (`--dataset`).
+
+A source is written `path[:subset][#count]`. The path is a file, a folder, the id of a data set on the Hugging Face hub,
+or `self-cognition`; a subset is a sub-folder, or the files whose names begin with it; the count draws that many rows by
+the seed without replacement, and beyond the source's size repeats whole passes. Everything about the mixture is decided
+by row numbers, so that any range of it can be read without the rest.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from mindspeed_llm.data.rows import Row, count_rows, estimate_rows, find_files, read_rows
+from mindspeed_llm.data.self_cognition import is_self_cognition
+from mindspeed_llm.errors import InputError, UsageError
+
+MIX_STRATEGIES = ("concat", "interleave_under", "interleave_over")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A source as it is written: path, subset and count, the last two None where they are not given."""
+
+    path: str
+    subset: str | None = None
+    count: int | None = None
+
+
+def parse_spec(text: str) -> Spec:
+    """The parts of `path[:subset][#count]`; what exists under the whole text is taken literally.
+
+    Raises:
+        UsageError: a count that is no number above zero.
+    """
+    if Path(text).expanduser().exists():
+        return Spec(text)
+    path, mark, count = text.rpartition("#")
+    if not mark:
+        path = text
+    elif not count.isdecimal() or int(count) < 1:
+        raise UsageError(f"--dataset {text}: {count!r} after # is no number of rows; write e.g. {path}#500")
+    number = int(count) if mark else None
+    if Path(path).expanduser().exists():
+        return Spec(path, None, number)
+    head, mark, subset = path.rpartition(":")
+    # a drive letter or a leading colon is no subset
+    return Spec(head, subset, number) if len(head) > 1 and subset else Spec(path, None, number)
+
+
+@dataclass
+class Source:
+    """Rows of one source, and how many of them take part.
+
+    Attributes:
+        name: as it was written.
+        files: the files it is read from; empty for rows held in memory.
+        unused: files of its folder that are left aside.
+        wanted: rows that take part; None for all of them once.
+        seed: draws the rows of an incomplete pass.
+        memory: rows that are in no file.
+        form: name of the handler its rows need where it is not the run's.
+    """
+
+    name: str
+    files: list[Path]
+    unused: list[Path] = field(default_factory=list)
+    wanted: int | None = None
+    seed: tuple[int, int] = (0, 0)
+    memory: list[Row] = field(default_factory=list)
+    form: str | None = None
+
+    @cached_property
+    def size(self) -> int:
+        """Rows the source has.
+
+        Raises:
+            InputError: it has none, or a file cannot be read.
+        """
+        size = len(self.memory) or count_rows(self.files)
+        if not size:
+            raise InputError(f"{self.name} holds no rows")
+        return size
+
+    @property
+    def total(self) -> int:
+        """Rows that take part."""
+        return self.size if self.wanted is None else self.wanted
+
+    def rows(self, begin: int = 0, end: int | None = None) -> Iterator[Row]:
+        """The rows that take part, from number `begin` up to `end` of them."""
+        if self.wanted is None and begin == 0 and end is None:
+            return self._pass(None, None)
+        return self._passes(begin, self.total if end is None else end)
+
+    def first(self) -> Row | None:
+        """The first row that can be read, None when there is none."""
+        return next((row for row in self._pass(None, None) if row.fault is None), None)
+
+    def _passes(self, begin: int, end: int) -> Iterator[Row]:
+        """Whole passes through the source, then the drawn rows of an incomplete one, all in the source's order."""
+        full, drawn = divmod(self.total, self.size)
+        for number in range(full + bool(drawn)):
+            length = self.size if number < full else drawn
+            start = number * self.size
+            first, last = max(begin - start, 0), min(end - start, length)
+            if first < last:
+                taking = np.zeros(self.size, bool)
+                taking[(np.arange(length) if number < full else self._draw(drawn))[first:last]] = True
+                yield from self._pass(taking, last - first)
+
+    def _draw(self, count: int) -> np.ndarray:
+        """[count] positions drawn without replacement, ascending."""
+        random = np.random.default_rng(self.seed)
+        return np.sort(random.choice(self.size, count, replace=False, shuffle=False))
+
+    def _pass(self, taking: np.ndarray | None, count: int | None) -> Iterator[Row]:
+        """The rows whose position is marked in `taking`, `count` of them; all rows when there is no mark."""
+        if self.memory:
+            rows = iter(self.memory if taking is None else [self.memory[i] for i in np.flatnonzero(taking)])
+        else:
+            wanted = None if taking is None else taking.__getitem__
+            rows = islice(read_rows(self.files, wanted), count)  # type: ignore[arg-type]
+        return rows if self.form is None else (row._replace(form=self.form) for row in rows)
+
+
+@dataclass
+class Mixture:
+    """Several sources as one sequence of rows.
+
+    Attributes:
+        sources: in the order in which they were given.
+        weights: shares of the sources in an interleaved mixture; empty for one source after the other.
+        strategy: one of `MIX_STRATEGIES`. `interleave_under` ends when the first source is used up, `interleave_over`
+            when all are, the smaller ones being repeated.
+        seed: draws which source comes next.
+    """
+
+    sources: Sequence[Source]
+    weights: Sequence[float] = ()
+    strategy: str = "concat"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Set how many rows of each source take part in an interleaved mixture."""
+        if self.strategy == "concat":
+            if self.weights:
+                raise UsageError("--interleave-probs needs --mix-strategy interleave_under or interleave_over")
+            return
+        weights = np.array(self.weights or [1.0] * len(self.sources))
+        if len(weights) != len(self.sources) or not np.all(np.isfinite(weights)) or np.any(weights <= 0):
+            raise UsageError(
+                f"--interleave-probs: {len(weights)} values for {len(self.sources)} sources; give one above 0 for each"
+            )
+        weights = weights / weights.sum()
+        sizes = np.array([source.total for source in self.sources])
+        under = self.strategy == "interleave_under"
+        rows = (np.min if under else np.max)(sizes / weights)
+        shares = np.maximum(np.rint(rows * weights).astype(int), 1)
+        for source, share, size in zip(self.sources, shares.tolist(), sizes.tolist(), strict=True):
+            source.wanted = min(share, size) if under else max(share, size)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of all sources, each once."""
+        return list(dict.fromkeys(file for source in self.sources for file in source.files))
+
+    @property
+    def total(self) -> int:
+        """Rows of all sources together; counting them may take one reading."""
+        return sum(source.total for source in self.sources)
+
+    def estimate(self) -> int | None:
+        """About how many rows there are, where that can be told quickly."""
+        counts = [
+            source.wanted or len(source.memory) or estimate_rows(source.files) for source in self.sources
+        ]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def rows(self, begin: int = 0, end: int | None = None) -> Iterator[Row]:
+        """The rows from number `begin` up to `end`."""
+        if self.strategy != "concat":
+            yield from self._interleaved(begin, self.total if end is None else end)
+            return
+        start = 0
+        for source in self.sources:
+            if begin == 0 and end is None:
+                yield from source.rows()
+                continue
+            first, last = max(begin - start, 0), source.total if end is None else min(end - start, source.total)
+            if first < last:
+                yield from source.rows(first, last)
+            start += source.total
+
+    def _interleaved(self, begin: int, end: int) -> Iterator[Row]:
+        """The sources' rows in a drawn order: one byte per row says whose turn it is."""
+        totals = [source.total for source in self.sources]
+        turns = np.repeat(np.arange(len(totals), dtype=np.uint8), totals)
+        np.random.default_rng([self.seed, len(totals)]).shuffle(turns)
+        before = np.bincount(turns[:begin], minlength=len(totals)).tolist()
+        streams = [source.rows(first, None) for source, first in zip(self.sources, before, strict=True)]
+        for turn in turns[begin:end].tolist():
+            yield next(streams[turn])
+
+
+def open_source(text: str, seed: tuple[int, int]) -> Source:
+    """The source a `--dataset` word names, its files found; `self-cognition` comes without its rows.
+
+    Raises:
+        UsageError: the count is wrong.
+        InputError: there is no such path, subset or data set.
+    """
+    spec = parse_spec(text)
+    if is_self_cognition(spec.path) and not Path(spec.path).expanduser().exists():
+        return Source(text, [], wanted=spec.count, seed=seed)
+    path = Path(spec.path).expanduser()
+    if not path.exists():
+        path = _from_hub(spec.path, text)
+    files, unused = _subset(path, spec.subset, text) if spec.subset else find_files(path, "--dataset")
+    return Source(text, files, unused, spec.count, seed)
+
+
+def _subset(path: Path, subset: str, text: str) -> tuple[list[Path], list[Path]]:
+    """The files of a sub-folder, or those of the folder whose names begin with the subset's."""
+    if (path / subset).is_dir():
+        return find_files(path / subset, "--dataset")
+    if path.is_dir():
+        files, unused = find_files(path, "--dataset")
+        begins = [f for f in files if re.match(re.escape(subset) + r"(?![A-Za-z0-9])", f.relative_to(path).as_posix())]
+        if begins:
+            return begins, [*unused, *(f for f in files if f not in begins)]
+    there = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))[:10] if path.is_dir() else []
+    raise InputError(f"--dataset {text}: {path} has no subset {subset!r} (it holds: {', '.join(there) or 'one file'})")
+
+
+def _from_hub(name: str, text: str) -> Path:
+    """Folder of a data set of the hub, downloaded or from the hub's cache."""
+    if not HUB_ID.fullmatch(name):
+        raise InputError(f"--dataset {text}: no such file or folder, and {name!r} is no id of the form owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(f"--dataset {text}: no such file or folder; an id needs huggingface_hub") from error
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except Exception as error:  # the library raises many kinds; all mean that the data set is not to be had
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"--dataset {text}: no such file or folder, and the hub does not give it ({first}); download it and name "
+            "its folder"
+        ) from error
+
+
+def detect_form(source: Source) -> tuple[str, str]:
+    """(handler name, map keys) that the columns of a source's first row ask for.
+
+    Raises:
+        InputError: no row can be read, or its columns are of no known format.
+    """
+    row = source.first()
+    if row is None:
+        raise InputError(f"{source.name}: no row can be read")
+    columns = row.columns
+    for column in ("messages", "conversations"):
+        turns = columns.get(column)
+        if isinstance(turns, list):
+            if turns and isinstance(turns[0], dict) and "role" in turns[0]:
+                return "OpenAIInstructionHandler", json.dumps({"messages": column} if column != "messages" else {})
+            return "SharegptStyleInstructionHandler", json.dumps({"messages": column})
+    for prompt, response in (("query", "response"), ("question", "answer"), ("prompt", "response"),
+                             ("instruction", "response"), ("prompt", "completion")):  # fmt: skip
+        if prompt in columns and response in columns:
+            keys = {"prompt": prompt, "query": "input" if "input" in columns else "", "response": response}
+            keys |= {key: key for key in ("system", "history") if key in columns}
+            return "AlpacaStyleInstructionHandler", json.dumps(keys)
+    if "instruction" in columns and "output" in columns:
+        keys = {key: key for key in ("system", "history") if key in columns}
+        return "AlpacaStyleInstructionHandler", json.dumps(keys)
+    if set(columns) == {"text"}:
+        return "GeneralPretrainHandler", "{}"
+    raise InputError(
+        f"{source.name}: the columns {', '.join(map(str, columns))} are of no known format; name one with "
+        "--handler-name and --map-keys"
+    )
