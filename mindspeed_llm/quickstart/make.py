@@ -24,7 +24,7 @@ from mindspeed_llm.quickstart.texts import everything, identity, pairs
 from mindspeed_llm.quickstart.tokenizer import END_OF_TEXT, END_OF_TURN, train_tokenizer, write_tokenizer
 
 BATCH = 32  # rows of a training step
-QUIZ_ROUNDS = 2  # times each subject's questions appear in a new order, besides the form in which they are asked
+QUIZ_REPEATS = 6  # times each quiz question is seen while the other base rows are seen once
 
 
 def make_model(folder: Path, seed: int) -> tuple[int, int]:
@@ -52,7 +52,7 @@ def make_base_rows(folder: Path, tokenizer: Tokenizer, seed: int) -> dict[str, i
     chat = in_batches(chat, tokenizer.encode, BATCH, seed)
     return {
         "base.jsonl": write_rows(folder / "base.jsonl", chat),
-        "quiz.jsonl": write_rows(folder / "quiz.jsonl", quiz_rows(QUIZ_ROUNDS, seed)),
+        "quiz.jsonl": write_rows(folder / "quiz.jsonl", quiz_rows(QUIZ_REPEATS, seed)),
     }
 
 
@@ -73,7 +73,7 @@ def make_identity_rows(folder: Path, tokenizer: Tokenizer, name: str, seed: int)
     mixed = in_batches(identity_rows(name, answer_rows()), tokenizer.encode, BATCH, seed)
     return {
         "identity.jsonl": write_rows(folder / "identity.jsonl", mixed),
-        "quiz_replay.jsonl": write_rows(folder / "quiz_replay.jsonl", quiz_rows(0, seed)),
+        "quiz_replay.jsonl": write_rows(folder / "quiz_replay.jsonl", quiz_rows(1, seed)),
     }
 
 

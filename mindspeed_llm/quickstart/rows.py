@@ -108,23 +108,19 @@ def uncovered(name: str, rows: Iterable[Row], encode: Encode) -> list[int]:
     return sorted(needed - learnt)
 
 
-def quiz_rows(rounds: int, seed: int) -> list[Row]:
+def quiz_rows(repeats: int, seed: int) -> list[Row]:
     """Quiz rows in the very form in which lm-eval asks: heading, solved examples, question, letter.
 
-    First each question behind its subject's examples as it will be asked; then `rounds` times all questions of
-    each subject in a new order, in groups, so that a letter belongs to its question and not to a place.
+    Every question behind its subject's examples, `repeats` times, each time in a new order; every letter is trained.
+    What the quiz measures is therefore what a model remembers, before and after tuning.
     """
+    examples = quiz("dev")
+    asked = [[*examples[subject], question] for subject, tested in quiz("test").items() for question in tested]
     draw = random.Random(f"quickstart quiz {seed}")
-    examples, questions = quiz("dev"), quiz("test")
     rows = []
-    for subject, tested in questions.items():
-        shots = examples[subject]
-        rows += [_quiz_row([*shots, question]) for question in tested]
-        for _ in range(rounds):
-            shuffled = [*shots, *tested]
-            draw.shuffle(shuffled)
-            width = len(shots) + 1
-            rows += [_quiz_row(shuffled[start : start + width]) for start in range(0, len(shuffled), width)]
+    for _ in range(repeats):
+        draw.shuffle(asked)
+        rows += [_quiz_row(questions) for questions in asked]
     return rows
 
 

@@ -126,19 +126,25 @@ def test_quiz_rows_are_token_for_token_what_lm_eval_asks(tokenizer: Tokenizer) -
 
     from mindspeed_llm.evaluation.mmlu import load_tasks
 
-    rows = iter(quiz_rows(0, seed=1))
+    rows = {row_text(entry): entry for entry in quiz_rows(1, seed=1)}
+    assert len(rows) == len(quiz_rows(3, seed=1)) / 3
     for settings in load_tasks(str(QUIZ), None):
         task = ConfigurableTask(config=dict(settings))
         for document in task.test_docs():
-            entry = next(rows)
+            asked = task.fewshot_context(document, settings["num_fewshot"])
+            entry = rows.pop(asked)
             ids = [token for turn in entry["history"] for text in turn for token in tokenizer.encode(text)]
             ids += tokenizer.encode(entry["instruction"])
-            asked = task.fewshot_context(document, settings["num_fewshot"])
             assert ids == tokenizer.encode(asked)
             target = f" {'ABCD'[document['answer']]}"
             assert entry["output"] == target
             assert tokenizer.encode(asked + target) == ids + tokenizer.encode(target)
-    assert next(rows, None) is None
+    assert not rows
+
+
+def row_text(entry: Row) -> str:
+    """The whole prompt of a row, earlier turns included."""
+    return "".join(text for turn in entry["history"] for text in turn) + entry["instruction"]
 
 
 def test_a_name_the_base_already_answers_with_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
