@@ -1,11 +1,13 @@
 """Process groups: from torchrun's environment to megatron-core's groups, and back."""
 
+import gc
 import os
 import socket
 from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import distributed_c10d
 
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
@@ -64,8 +66,16 @@ def start(
 
 
 def stop() -> None:
-    """Destroy megatron-core's groups; the default process group stays, so another layout can follow."""
+    """Destroy megatron-core's groups; the default process group stays, so another layout can follow.
+
+    megatron-core only forgets them: torch would keep each one's connections and threads until the process ends.
+    """
+    forgotten = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
+    for group in forgotten:
+        if isinstance(group, torch.distributed.ProcessGroup):
+            torch.distributed.destroy_process_group(group)
+    gc.collect()  # a group's threads end with the last reference to it
 
 
 def disconnect() -> None:
