@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed import distributed_c10d
 
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
