@@ -35,24 +35,27 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     """Questions of one file as lm-eval's documents: question, choices, answer (index), subject.
 
     Raises:
-        InputError: a row without six fields or with another answer than A to D; file and row are named.
+        InputError: not CSV in UTF-8, a row without six fields or with another answer than A to D; file and row are
+            named.
     """
     subject = path.stem.rpartition("_")[0]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.reader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not CSV in UTF-8 ({error}); save it as such") from error
     documents = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if len(row) != 6 or row[5].strip() not in LETTERS:
-                raise InputError(
-                    f"{path}: row {number}: expected question, A, B, C, D, answer letter; got {row!r:.100}"
-                )
-            documents.append(
-                {
-                    "question": row[0],
-                    "choices": row[1:5],
-                    "answer": LETTERS.index(row[5].strip()),
-                    "subject": subject.replace("_", " "),
-                }
-            )
+    for number, row in enumerate(rows, 1):
+        if len(row) != 6 or row[5].strip() not in LETTERS:
+            raise InputError(f"{path}: row {number}: expected question, A, B, C, D, answer letter; got {row!r:.100}")
+        documents.append(
+            {
+                "question": row[0],
+                "choices": row[1:5],
+                "answer": LETTERS.index(row[5].strip()),
+                "subject": subject.replace("_", " "),
+            }
+        )
     if not documents:
         raise InputError(f"{path} holds no questions")
     return documents

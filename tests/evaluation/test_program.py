@@ -18,7 +18,6 @@ LAYOUTS: dict[str, tuple[int, tuple]] = {
     "TP2": (2, ("--tensor-model-parallel-size", 2)),
     "PP2": (2, ("--pipeline-model-parallel-size", 2, "--evaluation-batch-size", 2)),
     "DP2": (2, ("--evaluation-batch-size", 4)),
-    "TP2 DP2": (4, ("--tensor-model-parallel-size", 2)),
 }
 
 
@@ -95,7 +94,7 @@ def test_scores_equal_lm_evals_own_backend_at_every_layout(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["one", "batches of 3", "PP2", "TP2 DP2"])
+@pytest.mark.parametrize("layout", ["one", "batches of 3", "PP2", "TP2"])
 def test_log_likelihoods_and_greedy_flags_equal_lm_evals_backend(
     layout: str, reference: tuple[bool, dict[str, Any]]
 ) -> None:
@@ -121,12 +120,11 @@ def test_continuations_of_several_tokens_and_rows_beyond_the_limit_are_scored_as
     from tests.distributed.pool import pool
 
     model = HFLM(pretrained=str(hf_model()), dtype="float32", device="cpu", batch_size=1, max_length=40)
-    requests = [(sentence(n, 2 + n), " " + sentence(n + 50, 1 + n % 3)) for n in range(12)]
+    requests = [(sentence(n, 2 + 3 * n), " " + sentence(n + 50, 1 + n % 3)) for n in range(12)]
     assert any(len(model.tok_encode(a + b)) > 41 for a, b in requests)
     # continue greedily by the model itself, so that some flags are true
     for context, _ in requests[:4]:
-        ids = model.model.generate(model.tok_encode(context, return_tensors="pt") if False else _ids(model, context),
-                                   max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)  # fmt: skip
+        ids = model.model.generate(_ids(model, context), max_new_tokens=3, do_sample=False, pad_token_id=0)
         text = model.tokenizer.decode(ids[0], skip_special_tokens=False)
         if text.startswith(context):
             requests.append((context, text[len(context) :]))
