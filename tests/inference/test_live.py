@@ -96,9 +96,11 @@ def test_greedy_tokens_and_beams_are_transformers_with_and_without_a_cache(
     size, tensor, pipeline = LAYOUTS[layout]
     stops, found = wanted
     assert any(len(answer) < TOKENS for answer in found[1]) and any(len(answer) > 1 for answer in found[1])
+    asked = jobs(stops) if size == 1 else jobs(stops)[1:4]
+    found = found if size == 1 else found[1:4]
     argv = command(adapter, tensor, pipeline)
-    for rank, ours in enumerate(pool(size).run(live_tasks.answers, argv=argv, prompts=prompts(), jobs=jobs(stops))):
-        for job, mine, theirs in zip(jobs(stops), ours, found, strict=True):
+    for rank, ours in enumerate(pool(size).run(live_tasks.answers, argv=argv, prompts=prompts(), jobs=asked)):
+        for job, mine, theirs in zip(asked, ours, found, strict=True):
             assert mine == theirs, (rank, job)
 
 
