@@ -8,11 +8,13 @@ traceback, also those of processes that wait for the failed one.
 
 import atexit
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -47,6 +49,14 @@ def _resolve(task: Task) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
+def _forget_engines() -> None:
+    """Drop what the last task built: process groups end, with their threads, when nothing knows them any more."""
+    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    if rotary is not None:
+        rotary.RotaryEmbedding.forward.cache_clear()  # remembers its callers, and through their hooks all the rest
+    gc.collect()
+
+
 def _serve(rank: int, environment: dict[str, str], stacks: str, pipe: Any, prepare: Callable[[int], None]) -> None:
     """One process: prepare, then run tasks until the pipe closes."""
     os.environ.update(environment)
@@ -63,6 +73,8 @@ def _serve(rank: int, environment: dict[str, str], stacks: str, pipe: Any, prepa
             except BaseException:
                 answer = (False, traceback.format_exc())
             pipe.send(answer)
+            del answer, task, arguments
+            _forget_engines()
 
 
 class Pool:

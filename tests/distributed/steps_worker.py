@@ -6,47 +6,36 @@ from typing import Any
 
 import numpy
 
-from mindspeed_llm.models import parallel
 from mindspeed_llm.training.engine import evaluate, run_microbatches, train_step
 from mindspeed_llm.training.optimizer_state import export_gradients
 from tests.distributed.cases import Arrays, Case
-from tests.distributed.worker import arrays, build, logical, share, start
+from tests.distributed.worker import arrays, live, logical, share
 
 
 def gradients(
     rank: int, case: Case, folder: Path, adapter: Arrays, batches: Sequence[Any]
 ) -> tuple[float, int, Arrays]:
     """(loss, tokens, gradients) of one global batch."""
-    start(case)
-    try:
-        engine = build(case, folder, adapter)
+    with live(case, folder, adapter) as engine:
         for chunk in engine.wrapped:
             chunk.zero_grad_buffer()
         loss, tokens = run_microbatches(engine, share(batches), forward_only=False)
         return loss, tokens, arrays(export_gradients(engine.optimizer, logical(engine, trainable=True)))
-    finally:
-        parallel.stop()
 
 
 def validated(rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[Any]) -> tuple[float, float, bool]:
     """(validation loss over global batches, of none, whether the model trains on afterwards)."""
-    start(case)
-    try:
-        engine = build(case, folder, adapter)
+    with live(case, folder, adapter) as engine:
         loss = evaluate(engine, iter([share(step) for step in steps]))
         empty = evaluate(engine, iter([]))
         return loss, empty, all(module.training for chunk in engine.wrapped for module in chunk.modules())
-    finally:
-        parallel.stop()
 
 
 def broken_step(
     rank: int, case: Case, folder: Path, adapter: Arrays, batches: Sequence[Any]
 ) -> tuple[bool, bool, bool]:
     """A step whose gradients are not finite: (applied, norm is finite, weights changed); collective."""
-    start(case)
-    try:
-        engine = build(case, folder, adapter)
+    with live(case, folder, adapter) as engine:
         for name, parameter in logical(engine).items():
             if name == "decoder.final_layernorm.weight":
                 parameter.data[0] = float("inf")
@@ -55,5 +44,3 @@ def broken_step(
         after = arrays(logical(engine, trainable=True))
         changed = any(not numpy.array_equal(after[name], value) for name, value in before.items())
         return done.updated, bool(numpy.isfinite(done.grad_norm)), changed
-    finally:
-        parallel.stop()

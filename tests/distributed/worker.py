@@ -1,7 +1,7 @@
 """What the processes of a pool run: one layout, built, measured, trained and reported. Imports megatron-core."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -149,6 +149,19 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
     return create_engine(chunks, OPTIONS, case.distributed_optimizer, case.overlap, case.overlap)
 
 
+@contextmanager
+def live(case: Case, folder: Path, adapter: Arrays) -> Iterator[Engine]:
+    """The case's engine, and its groups for as long as it is used."""
+    start(case)
+    try:
+        engine = build(case, folder, adapter)
+        yield engine
+        for chunk in engine.wrapped:
+            chunk.grad_accs.clear()  # a cycle through torch's graph, which Python's collector cannot see
+    finally:
+        parallel.stop()
+
+
 def logical(engine: Engine, trainable: bool | None = None) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by logical name; all, or only the trainable or the frozen ones."""
     return {
@@ -209,21 +222,17 @@ def arrays(tensors: Mapping[str, Tensor]) -> Arrays:
 
 
 def train(rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[Any]) -> Result:
-    """Build the case's layout, measure its first global batch, train on all of them; the groups are destroyed."""
-    start(case)
-    try:
-        with ExitStack() as broken:
-            if case.fault in FUSED_FAULTS:
-                broken.enter_context(mock.patch.object(fused, *FUSED_FAULTS[case.fault]))
-            if case.fault == BACKWARD_FAULT:
-                broken.enter_context(mock.patch.object(fused, "_backward_column", backward_without_sums))
-            engine = build(case, folder, adapter)
-            if case.fault == SYNC_FAULT:
-                for chunk in engine.wrapped:
-                    chunk.finish_grad_sync = lambda **kwargs: None
-            return measure(engine, steps)
-    finally:
-        parallel.stop()
+    """Build the case's layout with its fault, measure its first global batch, train on all of them."""
+    with ExitStack() as stack:
+        if case.fault in FUSED_FAULTS:
+            stack.enter_context(mock.patch.object(fused, *FUSED_FAULTS[case.fault]))
+        if case.fault == BACKWARD_FAULT:
+            stack.enter_context(mock.patch.object(fused, "_backward_column", backward_without_sums))
+        engine = stack.enter_context(live(case, folder, adapter))
+        if case.fault == SYNC_FAULT:
+            for chunk in engine.wrapped:
+                chunk.finish_grad_sync = lambda **kwargs: None
+        return measure(engine, steps)
 
 
 def measure(engine: Engine, steps: Sequence[Any]) -> Result:
@@ -262,9 +271,7 @@ def train_on(
     rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[Any], state: OptimizerState | None
 ) -> Continued:
     """Train at the case's layout from an optimizer state of whole tensors (None: from the start), and export it."""
-    start(case)
-    try:
-        engine = build(case, folder, adapter)
+    with live(case, folder, adapter) as engine:
         if state is not None:
             take(engine, case, folder, state)
         schedule = Schedule(engine.optimizer, OPTIONS, STEPS)
@@ -277,8 +284,6 @@ def train_on(
         place = groups.get_tensor_model_parallel_rank(), groups.get_pipeline_model_parallel_rank()
         trained = {name: p.float() for name, p in logical(engine, trainable=True).items()}
         return Continued(*place, losses, by_field, count, arrays(trained))
-    finally:
-        parallel.stop()
 
 
 def take(engine: Engine, case: Case, folder: Path, state: OptimizerState) -> None:
