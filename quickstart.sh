@@ -206,7 +206,7 @@ score_after() {
 }
 
 merge_and_export() {
-    LOAD_DIR=base LORA_DIR=lora SAVE_DIR=export bash "$RECIPES/ckpt_convert_qwen3_mcore2hf_lora.sh"
+    LOAD_DIR=base CHECKPOINT_LORA=lora SAVE_DIR=export bash "$RECIPES/ckpt_convert_qwen3_mcore2hf_lora.sh"
     echo "export: $(du -sh export | cut -f1) in $WORK/export"
 }
 
