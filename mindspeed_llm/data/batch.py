@@ -67,6 +67,68 @@ def collate(
     }
 
 
+def collate_flat(
+    rows: Sequence[Mapping[str, Any]],
+    pad_id: int,
+    seq_length: int,
+    pad_to_multiple_of: int = 1,
+    cut: CutRule = CutRule.TURNS,
+) -> dict[str, np.ndarray]:
+    """One micro-batch without padding between rows: all rows one after the other in a single sequence.
+
+    A neatly packed row is taken apart into the rows it was made of. Attention must not cross the bounds in
+    `cu_seqlens`, and positions start anew at each.
+
+    Args:
+        rows, pad_id, cut: as `collate` has them; `attention_mask` numbers the rows of a neat pack from 1, padding 0.
+        seq_length: longest row; the sequence itself is as long as its rows together.
+        pad_to_multiple_of: the sequence is filled up to a multiple of it; the filling is a segment of its own.
+
+    Returns:
+        tokens, labels [1, s] int64 (labels shifted within each row, -100 = not trained), loss_mask [1, s] float32,
+        position_ids [1, s] int64, cu_seqlens [segments + 1] int32 (where each begins, and the end), max_seqlen []
+        int32 (tokens of the longest segment), lengths [segments without filling] int64.
+
+    Raises:
+        InputError: a row is too long and `cut` is REFUSE.
+    """
+    parts = [part for row in rows for part in _segments(row, seq_length, cut)]
+    lengths = np.array([len(ids) for ids, _ in parts], dtype=np.int64)
+    total = int(lengths.sum())
+    width = -(-max(total, 1) // pad_to_multiple_of) * pad_to_multiple_of
+    tokens = np.full(width, pad_id, dtype=np.int64)
+    labels = np.full(width, IGNORE_INDEX, dtype=np.int64)
+    bounds = np.concatenate([[0], np.cumsum(lengths), [width] if width > total else []]).astype(np.int32)
+    for (ids, row_labels), begin in zip(parts, bounds.tolist(), strict=False):
+        tokens[begin : begin + len(ids)] = ids
+        labels[begin : begin + max(len(ids) - 1, 0)] = row_labels[1:]
+    sizes = np.diff(bounds)
+    positions = np.arange(width, dtype=np.int64) - np.repeat(bounds[:-1].astype(np.int64), sizes)
+    return {
+        "tokens": tokens[None],
+        "labels": labels[None],
+        "loss_mask": (labels != IGNORE_INDEX).astype(np.float32)[None],
+        "position_ids": positions[None],
+        "cu_seqlens": bounds,
+        "max_seqlen": np.array(sizes.max(initial=0), dtype=np.int32),
+        "lengths": lengths,
+    }
+
+
+def _segments(row: Mapping[str, Any], seq_length: int, cut: CutRule) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(input_ids, labels) of the rows in a row: itself, or those of a neat pack without its padding."""
+    numbers = np.asarray(row.get("attention_mask", 1))
+    if int(numbers.max(initial=0)) <= 1 and int(numbers.min(initial=1)) == 1:
+        return [cut_row(row, seq_length, cut)]
+    ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
+    parts = []
+    for number in range(1, int(numbers.max(initial=0)) + 1):
+        inside = numbers == number
+        name = f"row {number} in {row.get('name', 'a row')}"
+        parts.append(cut_row({"input_ids": ids[inside], "labels": labels[inside], "name": name}, seq_length, cut))
+    return parts
+
+
 def cut_row(row: Mapping[str, Any], seq_length: int, cut: CutRule) -> tuple[np.ndarray, np.ndarray]:
     """(input_ids, labels) of a row, both [min(length, seq_length)] or shorter, cut where they are longer.
 

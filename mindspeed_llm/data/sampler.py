@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from mindspeed_llm.data.index_cache import IndexCache, lengths_origin
 from mindspeed_llm.errors import InputError, UsageError
 
 
@@ -24,6 +25,7 @@ class EpochSampler:
         num_microbatches: int,
         seed: int,
         shuffle: bool = True,
+        cache: IndexCache | None = None,
     ) -> None:
         """Args:
             num_samples: rows of the data set.
@@ -32,6 +34,7 @@ class EpochSampler:
             num_microbatches: micro-batches of a rank per global batch.
             seed: with the epoch's number decides its order.
             shuffle: False keeps the rows' order.
+            cache: where orders are kept for all ranks; left out, every rank draws them itself.
 
         Raises:
             InputError: there are no rows.
@@ -53,8 +56,9 @@ class EpochSampler:
         self.num_microbatches = num_microbatches
         self.seed = seed
         self.shuffle = shuffle
+        self.cache = cache
         # a batch touches few epochs; the cache only saves drawing an epoch's order again
-        self._order = lru_cache(maxsize=2)(self._draw_order)
+        self._order = lru_cache(maxsize=2)(self._kept_order)
 
     @property
     def global_batch_size(self) -> int:
@@ -82,6 +86,60 @@ class EpochSampler:
         epoch, within = divmod(position, self.num_samples)
         return int(self._order(epoch)[within]) if self.shuffle else within
 
+    def _kept_order(self, epoch: int) -> np.ndarray:
+        """The order of one epoch, from the cache where there is one."""
+        if self.cache is None:
+            return self._draw_order(epoch)
+        return self.cache.array({**self._origin(), "epoch": epoch}, lambda: self._draw_order(epoch))
+
+    def _origin(self) -> dict[str, object]:
+        """What an epoch's order follows from, besides its number."""
+        return {"kind": "shuffled", "rows": self.num_samples, "seed": self.seed}
+
     def _draw_order(self, epoch: int) -> np.ndarray:
         """[num_samples] rows in the order of one epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+
+class LengthGroupedSampler(EpochSampler):
+    """Rows of like length share a global batch, so that little is padded and the ranks have equal work.
+
+    An epoch is shuffled, cut into windows of some global batches, and sorted by length within each; then the global
+    batches are put into a random order, the longest one first, so that what does not fit into memory fails at once.
+    What stands behind the last whole global batch keeps its place at the end.
+    """
+
+    WINDOW = 50  # global batches sorted together: more of them make batches more alike and the order less random
+
+    def __init__(self, lengths: np.ndarray, *sizes: int, seed: int, cache: IndexCache | None = None) -> None:
+        """Args:
+        lengths: [rows] tokens of each row.
+        sizes: micro_batch_size, data_parallel_rank, data_parallel_size, num_microbatches, as `EpochSampler` has them.
+        """
+        self.lengths = np.asarray(lengths)
+        super().__init__(len(self.lengths), *sizes, seed=seed, cache=cache)
+
+    def _origin(self) -> dict[str, object]:
+        return {
+            "kind": "grouped by length", "rows": lengths_origin(self.lengths), "seed": self.seed,
+            "global_batch_size": self.global_batch_size, "window": self.WINDOW,
+        }  # fmt: skip
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        """[num_samples] rows in the order of one epoch."""
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(self.num_samples)
+        whole = len(order) // self.global_batch_size
+        # a small data set keeps four windows, so that its epochs differ
+        window = min(self.WINDOW, max(whole // 4, 1)) * self.global_batch_size
+        for begin in range(0, len(order), window):
+            part = order[begin : begin + window]
+            order[begin : begin + window] = part[np.argsort(-self.lengths[part], kind="stable")]
+        if whole < 2:
+            return order
+        batches = order[: whole * self.global_batch_size].reshape(whole, -1)
+        turn = random.permutation(whole)
+        longest = int(np.argmax(self.lengths[batches[turn]].max(axis=1)))
+        turn[[0, longest]] = turn[[longest, 0]]
+        order[: whole * self.global_batch_size] = batches[turn].ravel()
+        return order

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindspeed_llm.data.batch import CutRule, collate, cut_count, cut_row, first_overlong, turn_bounds
+from mindspeed_llm.data.batch import CutRule, collate, collate_flat, cut_count, cut_row, first_overlong, turn_bounds
 from mindspeed_llm.data.dataset import IndexedDataset
 from mindspeed_llm.errors import InputError
 from tests.data.test_dataset import make
@@ -108,3 +108,39 @@ def test_overlong_rows_are_counted_by_their_lengths(tmp_path: Path) -> None:
     data = IndexedDataset(make(tmp_path / "a", [[1] * n for n in (3, 9, 5, 6, 5)]))
     assert cut_count(data, 5) == 2 and first_overlong(data, 5) == 1
     assert cut_count(data, 9) == 0 and first_overlong(data, 9) is None
+
+
+def test_rows_without_padding_stand_one_after_the_other_with_their_bounds() -> None:
+    rows = [row((3, 2)), row((1, 4), (2, 1)), row((2, 2))]
+    flat = collate_flat(rows, pad_id=0, seq_length=100, pad_to_multiple_of=8)
+    padded = collate(rows, pad_id=0, seq_length=100, pad_to_longest=True)
+    assert flat["cu_seqlens"].tolist() == [0, 5, 13, 17, 24] and flat["cu_seqlens"].dtype == np.int32
+    assert flat["lengths"].tolist() == [5, 8, 4] == padded["lengths"].tolist() and flat["max_seqlen"] == 8
+    assert flat["tokens"].shape == flat["labels"].shape == flat["position_ids"].shape == (1, 24)
+    for i, (begin, end) in enumerate([(0, 5), (5, 13), (13, 17)]):
+        assert flat["tokens"][0, begin:end].tolist() == padded["tokens"][i, : end - begin].tolist()
+        assert flat["labels"][0, begin:end].tolist() == padded["labels"][i, : end - begin].tolist()
+        assert flat["position_ids"][0, begin:end].tolist() == list(range(end - begin))
+    assert flat["loss_mask"].sum() == padded["loss_mask"].sum() and (flat["labels"][0, 17:] == -100).all()
+
+
+def test_a_neat_pack_is_taken_apart_into_its_rows() -> None:
+    parts = [row((3, 2)), row((1, 4)), row((2, 2))]
+    padding = np.zeros(4, np.int32)
+    packed = {
+        "input_ids": np.concatenate([*(p["input_ids"] for p in parts), padding]),
+        "labels": np.concatenate([*(p["labels"] for p in parts), padding - 100]),
+        "attention_mask": np.repeat([1, 2, 3, 0], [5, 5, 4, 4]),
+    }
+    once, apart = (collate_flat(rows, 0, 100) for rows in ([packed], parts))
+    for field in once:
+        assert np.array_equal(once[field], apart[field]), field
+
+
+def test_over_long_rows_are_cut_alike_with_and_without_padding() -> None:
+    rows = [row((30, 20)), row((3, 2))]
+    for rule in (CutRule.TURNS, CutRule.HARD):
+        flat, padded = collate_flat(rows, 0, 16, cut=rule), collate(rows, 0, 16, cut=rule)
+        assert flat["tokens"][0, :16].tolist() == padded["tokens"][0].tolist() and flat["max_seqlen"] == 16
+    with pytest.raises(InputError, match="row 7 of data has 50 tokens"):
+        collate_flat(rows, 0, 16, cut=CutRule.REFUSE)

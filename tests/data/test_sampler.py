@@ -1,8 +1,9 @@
 """The sampler's promises: every row once per epoch, ranks disjoint, resume at any sample."""
 
+import numpy as np
 import pytest
 
-from mindspeed_llm.data.sampler import EpochSampler
+from mindspeed_llm.data.sampler import EpochSampler, LengthGroupedSampler
 from mindspeed_llm.errors import InputError, UsageError
 
 
@@ -59,3 +60,37 @@ def test_impossible_sizes_are_refused() -> None:
         EpochSampler(5, 0, 0, 1, 1, seed=0)
     with pytest.raises(UsageError, match="rank 2 of 2"):
         EpochSampler(5, 1, 2, 2, 1, seed=0)
+
+
+LENGTHS = np.random.default_rng(2).lognormal(5, 0.8, 500).astype(int) + 1
+
+
+def grouped(rank: int = 0, ranks: int = 2) -> LengthGroupedSampler:
+    return LengthGroupedSampler(LENGTHS, 4, rank, ranks, 2, seed=7)
+
+
+def test_grouping_by_length_reads_every_row_once_an_epoch_on_disjoint_ranks() -> None:
+    seen = []
+    for consumed in range(0, 496, 16):
+        for rank in range(2):
+            seen += [row for micro in grouped(rank).batch(consumed) for row in micro]
+    rest = [grouped().batch(496)[0]]
+    assert len(set(seen)) == len(seen) == 496 and set(seen) | set(rest[0]) == set(range(500))
+
+
+def test_grouping_by_length_pads_little_and_still_shuffles() -> None:
+    def padded(sampler: EpochSampler) -> float:
+        batches = [micro for consumed in range(0, 496, 16) for micro in sampler.batch(consumed)]
+        return sum(len(m) * max(LENGTHS[m]) for m in batches) / sum(LENGTHS[m].sum() for m in batches) - 1
+
+    assert padded(grouped()) < 0.15 < 0.5 < padded(EpochSampler(500, 4, 0, 2, 2, seed=7))
+    first = [LENGTHS[grouped().batch(consumed)[0]].max() for consumed in range(0, 496, 16)]
+    assert first[0] == max(first) == LENGTHS.max(), "the longest batch comes first"
+    assert first[1:] != sorted(first[1:], reverse=True)
+    assert grouped().batch(0) != grouped().batch(500), "another epoch, another order"
+
+
+def test_grouping_by_length_resumes_at_any_sample() -> None:
+    assert [grouped().batch(n) for n in (16, 480, 500)] == [grouped().batch(n) for n in (16, 480, 500)]
+    small = LengthGroupedSampler(LENGTHS[:5], 4, 0, 1, 2, seed=7)
+    assert sorted(row for micro in small.batch(0) for row in micro)[:5] and len(small.batch(3)) == 2
