@@ -16,7 +16,7 @@ environment:
   QUICKSTART_SEED        of the weights, the rows and the name (default 1)
   QUICKSTART_NAME        the new name (default: one made up from the seed); Latin letters, digits, Chinese characters
   QUICKSTART_STEPS       steps of full tuning (default 300)
-  QUICKSTART_LORA_STEPS  steps of LoRA tuning (default 120; with 0 the identity requirement must be missed)
+  QUICKSTART_LORA_STEPS  steps of LoRA tuning (default 100; with 0 the identity requirement must be missed)
   MINDSPEED_LLM_DEVICE   cpu (default), cuda or npu
   PYTHON, TORCH_SPEC     see scripts/setup_env.sh --help
 HELP
@@ -32,7 +32,7 @@ RECIPES="$ROOT/examples/mcore/qwen3"
 WORK="${QUICKSTART_DIR:-./quickstart_run}"
 SEED="${QUICKSTART_SEED:-1}"
 STEPS="${QUICKSTART_STEPS:-300}"
-LORA_STEPS="${QUICKSTART_LORA_STEPS:-120}"
+LORA_STEPS="${QUICKSTART_LORA_STEPS:-100}"
 MARK=.made_by_quickstart
 
 whole_number() {
@@ -113,8 +113,7 @@ step() {
 quick() { "$PYTHON" -m "mindspeed_llm.quickstart.$1" "${@:2}"; }
 
 # The recipes compute in bf16 by default; in fp32 the export can be held against transformers token for token.
-TUNE=(--bf16 false --micro-batch-size 32 --global-batch-size 32 --no-shuffle --no-save-optim --lr-warmup-fraction 0.05
-    --log-interval 10 --seed "$SEED")
+TUNE=(--bf16 false --no-shuffle --no-save-optim --lr-warmup-fraction 0.05 --log-interval 10 --seed "$SEED")
 ASK=(--bf16 false --input-file data/prompts.jsonl --max-new-tokens 48 --micro-batch-size 32)
 SCORE=(--bf16 false --evaluation-batch-size 10)
 PLAIN_TEXT=(--map-keys '{"history": "history"}')
@@ -147,7 +146,7 @@ to_megatron() {
 }
 
 tune_base() {
-    CKPT_LOAD_DIR=mcore CKPT_SAVE_DIR=base TOKENIZER_PATH=hf DATA_PATH=data/base SEQ_LENGTH=512 TRAIN_ITERS="$STEPS" \
+    CKPT_LOAD_DIR=mcore CKPT_SAVE_DIR=base TOKENIZER_PATH=hf DATA_PATH=data/base SEQ_LENGTH=512 MBS=32 GBS=32 TRAIN_ITERS="$STEPS" \
         bash "$RECIPES/tune_qwen3_0point6b_4K_full_ptd.sh" "${TUNE[@]}" --data-path data/base data/quiz --lr 2e-3 --min-lr 2e-5
     losses logs/tune_qwen3_0point6b_4K_full_ptd.log
 }
@@ -182,7 +181,7 @@ tune_lora() {
         echo "skipped: QUICKSTART_LORA_STEPS=0"
         return
     fi
-    CKPT_LOAD_DIR=base CKPT_SAVE_DIR=lora TOKENIZER_PATH=hf DATA_PATH=data/identity SEQ_LENGTH=512 \
+    CKPT_LOAD_DIR=base CKPT_SAVE_DIR=lora TOKENIZER_PATH=hf DATA_PATH=data/identity SEQ_LENGTH=512 MBS=32 GBS=32 \
         TRAIN_ITERS="$LORA_STEPS" bash "$RECIPES/tune_qwen3_0point6b_4K_lora_ptd.sh" "${TUNE[@]}" \
         --data-path data/identity data/quiz_replay --lr 4e-3 --min-lr 4e-5
     losses logs/tune_qwen3_0point6b_4K_lora_ptd.log

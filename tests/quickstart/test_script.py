@@ -1,6 +1,7 @@
 """quickstart.sh as a user meets it before anything runs."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,9 +34,20 @@ def test_a_setting_that_is_no_count_is_refused_before_set_up(name: str, value: s
     assert found.returncode == 2 and f"QUICKSTART_{name}={value}" in found.stderr
 
 
-def test_every_recipe_and_module_the_script_names_exists() -> None:
-    text = (REPO / "quickstart.sh").read_text(encoding="utf-8")
-    recipes = {word.split("/")[1].split('"')[0] for word in text.split() if word.startswith('"$RECIPES/')}
-    assert len(recipes) == 9
-    for recipe in recipes:
-        assert (REPO / "examples" / "mcore" / "qwen3" / recipe).is_file(), recipe
+def calls() -> list[tuple[str, set[str]]]:
+    """(recipe, variables set for it) of every call in the script."""
+    text = (REPO / "quickstart.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = []
+    for line in text.splitlines():
+        if call := re.search(r'^(.*)bash "\$RECIPES/([^"]+)"', line):
+            found.append((call[2], set(re.findall(r"(?:^|\s)([A-Z_]+)=", call[1]))))
+    return found
+
+
+def test_every_recipe_the_script_calls_exists_and_has_the_variables_it_sets() -> None:
+    found = calls()
+    assert len({recipe for recipe, _ in found}) == 9
+    for recipe, variables in found:
+        text = (REPO / "examples" / "mcore" / "qwen3" / recipe).read_text(encoding="utf-8")
+        known = set(re.findall(r'^([A-Z_]+)="\$\{\1:-', text, re.MULTILINE)) | {"OMP_NUM_THREADS"}
+        assert variables and variables <= known, (recipe, variables - known)
