@@ -83,7 +83,7 @@ def test_grouping_by_length_pads_little_and_still_shuffles() -> None:
         batches = [micro for consumed in range(0, 496, 16) for micro in sampler.batch(consumed)]
         return sum(len(m) * max(LENGTHS[m]) for m in batches) / sum(LENGTHS[m].sum() for m in batches) - 1
 
-    assert padded(grouped()) < 0.15 < 0.5 < padded(EpochSampler(500, 4, 0, 2, 2, seed=7))
+    assert padded(grouped()) < 0.25 < 0.5 < padded(EpochSampler(500, 4, 0, 2, 2, seed=7))
     first = [LENGTHS[grouped().batch(consumed)[0]].max() for consumed in range(0, 496, 16)]
     assert first[0] == max(first) == LENGTHS.max(), "the longest batch comes first"
     assert first[1:] != sorted(first[1:], reverse=True)
