@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mindspeed_llm.arguments.schema import Program, option
+from mindspeed_llm.arguments.schema import Program, group, option
+from mindspeed_llm.arguments.sources import SourceOptions
 from mindspeed_llm.arguments.tokenizer import THINKING_MODES, TOKENIZER_TYPES
 from mindspeed_llm.errors import UsageError
 
@@ -22,11 +23,20 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
     --prompt-type qwen3 --enable-thinking true --workers 4
 """
 
-    input: str = option(help="File of rows, or a folder of such files.")
-    output_prefix: str = option(help="Path and first part of the name of the files written; folders are made.")
-    tokenizer_name_or_path: str = option(help="Folder of the HF tokenizer.")
-    handler_name: str = option(help="How a row is read, e.g. AlpacaStyleInstructionHandler.")
-    prompt_type: str | None = option(None, help="Name of the prompt template, e.g. qwen3.")
+    sources: SourceOptions = group(SourceOptions)
+    input: str | None = option(
+        None, help="File of rows, or a folder of such files; with --merge-group-keys the folder of the files to merge."
+    )
+    output_prefix: str | None = option(
+        None, help="Path and first part of the name of the files written; folders are made."
+    )
+    tokenizer_name_or_path: str | None = option(None, help="Folder of the HF tokenizer.")
+    handler_name: str | None = option(
+        None, help="How a row is read, e.g. AlpacaStyleInstructionHandler; left out, rows are running text."
+    )
+    prompt_type: str | None = option(
+        None, help="Name of the prompt template, e.g. qwen3; hf for the tokenizer's own chat template."
+    )
     prompt_type_path: str | None = option(
         None, help="File of prompt templates; left out, configs/finetune/templates.json of this repository."
     )
@@ -40,6 +50,19 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
     map_keys: str | None = option(
         None, help='Columns of the rows as JSON, e.g. {"prompt":"question","response":"answer","history":"history"}.'
     )
+    json_keys: list[str] = option(["text"], help="Columns of running text, each written to files of its own.", nargs="+")
+    dataset_additional_keys: list[str] = option(
+        [], help="For the R1 handlers: columns that become fields of their own; labels is the last answer.", nargs="*"
+    )
+    compat: str | None = option(
+        None,
+        help="upstream: its tokens, slot by slot, with its cutting, packing order and treatment of bad rows.",
+        choices=("upstream",),
+    )
+    allow_control_tokens: bool = option(
+        False, help="Let text of users, systems and tools that spells a control token become that token."
+    )
+    pad_to_multiple_of: int = option(1, help="Fill documents of running text up to a multiple of this.", unit="tokens")
     tokenizer_type: str = option("PretrainedFromHF", help="Kind of tokenizer.", choices=TOKENIZER_TYPES)
     seq_length: int | None = option(
         None, help="Longest row; longer ones are cut. Left out, rows keep their length.", unit="tokens"
@@ -70,16 +93,59 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
     workers: int = option(1, help="Processes that tokenise; the result does not depend on it.", unit="processes")
     n_subs: int = option(1, help="Parts that --pack packs each on its own.", unit="parts")
     log_interval: int = option(100, help="Rows between log lines, at most one a second.", unit="rows")
+    split: str | None = option(
+        None,
+        help="Shares such as 95,5,0 for <prefix>_train, _valid and _test. A row's part follows from its content, so "
+        "that equal rows stay together; left out, nothing is divided.",
+    )
+    num_shards: int = option(
+        1, help="Parts in which the rows are made, unpacked, before they are merged; made ones are not made again.",
+        unit="parts",
+    )
+    shard_index: int | None = option(
+        None, help="Make only this part, from 0, e.g. on a machine of its own; --merge-group-keys merges them later."
+    )
+    merge_group_keys: list[str] = option(
+        [],
+        help="Merge the files of the folder --input whose names hold one of these words, e.g. "
+        "packed_input_ids_document; parts made by --num-shards are divided and packed as well.",
+        nargs="+",
+    )
+    preview: int = option(0, help="Print so many rows as the model gets them, trained tokens marked; write nothing.")
+    inspect: str | None = option(
+        None, help="Output prefix of existing files: print their rows likewise, --preview of them (10 when left out)."
+    )
     seed: int = option(1234, help="Seed where rows are mixed or sampled.")
     overwrite: bool = option(False, help="Replace existing files of the same prefix.")
 
     def check(self) -> None:
         """Raise UsageError for counts below one and packing without its length."""
-        for name in ("workers", "n_subs", "log_interval", "seq_length", "max_length", "max_chars_per_row"):
+        counts = ("workers", "n_subs", "log_interval", "seq_length", "max_length", "max_chars_per_row", "num_shards")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        self._check_mode()
         if self.pack and self.seq_length is None:
             raise UsageError("--pack needs --seq-length, the length of the joined sequences")
         if self.neat_pack and not self.pack:
             raise UsageError("--neat-pack needs --pack")
+
+    def _check_mode(self) -> None:
+        """Raise UsageError unless the options name one thing to do, and what it needs."""
+        if self.preview < 0:
+            raise UsageError(f"--preview {self.preview}: must not be negative")
+        if self.inspect is not None:
+            return
+        if (self.input is None) == (not self.sources.dataset):
+            given = "neither is" if self.input is None else "both are"
+            raise UsageError(f"--input or --dataset names the rows, {given} given; give one of the two")
+        needed = {"--output-prefix": self.output_prefix is None and not self.preview}
+        needed["--tokenizer-name-or-path"] = self.tokenizer_name_or_path is None and not self.merge_group_keys
+        for flag, missing in needed.items():
+            if missing:
+                raise UsageError(f"{flag} is required")
+        if self.merge_group_keys and self.input is None:
+            raise UsageError("--merge-group-keys needs --input, the folder of the files to merge")
+        if self.shard_index is not None and not 0 <= self.shard_index < self.num_shards:
+            raise UsageError(f"--shard-index {self.shard_index}: must be 0 to {self.num_shards - 1} (--num-shards)")

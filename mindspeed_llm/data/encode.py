@@ -1,22 +1,26 @@
-"""Conversations to token ids: one template bound to one tokenizer, for training rows and for prompts alike."""
+"""Conversations to token ids: one template bound to one tokenizer, for training rows and for prompts alike.
 
-from collections.abc import Iterable, Sequence
+Two ways: as one text (default), and slot by slot as upstream does it (`compat="upstream"`).
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mindspeed_llm.data.cutting import Pair
-from mindspeed_llm.data.templates import THINKING, Message, Piece, Pieces, Template, Thinking
+from mindspeed_llm.data.layout import CONTENT, THINKING, Block, Template, Thinking, Turn
+from mindspeed_llm.data.messages import Conversation, Message, PlainTurns, Preference
+from mindspeed_llm.data.plain_turns import plain_row
+from mindspeed_llm.data.slots import SlotEncoder
 from mindspeed_llm.data.tokenizer import Tokenizer
-from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.data.upstream import as_upstream
+from mindspeed_llm.data.whole_text import Laid, WholeTextEncoder
+from mindspeed_llm.errors import InputError, UsageError, unknown
+
+__all__ = ["COMPAT", "IGNORE_INDEX", "ChatEncoder", "Conversation", "Encoded", "Limits", "Message"]
 
 IGNORE_INDEX = -100  # label of a token that is not trained
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages (user or observation and assistant in turn, an even number) and an optional system text."""
-
-    messages: Sequence[Message]
-    system: str | None = None
+COMPAT = ("upstream",)
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,13 @@ class Limits:
         seq_length: longest row in tokens; None for no limit.
         append_eod: an end-of-text token follows the last turn.
         packed: rows are to share sequences of `seq_length`, of which packing leaves one token free.
+        neat: packed rows are to be told apart in the attention mask; upstream cuts them otherwise (`compat` only).
     """
 
     seq_length: int | None = None
     append_eod: bool = False
     packed: bool = False
+    neat: bool = False
 
 
 @dataclass
@@ -39,16 +45,18 @@ class Encoded:
     """A row as tokens, before labels are written out.
 
     Attributes:
-        ids: token ids of the whole row.
+        ids: token ids of the whole row, a list or an array.
         spans: (start, stop) of the trained tokens; their label is the token itself, every other label -100.
-        eos_at: positions whose label is end-of-text although the token is another one (`efficient_eos`).
+        eos_at: positions whose label is end-of-text although the token is another one (`compat` only).
         full_length: tokens the row has without cutting; more than `len(ids)` when it was cut.
+        fault: why the row cannot be tokenised, empty when it can.
     """
 
-    ids: list[int]
+    ids: Any
     spans: list[tuple[int, int]]
     eos_at: list[int]
     full_length: int
+    fault: str = ""
 
 
 class ChatEncoder:
@@ -57,16 +65,32 @@ class ChatEncoder:
     Attributes:
         eos_id, pad_id: after the template's rules: `replace_eos` puts its first stop word in place of the
             tokenizer's end-of-text token; without one `<|endoftext|>` is it; without padding token eos pads.
-
-    Raises:
-        InputError: a token the template needs is not in the tokenizer's table.
-        UsageError: `enable_thinking` is none of true, false, none.
     """
 
-    def __init__(self, template: Template, tokenizer: Tokenizer, enable_thinking: str = "none") -> None:
-        self.template = template
-        self.tokenizer = tokenizer
-        self.thinking = _thinking(enable_thinking)
+    def __init__(
+        self,
+        template: Template,
+        tokenizer: Tokenizer,
+        enable_thinking: str = "none",
+        compat: str | None = None,
+        allow_control_tokens: bool = False,
+    ) -> None:
+        """Args:
+            enable_thinking: true, false or none.
+            compat: "upstream" for its tokens, None for this package's own.
+            allow_control_tokens: text of users, systems and tools that spells a control token becomes that token.
+
+        Raises:
+            InputError: a token the template needs is not in the tokenizer's table.
+            UsageError: an unknown mode.
+        """
+        if compat is not None and compat not in COMPAT:
+            raise unknown("--compat", compat, COMPAT)
+        self.upstream = compat == "upstream"
+        self.template = as_upstream(template) if self.upstream else template
+        # upstream appends stop words that the table lacks, with ids beyond it
+        self.tokenizer = tokenizer.with_special_tokens(template.stop_words) if self.upstream else tokenizer
+        self.thinking = parse_thinking(enable_thinking)
         self.eos_id = self._end_of_text()
         self.pad_id = self.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
         self._stop_words = [self._token(word) for word in template.stop_words]
@@ -74,16 +98,25 @@ class ChatEncoder:
             "eos_token": [self.eos_id],
             "bos_token": [] if tokenizer.bos_id is None else [tokenizer.bos_id],
         }
+        self._way: SlotEncoder | WholeTextEncoder
+        if self.upstream:
+            self._way = SlotEncoder(self.tokenizer, self._special)
+        else:
+            self._way = WholeTextEncoder(template, tokenizer, self._special_text, allow_control_tokens)
 
     def encode_multiturn(
         self, messages: Sequence[Message], system: str | None = None, cutoff: int | None = None
     ) -> list[Pair]:
         """(source ids, target ids) of each turn, cut by the template's rule when longer than `cutoff` tokens."""
-        pairs = self._tokenize([self.template.turns(messages, system, self.thinking)])[0]
+        pairs = _pairs(self._way.tokenize([self.template.turns(messages, system, self.thinking)])[0])
         return pairs if cutoff is None else self.template.cut(pairs, cutoff, cutoff)
 
     def encode_prompt(
-        self, messages: Sequence[Message], system: str | None = None, enable_thinking: str | None = None
+        self,
+        messages: Sequence[Message],
+        system: str | None = None,
+        enable_thinking: str | None = None,
+        tools: str | None = None,
     ) -> list[int]:
         """Ids the model continues to answer the last message, which is a user's or a tool's.
 
@@ -91,11 +124,13 @@ class ChatEncoder:
             messages: history and question; earlier answers lose their thoughts.
             system: system text; None takes the template's default.
             enable_thinking: true, false or none; left out, as the encoder was made.
+            tools: JSON text of the tools.
         """
         if not messages or messages[-1]["role"] == "assistant":
             raise UsageError("a prompt ends with a user message, not with an answer")
-        thinking = self.thinking if enable_thinking is None else _thinking(enable_thinking)
-        return self._tokenize([[(self.template.prompt(messages, system, thinking), [])]])[0][0][0]
+        thinking = self.thinking if enable_thinking is None else parse_thinking(enable_thinking)
+        prompt = self.template.prompt(messages, system, thinking, tools)
+        return [int(i) for i in self._way.tokenize([[(prompt, [])]])[0].ids]
 
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: end-of-text, the tokenizer's own one, and the template's stop words."""
@@ -110,52 +145,128 @@ class ChatEncoder:
 
     def answers_end_with_eos(self) -> bool:
         """Whether the template itself closes every answer with end-of-text."""
-        return self.eos_id in self._tokenize([[(self.template.assistant.fill("", 0), [])]])[0][0][0]
+        return self.eos_id in self._way.tokenize([[([Block(self.template.assistant)], [])]])[0].ids
 
-    def encode_rows(self, rows: Sequence[Conversation], limits: Limits) -> list[Encoded]:
+    def misses_thought(self, content: str) -> bool:
+        """Whether an answer holds thought tags that are not a whole thought."""
+        return self.template.misses_thought(content)
+
+    def encode_rows(self, rows: Sequence[Conversation | PlainTurns], limits: Limits) -> list[Encoded]:
         """Training rows of many conversations, tokenised in one batch."""
-        laid_out = [self.template.turns(row.messages, row.system, self.thinking) for row in rows]
-        return [self._join(pairs, limits) for pairs in self._tokenize(laid_out)]
+        chats = [row for row in rows if isinstance(row, Conversation)]
+        turns = [self.template.turns(row.messages, row.system, self.thinking, row.tools) for row in chats]
+        laid_out = iter(self._way.tokenize(turns) if turns else [])
+        return [
+            self._training_row(row, next(laid_out), limits)
+            if isinstance(row, Conversation)
+            else self._plain(row, limits)
+            for row in rows
+        ]
 
-    def _join(self, pairs: list[Pair], limits: Limits) -> Encoded:
-        """One row from its turns: cut, concatenated, with its trained spans."""
-        extra = int(self.template.efficient_eos) + int(limits.append_eod)
-        full_length = sum(len(source) + len(target) for source, target in pairs) + extra
-        if limits.seq_length is not None:
+    def encode_preferences(self, rows: Sequence[Preference], limits: Limits) -> list[tuple[Encoded, Encoded]]:
+        """The prompt with the chosen and with the rejected answer; only answers are trained.
+
+        Both answers follow the same prompt: where one of them has a thought, the other opens with an empty one.
+        Upstream takes the prompt of the chosen one, neither cuts these rows nor adds the token of `append_eod`.
+        """
+        if self.upstream:
+            limits = Limits()
+        turns: list[Sequence[Turn]] = []
+        for row in rows:
+            (prompt, chosen), (other_prompt, rejected) = self._answered(row, self.thinking)
+            if prompt != other_prompt and not self.upstream:
+                (prompt, chosen), (_, rejected) = self._answered(row, "true")
+            turns += [[(prompt, chosen)], [(prompt, rejected)]]
+        encoded = [self._join(laid, limits) for laid in self._way.tokenize(turns)]
+        return list(zip(encoded[0::2], encoded[1::2], strict=True))
+
+    def _answered(self, row: Preference, thinking: Thinking) -> list[Turn]:
+        """The prompt before, and the blocks of, either answer."""
+        system, tools = row.prompt.system, row.prompt.tools
+        return [
+            self.template.final_turn([*row.prompt.messages, answer], system, thinking, tools)
+            for answer in (row.chosen, row.rejected)
+        ]
+
+    def encode_prompts(self, rows: Sequence[Conversation], answers: bool) -> list[Encoded]:
+        """Prompts of conversations whose last message is an answer, which is left out.
+
+        Args:
+            answers: earlier answers stand in the prompt; upstream's prompts for PPO leave them out.
+        """
+        turns = [self.template.turns(row.messages, row.system, self.thinking, row.tools) for row in rows]
+        prompts: list[Sequence[Turn]] = []
+        for row in turns:
+            sides = [
+                [*source, *(target if answers and n < len(row) - 1 else [])] for n, (source, target) in enumerate(row)
+            ]
+            prompts.append([([block for side in sides for block in side], [])])
+        return [Encoded(laid.ids, [], [], len(laid.ids), laid.fault) for laid in self._way.tokenize(prompts)]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as they are, whatever stands in them; control tokens are text unless in `compat`."""
+        if self.upstream:
+            return self.tokenizer.encode_batch(texts)
+        rows: list[Sequence[Turn]] = [[([Block(CONTENT, ((text, "text"),))], [])] for text in texts]
+        return [laid.ids for laid in self._way.tokenize(rows)]
+
+    def _training_row(self, row: Conversation, laid: Laid, limits: Limits) -> Encoded:
+        """A row of a conversation; messages that say so are not trained."""
+        encoded = self._join(laid, limits)
+        answers = [message for message in row.messages if message["role"] in ("assistant", "function")]
+        left_out = [laid.spans[n] for n, answer in enumerate(answers) if answer.get("train") is False]
+        if left_out:
+            kept = [span for span in encoded.spans if not any(a <= span[0] < max(b, a + 1) for a, b in left_out)]
+            encoded.spans = kept
+        return encoded
+
+    def _plain(self, row: PlainTurns, limits: Limits) -> Encoded:
+        ids, spans, eos_at = plain_row(row, self.tokenizer, self.eos_id)
+        return self._join(Laid(ids, spans), limits, eos_at, template_ends=False)
+
+    def _join(self, laid: Laid, limits: Limits, eos_at: Sequence[int] = (), template_ends: bool = True) -> Encoded:
+        """One row from its turns: cut, with its trained spans and what ends it."""
+        efficient = self.template.efficient_eos and template_ends
+        extra = int(efficient) + int(limits.append_eod)
+        full_length = len(laid.ids) + extra
+        if self.upstream:
+            laid = self._cut_as_upstream(laid, limits)
+        elif limits.seq_length is not None:
             room = limits.seq_length - int(limits.packed) - extra
-            pairs = self.template.cut(pairs, limits.seq_length, room)
-        row = Encoded([], [], [], full_length)
-        for number, (source, target) in enumerate(pairs):
-            if number and self.template.efficient_eos and source:
-                row.eos_at.append(len(row.ids))
-            start = len(row.ids) + len(source)
-            row.ids += source
-            row.ids += target
-            row.spans.append((start, start + len(target)))
+            if len(laid.ids) > room or len(laid.ids) > limits.seq_length - 1:
+                laid = _joined(self.template.cut(_pairs(laid), limits.seq_length, room))
+        row = Encoded(laid.ids, list(laid.spans), list(eos_at), full_length, laid.fault)
+        if efficient:
+            self._end_turns(row)
         if extra:
             row.spans.append((len(row.ids), len(row.ids) + extra))
-            row.ids += [self.eos_id] * extra
+            row.ids = [*row.ids, *[self.eos_id] * extra]
         return row
 
-    def _tokenize(self, rows: Sequence[Sequence[tuple[Pieces, Pieces]]]) -> list[list[Pair]]:
-        """Ids in place of pieces; each distinct text goes through the tokenizer once, all in one batch."""
-        texts = {piece for row in rows for turn in row for side in turn for piece in side if isinstance(piece, str)}
-        texts.discard("")
-        ordered = list(texts)
-        table: dict[Piece, list[int]] = dict(zip(ordered, self.tokenizer.encode_batch(ordered), strict=True))
-        table[""] = []
-        return [[(self._ids(source, table), self._ids(target, table)) for source, target in row] for row in rows]
+    def _end_turns(self, row: Encoded) -> None:
+        """What tells the model of an `efficient_eos` template to stop: the token after the answer where it is a stop
+        word; upstream labels that position end-of-text whatever the token is."""
+        following = [stop for _, stop in row.spans[:-1] if stop < len(row.ids)]
+        if self.upstream:
+            row.eos_at += following
+        else:
+            row.spans += [(place, place + 1) for place in following if row.ids[place] in self._stop_words]
+            row.spans.sort()
 
-    def _ids(self, pieces: Iterable[Piece], table: dict[Piece, list[int]]) -> list[int]:
-        ids: list[int] = []
-        for piece in pieces:
-            ids += table[piece] if isinstance(piece, str) else self._special(piece.name)
-        return ids
+    def _cut_as_upstream(self, laid: Laid, limits: Limits) -> Laid:
+        """The turns cut to the length, or to what upstream takes for unlimited."""
+        length = limits.seq_length or 100_000
+        pairs = _pairs(laid)
+        cut = self.template.cut(pairs, length, length)
+        return laid if cut == pairs else _joined(cut)
 
     def _special(self, name: str) -> list[int]:
         if name not in self._specials:
             self._specials[name] = [self._token(name)]
         return self._specials[name]
+
+    def _special_text(self, name: str) -> str:
+        return "".join(self.tokenizer.id_to_token(i) or "" for i in self._special(name))
 
     def _end_of_text(self) -> int:
         if self.template.replace_eos and self.template.stop_words:
@@ -173,8 +284,32 @@ class ChatEncoder:
         return token_id
 
 
-def _thinking(value: str) -> Thinking:
+def parse_thinking(value: str) -> Thinking:
+    """A thinking mode, in any case of letters. Raises UsageError when it is none."""
     for known in THINKING:
         if value.lower() == known:
             return known
     raise UsageError(f"--enable-thinking {value!r} is not one of {', '.join(THINKING)}")
+
+
+def _pairs(laid: Laid) -> list[Pair]:
+    """The turns of a row as (source ids, target ids)."""
+    ids = [int(i) for i in laid.ids]
+    pairs: list[Pair] = []
+    at = 0
+    for start, stop in laid.spans:
+        begin = max(start, at)
+        pairs.append((ids[at:begin], ids[begin:stop]))
+        at = max(stop, begin)
+    return pairs
+
+
+def _joined(pairs: Sequence[Pair]) -> Laid:
+    """A row of its turns."""
+    laid = Laid([], [])
+    for source, target in pairs:
+        laid.ids += source
+        start = len(laid.ids)
+        laid.ids += target
+        laid.spans.append((start, len(laid.ids)))
+    return laid

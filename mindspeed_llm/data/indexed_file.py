@@ -36,7 +36,8 @@ CODES = {dtype: code for code, dtype in ELEMENT_TYPES.items()}
 class IndexedFileWriter:
     """Writes one pair of files, sequence after sequence; every sequence is a document.
 
-    The tokens go to disk at once; 4 bytes per sequence stay in memory. The files are complete after `close`, which
+    A length of -1 ends a document without a sequence, as upstream's files have it for rows it left out. The tokens go
+    to disk at once; 4 bytes per sequence stay in memory. The files are complete after `close`, which
     leaving the `with` block without an error calls; publishing them under their final name is the caller's part.
     """
 
@@ -50,18 +51,19 @@ class IndexedFileWriter:
 
     def add(self, tokens: np.ndarray, lengths: list[int]) -> None:
         """Append sequences that stand one after the other in `tokens` [sum(lengths)]."""
-        assert tokens.size == sum(lengths)
+        assert tokens.size == sum(max(length, 0) for length in lengths)
         self.stream.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self.lengths.extend(lengths)
 
     def close(self) -> None:
         """Finish both files and force them to disk."""
         _sync_and_close(self.stream)
-        lengths = np.array(self.lengths, dtype="<i4")
+        every = np.array(self.lengths, dtype="<i4")
+        lengths = every[every >= 0]
         offsets = np.zeros(len(lengths), dtype="<i8")
         np.cumsum(lengths[:-1], dtype="<i8", out=offsets[1:])
         offsets *= self.dtype.itemsize
-        documents = np.arange(len(lengths) + 1, dtype="<i8")
+        documents = np.concatenate([[0], np.cumsum(every >= 0)]).astype("<i8")
         with open(f"{self.prefix}.idx", "wb") as stream:
             stream.write(HEADER.pack(MAGIC, VERSION, self.code, len(lengths), len(documents)))
             for part in (lengths, offsets, documents):

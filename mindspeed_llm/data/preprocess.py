@@ -22,8 +22,9 @@ import numpy as np
 
 from mindspeed_llm.arguments.parser import parse, to_dict
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
-from mindspeed_llm.data.encode import IGNORE_INDEX, ChatEncoder, Limits
-from mindspeed_llm.data.handlers import Handler
+from mindspeed_llm.data.encode import IGNORE_INDEX, Limits
+from mindspeed_llm.data.encoders import Encoder
+from mindspeed_llm.data.handlers import DEFAULT_HANDLER, Handler, Reading
 from mindspeed_llm.data.indexed_file import IndexedFile, IndexedFileWriter
 from mindspeed_llm.data.intake import CHUNK_ROWS, in_chunks
 from mindspeed_llm.data.packing import greedy_packs
@@ -31,7 +32,7 @@ from mindspeed_llm.data.progress import Progress
 from mindspeed_llm.data.report import FORMAT, Account, report_path, write_json
 from mindspeed_llm.data.rows import Row, file_hash, find_files, read_rows
 from mindspeed_llm.data.shaping import Shape
-from mindspeed_llm.data.tokenize_rows import Job, tokenize_all, tools
+from mindspeed_llm.data.tokenize_rows import Job, output_fields, tokenize_all, tools
 from mindspeed_llm.errors import InputError, UsageError
 
 FIELDS = ("input_ids", "attention_mask", "labels")
@@ -75,7 +76,11 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
     handler, encoder = tools(job)
     files, unused = find_files(options.input)
     prefix = Path(options.output_prefix).expanduser()
-    targets = [Path(f"{prefix}_packed_{name}_document.{kind}") for kind in ("bin", "idx") for name in FIELDS]
+    fields = output_fields(handler)
+    if options.pack and fields != list(FIELDS):
+        raise UsageError(f"--pack joins rows of conversations; {options.handler_name} makes {', '.join(fields)}")
+    names = [_file_name(prefix.name, handler, field) for field in fields]
+    targets = [prefix.with_name(f"{name}.{kind}") for kind in ("bin", "idx") for name in names]
     targets.append(report_path(prefix))
     _refuse_existing(targets, options.overwrite)
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +96,8 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
     try:
         rows = _checked(read_rows(files), handler, account)
         _write_rows(aside, job, rows, options, account)
-        _refuse_bad(account, options.input, options.on_bad_row)
+        if not job.compat:
+            _refuse_bad(account, options.input, options.on_bad_row)
         sequences = _pack(aside, options, encoder.pad_id) if options.pack else account.written
         report = _report(options, files, encoder, account, sequences)
         write_json(aside / targets[-1].name, report)
@@ -109,8 +115,6 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
 
 
 def _job(options: PreprocessOptions) -> Job:
-    if options.prompt_type is None:
-        raise UsageError(f"--handler-name {options.handler_name} needs --prompt-type, e.g. qwen3")
     try:
         map_keys = json.loads(options.map_keys or "{}")
     except ValueError as error:
@@ -124,13 +128,19 @@ def _job(options: PreprocessOptions) -> Job:
         template=options.prompt_type,
         template_file=options.prompt_type_path,
         enable_thinking=options.enable_thinking,
-        handler=options.handler_name,
+        handler=options.handler_name or DEFAULT_HANDLER,
         map_keys=json.dumps(map_keys, sort_keys=True),
-        limits=Limits(options.seq_length, options.append_eod, options.pack),
+        limits=Limits(options.seq_length, options.append_eod, options.pack, options.neat_pack),
         system=options.system,
         shape=Shape(
             options.max_length, options.truncation_strategy, options.mask_history, options.train_on_prompt
         ),
+        compat=options.compat,
+        allow_control_tokens=options.allow_control_tokens,
+        reading=Reading(
+            options.compat is not None, tuple(options.json_keys), tuple(options.dataset_additional_keys)
+        ),
+        pad_to_multiple_of=options.pad_to_multiple_of,
     )
 
 
@@ -140,7 +150,7 @@ def _refuse_existing(targets: list[Path], overwrite: bool) -> None:
         raise InputError(f"{existing[0]} exists; give --overwrite to replace it, or another --output-prefix")
 
 
-def _warnings(options: PreprocessOptions, unused: list[Path], encoder: ChatEncoder) -> list[str]:
+def _warnings(options: PreprocessOptions, unused: list[Path], encoder: Encoder) -> list[str]:
     found = []
     if unused:
         names = ", ".join(f.name for f in unused[:5]) + (" ..." if len(unused) > 5 else "")
@@ -167,19 +177,32 @@ def _checked(rows: Iterator[Row], handler: Handler, account: Account) -> Iterato
 
 def _write_rows(aside: Path, job: Job, rows: Iterator[Row], options: PreprocessOptions, account: Account) -> None:
     """Tokenise all rows into the files of `aside`."""
-    name = Path(options.output_prefix).name
-    names = [f for f in FIELDS if not (options.pack and f == "attention_mask")]
-    stage = "rows" if options.pack else name
+    name = "rows" if options.pack else Path(options.output_prefix).name
+    handler = tools(job)[0]
+    names = [f for f in output_fields(handler) if not (options.pack and f == "attention_mask")]
     with ExitStack() as stack:
-        writers = {f: stack.enter_context(IndexedFileWriter(aside / f"{stage}_packed_{f}_document")) for f in names}
+        writers = {
+            f: stack.enter_context(IndexedFileWriter(aside / _file_name(name, handler, f))) for f in names
+        }
         progress = stack.enter_context(Progress(options.log_interval))
         for chunk in tokenize_all(job, in_chunks(rows, options.max_chars_per_row), options.workers):
             account.add(chunk)
             _refuse_first_bad(account, options.on_bad_row)
-            arrays = {"input_ids": chunk.ids, "labels": chunk.labels, "attention_mask": np.ones_like(chunk.ids)}
-            for field, writer in writers.items():
-                writer.add(arrays[field], chunk.lengths)
+            for field, part in chunk.fields.items():
+                writers[field].add(part.values, _kept_lengths(part.lengths, options.pack))
+                if field == "input_ids" and "attention_mask" in writers:
+                    writers["attention_mask"].add(np.ones_like(part.values), part.lengths)
             progress.update(chunk.read, len(chunk.ids))
+
+
+def _file_name(name: str, handler: Handler, field: str) -> str:
+    """Name of a field's files, without .bin and .idx: those of conversations say `packed`, packed or not."""
+    return f"{name}_{field}_document" if handler.KIND == "text" else f"{name}_packed_{field}_document"
+
+
+def _kept_lengths(lengths: list[int], pack: bool) -> list[int]:
+    """The lengths to write: rows to be packed have no documents that could end without a sequence."""
+    return [length for length in lengths if length >= 0] if pack else lengths
 
 
 def _refuse_first_bad(account: Account, policy: str) -> None:
@@ -255,7 +278,7 @@ def _pack_mask(lengths: list[int], length: int, neat: bool) -> np.ndarray:
 
 
 def _report(
-    options: PreprocessOptions, files: list[Path], encoder: ChatEncoder, account: Account, sequences: int
+    options: PreprocessOptions, files: list[Path], encoder: Encoder, account: Account, sequences: int
 ) -> dict[str, Any]:
     """The report's content; its layout is described in docs/data.md."""
     tokenizer, template = encoder.tokenizer, encoder.template

@@ -118,11 +118,16 @@ def _count_lines(file: Path) -> int | None:
 
 def _lines(file: Path) -> Iterator[Entry]:
     """The lines that are not empty."""
+    return (entry for entry in _text_lines(file) if not entry[1].isspace())
+
+
+def _text_lines(file: Path) -> Iterator[Entry]:
+    """The lines that are not empty; in running text white space alone is a text too."""
     with open_bytes(file) as stream:
         for number, raw in enumerate(stream, 1):
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.isspace() and raw:
+            if raw.rstrip(b"\r\n"):
                 yield number, raw
 
 
@@ -375,7 +380,7 @@ FORMATS: dict[str, Format] = {
     ".json": Format(_json_entries, _json_columns, _count_json),
     ".jsonl": Format(_lines, _json_columns, _count_lines),
     ".csv": Format(_csv_entries, _csv_columns, _unknown_count),
-    ".txt": Format(_lines, _text_columns, _count_lines),
+    ".txt": Format(_text_lines, _text_columns, _count_lines),
     ".parquet": Format(_table(_parquet), _same, _count_parquet),
     ".arrow": Format(_table(_arrow), _same, _unknown_count),
 }

@@ -1,26 +1,25 @@
 """The part of preprocessing that runs in worker processes: rows in, token arrays and an account of them out."""
 
 import json
-import os
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain
-from multiprocessing import get_context, parent_process
-from multiprocessing.process import BaseProcess
 
 import numpy as np
 
-from mindspeed_llm.data.encode import IGNORE_INDEX, ChatEncoder, Conversation, Encoded, Limits
-from mindspeed_llm.data.handlers import BadRow, Handler, get_handler
+from mindspeed_llm.data.encode import Encoded, Limits
+from mindspeed_llm.data.encoders import Encoder, answer_marks, make_encoder
+from mindspeed_llm.data.handlers import BadRow, Handler, Reading, Unanswered, get_handler, needs_template
 from mindspeed_llm.data.intake import TOO_MUCH_TEXT
+from mindspeed_llm.data.messages import Conversation, PlainTurns, Preference, Sample
 from mindspeed_llm.data.rows import Row
+from mindspeed_llm.data.sample_tokens import SIDES, arrays, encode_samples
 from mindspeed_llm.data.shaping import Shape
-from mindspeed_llm.data.templates import get_template
 from mindspeed_llm.data.tokenizer import load_tokenizer
+from mindspeed_llm.data.workers import in_order
+from mindspeed_llm.errors import UsageError
 
+JSON_KEY_HANDLERS = ("GeneralPretrainHandler", "SharegptPretrainHandler")
 EXCERPT = 80  # characters of a dropped row that are reported
 
 
@@ -29,14 +28,19 @@ class Job:
     """Everything a worker needs, in a form that travels between processes.
 
     Attributes:
+        template: name of the prompt template; "hf" for the tokenizer's own, None for handlers that need none.
         map_keys: JSON text of the columns' names.
         system: system text of rows that bring none, before the template's own default.
         shape: what of a row is kept and trained.
         forms: name -> (handler, map_keys) of the rows that say a `form` of their own.
+        compat: "upstream" for its tokens, None for this package's own.
+        allow_control_tokens: control tokens in the text of users, systems and tools become tokens.
+        reading: what handlers are told besides the names of columns.
+        pad_to_multiple_of: documents of running text are filled up to a multiple of this length.
     """
 
     tokenizer: str
-    template: str
+    template: str | None
     template_file: str | None
     enable_thinking: str
     handler: str
@@ -45,6 +49,10 @@ class Job:
     system: str | None = None
     shape: Shape = Shape()
     forms: tuple[tuple[str, str, str], ...] = ()
+    compat: str | None = None
+    allow_control_tokens: bool = False
+    reading: Reading = Reading()
+    pad_to_multiple_of: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,137 +66,185 @@ class Place:
 
 
 @dataclass
+class Field:
+    """One output file's share of a chunk.
+
+    Attributes:
+        values: [sum of lengths] int32, sample after sample.
+        lengths: of each sample; -1 where upstream ends a document without one.
+    """
+
+    values: np.ndarray
+    lengths: list[int]
+
+
+@dataclass
 class Chunk:
     """Rows that have become tokens.
 
     Attributes:
-        ids, labels: [sum(lengths)] int32, row after row.
-        lengths: tokens of each row.
+        fields: what is written, by the name of the field; a mask of attention is not among them.
+        ids, labels: [sum(lengths)] int32, all tokens of each sample, and their labels.
+        lengths: tokens of each sample.
         read: rows that went in.
         dropped: rows without tokens to train on, `note` being the reason.
-        left_out: rows that are well made and too long, `note` being the reason.
+        left_out: rows that are well made and too long, or not answered, `note` being the reason.
         cut: rows that were shortened, `note` telling from and to how many tokens.
         untrained: rows in which no token is trained.
         odd_thoughts: rows with thought tags that the template does not recognise.
+        unanswered: rows whose last messages were left out because no answer follows.
     """
 
-    ids: np.ndarray
-    labels: np.ndarray
-    lengths: list[int]
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    lengths: list[int] = field(default_factory=list)
+    fields: dict[str, Field] = field(default_factory=dict)
     read: int = 0
     dropped: list[Place] = field(default_factory=list)
     left_out: list[Place] = field(default_factory=list)
     cut: list[Place] = field(default_factory=list)
     untrained: list[Place] = field(default_factory=list)
     odd_thoughts: list[Place] = field(default_factory=list)
+    unanswered: list[Place] = field(default_factory=list)
 
 
 @lru_cache(maxsize=1)
-def tools(job: Job) -> tuple[Handler, ChatEncoder]:
+def tools(job: Job) -> tuple[Handler, Encoder]:
     """The handler and encoder of a job, made once per process."""
-    template = get_template(job.template, job.template_file)
-    encoder = ChatEncoder(template, load_tokenizer(job.tokenizer), job.enable_thinking)
-    return get_handler(job.handler, json.loads(job.map_keys)), encoder
+    handler = get_handler(job.handler, json.loads(job.map_keys), job.reading)
+    marks = answer_marks(handler)
+    template = "hf" if marks else job.template if needs_template(handler) else "empty"
+    if template is None:
+        raise UsageError(f"--handler-name {job.handler} needs --prompt-type, e.g. qwen3 (or hf)")
+    file = job.template_file if needs_template(handler) else None
+    encoder = make_encoder(
+        template, file, load_tokenizer(job.tokenizer), job.enable_thinking, job.compat, job.allow_control_tokens, marks
+    )
+    return handler, encoder
 
 
 @lru_cache(maxsize=1)
 def form_handlers(job: Job) -> dict[str, Handler]:
     """The handlers of rows that say a form of their own, by its name."""
-    return {name: get_handler(handler, json.loads(map_keys)) for name, handler, map_keys in job.forms}
+    return {name: get_handler(handler, json.loads(map_keys), job.reading) for name, handler, map_keys in job.forms}
 
 
-def with_system(conversation: Conversation, system: str | None) -> Conversation:
-    """The conversation, with `system` for its system text where it brings none."""
-    return replace(conversation, system=system) if system and not conversation.system else conversation
+def output_fields(handler: Handler) -> list[str]:
+    """Names of the fields that a handler's samples become, a mask of attention included."""
+    if handler.KIND == "preference":
+        return [f"{side}_{name}" for side in SIDES for name in ("input_ids", "labels")]
+    if handler.KIND == "text":
+        named = handler.reading.json_keys
+        return list(named) if type(handler).__name__ in JSON_KEY_HANDLERS else ["text"]
+    more = list(handler.reading.additional_keys) if handler.KIND == "answer" else []
+    return ["input_ids", "attention_mask", *(["labels"] if handler.KIND == "chat" else more)]
 
 
 def tokenize_chunk(job: Job, rows: list[Row]) -> Chunk:
-    """Conversations, tokens and labels of some rows."""
+    """Samples, tokens and labels of some rows."""
     handler, encoder = tools(job)
-    result = Chunk(np.zeros(0, np.int32), np.zeros(0, np.int32), [], read=len(rows))
+    result = Chunk(read=len(rows))
     good: list[Row] = []
-    conversations: list[Conversation] = []
+    samples: list[Sample] = []
     for row in rows:
         if row.fault is not None:
             (result.left_out if row.fault == TOO_MUCH_TEXT else result.dropped).append(_place(row, row.fault))
             continue
         own = handler if row.form is None else form_handlers(job)[row.form]
         try:
-            conversations.append(with_system(own.conversation(row.columns), job.system))
-            good.append(row)
+            made = own.samples(row.columns)
         except BadRow as reason:
-            result.dropped.append(_place(row, str(reason)))
-    encoded = encoder.encode_rows(conversations, job.limits)
-    kept: list[Encoded] = []
-    for row, conversation, tokens in zip(good, conversations, encoded, strict=True):
-        if not tokens.ids:
-            result.dropped.append(_place(row, "no text at all"))
+            listing = result.left_out if isinstance(reason, Unanswered) else result.dropped
+            listing.append(_place(row, str(reason)))
             continue
-        shaped = job.shape.apply(tokens)
-        if shaped is None:
-            result.left_out.append(_place(row, f"longer than --max-length {job.shape.max_length}"))
-            continue
-        tokens = shaped
-        kept.append(tokens)
-        if len(tokens.ids) < tokens.full_length:
-            result.cut.append(_place(row, f"{tokens.full_length} -> {len(tokens.ids)} tokens"))
-        if not any(stop > start for start, stop in tokens.spans):
-            result.untrained.append(_place(row, "no token of it is trained"))
-        if any(encoder.template.misses_thought(m["content"]) for m in conversation.messages[1::2]):
-            result.odd_thoughts.append(_place(row, "thought tags not written as the template's"))
-    result.lengths = [len(tokens.ids) for tokens in kept]
-    result.ids, result.labels = _arrays(kept, encoder.eos_id)
+        samples += [with_system(sample, job.system) for sample in made]
+        good += [row] * len(made)
+    kept = _Kept()
+    for row, sample, parts in zip(good, samples, encode_samples(job, handler, encoder, good, samples), strict=True):
+        _account(job, encoder, result, row, sample, parts, kept)
+    result.fields = kept.fields(handler, encoder.eos_id)
+    result.lengths = [sum(len(part.ids) for part in parts.values()) for parts in kept.rows]
+    flat = [part for parts in kept.rows for part in parts.values()]
+    result.ids, result.labels = arrays(flat, encoder.eos_id)
     return result
 
 
 def tokenize_all(job: Job, chunks: Iterator[list[Row]], workers: int) -> Iterator[Chunk]:
-    """All rows, chunk by chunk in their order, whatever the number of workers; few chunks are in memory at once."""
-    with _executor(workers) as executor:
-        waiting = []
-        try:
-            while True:
-                while len(waiting) <= 2 * workers and (chunk := next(chunks, None)):
-                    waiting.append(executor.submit(tokenize_chunk, job, chunk))
-                if not waiting:
-                    return
-                yield waiting.pop(0).result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+    """All rows, chunk by chunk in their order, whatever the number of workers."""
+    return in_order(tokenize_chunk, job, chunks, workers)
 
 
-def _executor(workers: int) -> Executor:
-    """One worker is a thread beside the reader, and tokenises on all cores; more are processes with one core each."""
-    if workers == 1:
-        return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
+@dataclass
+class _Kept:
+    """Samples that are written: their parts, and for each whether upstream left one out before it."""
+
+    rows: list[dict[str, Encoded]] = field(default_factory=list)
+    gaps: list[tuple[int, list[str]]] = field(default_factory=list)
+
+    def fields(self, handler: Handler, eos_id: int) -> dict[str, Field]:
+        """What is written of them."""
+        found: dict[str, Field] = {}
+        names = list(
+            dict.fromkeys([name for parts in self.rows for name in parts] + [n for _, g in self.gaps for n in g])
+        )
+        for part in names:
+            present = [parts[part] for parts in self.rows if part in parts]
+            ids, labels = arrays(present, eos_id)
+            lengths = [len(row.ids) for row in present]
+            for place, of in reversed(self.gaps):
+                if part in of:
+                    lengths.insert(sum(part in parts for parts in self.rows[:place]), -1)
+            prefix = f"{part}_" if part in SIDES else ""
+            found[prefix + "input_ids" if part in ("", *SIDES) else part] = Field(ids, lengths)
+            if (part == "" and handler.KIND == "chat") or part in SIDES:
+                found[prefix + "labels"] = Field(labels, lengths)
+        return found
 
 
-def _start_worker() -> None:
-    """Keep the tokenizer library of a worker process to its own core, and end with the parent, however it ends."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_exit_after, args=(parent_process(),), daemon=True).start()
+def _account(
+    job: Job, encoder: Encoder, result: Chunk, row: Row, sample: Sample, parts: dict[str, Encoded], kept: _Kept
+) -> None:
+    """Decide what becomes of a sample, and note it."""
+    fault = next((part.fault for part in parts.values() if part.fault), "")
+    if fault or not any(len(part.ids) for part in parts.values()):
+        result.dropped.append(_place(row, fault or "no text at all"))
+        return
+    limit = job.limits.seq_length
+    if job.compat and limit is not None and any(len(part.ids) >= limit for part in parts.values()):
+        result.left_out.append(_place(row, "too long for --seq-length, as upstream leaves them out"))
+        kept.gaps.append((len(kept.rows), list(parts)))
+        return
+    if "" in parts and isinstance(sample, (Conversation, PlainTurns)):
+        shaped = job.shape.apply(parts[""])
+        if shaped is None:
+            result.left_out.append(_place(row, f"longer than --max-length {job.shape.max_length}"))
+            return
+        parts = {**parts, "": shaped}
+    main = next(iter(parts.values()))
+    trained = any(stop > start for part in parts.values() for start, stop in part.spans)
+    trains = not isinstance(sample, Conversation) or tools(job)[0].KIND == "chat"
+    if trains and not trained:
+        if not job.compat:
+            result.left_out.append(_place(row, "no token of it is trained"))
+            return
+        result.untrained.append(_place(row, "no token of it is trained"))
+    kept.rows.append({name: part for name, part in parts.items() if len(part.ids)})
+    if len(main.ids) < main.full_length:
+        result.cut.append(_place(row, f"{main.full_length} -> {len(main.ids)} tokens"))
+    if isinstance(sample, Conversation):
+        if any(encoder.misses_thought(m["content"]) for m in sample.messages if m["role"] == "assistant"):
+            result.odd_thoughts.append(_place(row, "thought tags not written as the template's"))
+        if sample.unanswered:
+            result.unanswered.append(_place(row, f"{sample.unanswered} messages after the last answer left out"))
 
 
-def _exit_after(parent: BaseProcess | None) -> None:
-    """Leave this process as soon as its parent has gone: a killed parent cannot say goodbye."""
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _arrays(rows: list[Encoded], eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """ids and labels [sum of lengths] int32 of the rows, one after the other."""
-    total = sum(len(row.ids) for row in rows)
-    ids = np.fromiter(chain.from_iterable(row.ids for row in rows), np.int32, total)
-    labels = np.full(total, IGNORE_INDEX, np.int32)
-    at = 0
-    for row in rows:
-        for start, stop in row.spans:
-            labels[at + start : at + stop] = ids[at + start : at + stop]
-        for position in row.eos_at:
-            labels[at + position] = eos_id
-        at += len(row.ids)
-    return ids, labels
+def with_system(sample: Sample, system: str | None) -> Sample:
+    """The sample, with `system` for its system text where it brings none."""
+    if isinstance(sample, Preference):
+        return replace(sample, prompt=with_system(sample.prompt, system))
+    if not system or not isinstance(sample, Conversation) or sample.system:
+        return sample
+    return replace(sample, system=system)
 
 
 def _place(row: Row, note: str) -> Place:

@@ -21,9 +21,19 @@ class Backend(Protocol):
     """What a tokenizer library has to offer; ids are plain ints, no special token is added."""
 
     vocab_size: int
+    rust: Any  # the `tokenizers` library's object behind it, None when there is none
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+    def encode_batch(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
+        """Ids of each text; on request with the tokens its model puts around every text."""
+
+    def encode_as_text(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are not recognised."""
+
+    def control_tokens(self) -> dict[str, int]:
+        """The added tokens with their ids, in the order of these."""
+
+    def add_special(self, token: str) -> int:
+        """Append a special token to the table and return its id."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of the ids."""
@@ -84,6 +94,33 @@ class Tokenizer:
         """`encode` for many texts at once, on all cores the library may use."""
         return self.backend.encode_batch(texts)
 
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_batch` with the tokens the tokenizer's own rules put around a document (such as begin-of-text)."""
+        return self.backend.encode_batch(texts, special_tokens=True)
+
+    def encode_as_text(self, text: str) -> list[int]:
+        """`encode` with special tokens read as the text they look like (tokenizers without a Rust part only)."""
+        return self.backend.encode_as_text(text)
+
+    @property
+    def rust(self) -> Any:
+        """The `tokenizers` library's object behind it, None for slow tokenizers."""
+        return self.backend.rust
+
+    def control_tokens(self) -> dict[str, int]:
+        """The added tokens (special or not) with their ids, in the order of these."""
+        return self.backend.control_tokens()
+
+    def with_special_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+        """This tokenizer, or, where it lacks some of the tokens, one that has them appended to its table."""
+        missing = [token for token in dict.fromkeys(tokens) if self.token_to_id(token) is None]
+        if not missing:
+            return self
+        extended = load_tokenizer(self.path)
+        for token in missing:
+            extended.backend.add_special(token)
+        return extended
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of the ids; control tokens are left out on request."""
         return self.backend.decode(ids, skip_special_tokens)
@@ -123,9 +160,21 @@ class _FastBackend:
                     )
                 self.added[token_id] = entry["content"]
         self.vocab_size: int = self.inner.get_vocab_size(with_added_tokens=True)
+        self.rust: Any = self.inner
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
+        return [e.ids for e in self.inner.encode_batch_fast(list(texts), add_special_tokens=special_tokens)]
+
+    def encode_as_text(self, text: str) -> list[int]:
+        raise NotImplementedError("the Rust part is used instead")
+
+    def control_tokens(self) -> dict[str, int]:
+        return _added_tokens(self.inner)
+
+    def add_special(self, token: str) -> int:
+        self.inner.add_special_tokens([token])
+        self.vocab_size = self.inner.get_vocab_size(with_added_tokens=True)
+        return self.inner.token_to_id(token)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -150,9 +199,23 @@ class _TransformersBackend:
             raise InputError(f"{folder} holds no tokenizer that can be read ({first})") from error
         self.vocab_size: int = len(self.inner)
         self.table: dict[str, int] = self.inner.get_vocab()
+        self.rust: Any = getattr(self.inner, "backend_tokenizer", None) if self.inner.is_fast else None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.inner.encode(text, add_special_tokens=False) for text in texts]
+    def encode_batch(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
+        return [self.inner.encode(text, add_special_tokens=special_tokens) for text in texts]
+
+    def encode_as_text(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def control_tokens(self) -> dict[str, int]:
+        if self.rust is not None:
+            return _added_tokens(self.rust)
+        return {str(token): token_id for token_id, token in sorted(self.inner.added_tokens_decoder.items())}
+
+    def add_special(self, token: str) -> int:
+        self.inner.add_special_tokens({"additional_special_tokens": [token]}, replace_additional_special_tokens=False)
+        self.vocab_size, self.table = len(self.inner), self.inner.get_vocab()
+        return self.table[token]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -190,6 +253,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise InputError(f"{folder} holds no tokenizer.json or vocabulary file (it holds: {present})")
         backend = _TransformersBackend(folder)
     return Tokenizer(folder, backend, special, _chat_template(folder, config), _content_hash(files, special, added))
+
+
+def _added_tokens(rust: Any) -> dict[str, int]:
+    return {token.content: token_id for token_id, token in sorted(rust.get_added_tokens_decoder().items())}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def test_a_row_that_is_no_conversation_says_why(change: dict[str, Any], reason: 
 def test_unknown_handlers_and_keys_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match=rf"did you mean '{NAME}'"):
         get_handler("AlpacaStyleInstructionHandlr", {})
-    with pytest.raises(UsageError, match="SharegptStyleInstructionHandler is not supported yet"):
-        get_handler("SharegptStyleInstructionHandler", {})
+    with pytest.raises(UsageError, match="did you mean 'SharegptStyleInstructionHandler'"):
+        get_handler("SharegptStyleInstructionsHandler", {})
     with pytest.raises(UsageError, match="'promt'; did you mean 'prompt'"):
         get_handler(NAME, {"promt": "x"})
     with pytest.raises(UsageError, match="a column name is expected"):

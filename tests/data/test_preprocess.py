@@ -135,7 +135,7 @@ def test_packs_hold_every_row_once_also_the_long_ones(tokenizer: Path, tmp_path:
 
 def test_columns_left_unread_and_odd_thoughts_are_said(tokenizer: Path, tmp_path: Path) -> None:
     values = rows(5)
-    values[0] |= {"system": "s", "output": "<think>one line</think>x"}
+    values[0] |= {"system": "s", "output": "<think>not closed, x"}
     values[1]["output"] = "<think>\nproper\n</think>\n\nx"
     report = run(write(tmp_path / "rows.jsonl", values), tmp_path / "x", tokenizer, "--append-eod")
     assert [entry["row"] for entry in report["unrecognised_thoughts"]["rows"]] == [1]

@@ -11,7 +11,6 @@ from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import InputError, UsageError
 
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def encoder(golden: Path, template: str, thinking: str = "none", tokenizer: str = "qwen3") -> ChatEncoder:
@@ -20,53 +19,6 @@ def encoder(golden: Path, template: str, thinking: str = "none", tokenizer: str 
 
 def said(*texts: str) -> list[Message]:
     return [Message(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
-
-
-def conversation(row: dict) -> Conversation | None:
-    """A ShareGPT row as a conversation; None for the rows upstream drops."""
-    turns = row["conversations"]
-    system = row["system"]
-    if turns and turns[0]["from"] == "system":
-        system, turns = turns[0]["value"], turns[1:]
-    roles = [turn["from"] for turn in turns]
-    if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
-        return None
-    return Conversation([Message(role=ROLES[t["from"]], content=t["value"]) for t in turns], system)
-
-
-@pytest.mark.parametrize(
-    "case",
-    ["A_sharegpt_alpaca", "A_sharegpt_qwen3_think_none", "A_sharegpt_qwen3_think_false",
-     "A_sharegpt_qwen3_think_true_seq128"],
-)  # fmt: skip
-def test_recorded_conversations_of_another_format_encode_alike(golden: Path, case: str) -> None:
-    folder = golden / "cases" / case
-    expected = json.loads((folder / "expected.json").read_text())
-    args = expected["args"]
-    value = {args[i]: args[i + 1] for i in range(len(args) - 1)}
-    chat = encoder(golden, value["--prompt-type"], value.get("--enable-thinking", "none"), expected["tokenizer"])
-    length = int(value["--seq-length"]) if "--seq-length" in value else None
-    rows = [c for c in map(conversation, json.loads((folder / "input.json").read_text())) if c]
-    encoded = chat.encode_rows(rows, Limits(length))
-    assert [row.ids for row in encoded] == expected["files"]["out_packed_input_ids_document"]["sequences"]
-    for row, labels in zip(encoded, expected["files"]["out_packed_labels_document"]["sequences"], strict=True):
-        trained = {i for start, stop in row.spans for i in range(start, stop)}
-        assert labels == [token if i in trained else -100 for i, token in enumerate(row.ids)]
-
-
-@pytest.mark.parametrize("case", ["A_pair_alpaca_default", "A_pair_alpaca_empty"])
-def test_recorded_single_answers_encode_alike(golden: Path, case: str) -> None:
-    folder = golden / "cases" / case
-    expected = json.loads((folder / "expected.json").read_text())
-    args = expected["args"]
-    chat = encoder(golden, args[args.index("--prompt-type") + 1], "none", expected["tokenizer"])
-    rows = [json.loads(line) for line in (folder / "input.jsonl").read_text().splitlines()]
-    for side in ("chosen", "rejected"):
-        conversations = [
-            Conversation(said("\n".join(p for p in (row["instruction"], row["input"]) if p), row[side])) for row in rows
-        ]
-        ids = [row.ids for row in chat.encode_rows(conversations, Limits())]
-        assert ids == expected["files"][f"out_packed_{side}_input_ids_document"]["sequences"]
 
 
 def test_thinking_true_trains_an_empty_thought_and_the_others_put_it_into_the_prompt(golden: Path) -> None:
@@ -159,17 +111,31 @@ def test_a_prompt_that_ends_with_an_answer_is_refused(golden: Path) -> None:
         encoder(golden, "qwen3").encode_prompt(said("a", "b"))
 
 
-def test_efficient_eos_is_a_label_on_the_next_turn_and_a_token_at_the_end(golden: Path, tmp_path: Path) -> None:
+def test_efficient_eos_labels_the_next_turn_upstream_and_is_a_token_at_the_end_in_both_ways(
+    golden: Path, tmp_path: Path
+) -> None:
     entry = {"name": "e", "format_user": {"slots": [{"token": "<|im_start|>"}, "{{idx}}:{{content}}"]},
              "format_prefix": {"slots": [["bos_token"]]}, "efficient_eos": True}  # fmt: skip
     file = tmp_path / "t.json"
     file.write_text(json.dumps([entry]))
-    chat = ChatEncoder(get_template("e", file), load_tokenizer(golden / "_tok" / "qwen3"))
-    row = chat.encode_rows([Conversation(said("a", "b", "c", "d"))], Limits())[0]
+    tokenizer = load_tokenizer(golden / "_tok" / "qwen3")
     text = "<|im_start|>0:ab<|im_start|>1:cd<|im_end|>"
-    assert chat.tokenizer.decode(row.ids) == text
-    assert row.ids[row.eos_at[0]] == chat.tokenizer.token_to_id("<|im_start|>")
-    assert row.spans[-1] == (len(row.ids) - 1, len(row.ids))
+    rows = {}
+    for compat in ("upstream", None):
+        chat = ChatEncoder(get_template("e", file), tokenizer, compat=compat)
+        rows[compat] = chat.encode_rows([Conversation(said("a", "b", "c", "d"))], Limits())[0]
+        assert tokenizer.decode(rows[compat].ids) == text
+        assert rows[compat].spans[-1] == (len(rows[compat].ids) - 1, len(rows[compat].ids))
+    row = rows["upstream"]
+    assert row.ids[row.eos_at[0]] == tokenizer.token_to_id("<|im_start|>")
+    assert rows[None].eos_at == []
+
+
+def test_the_token_after_an_answer_is_trained_where_it_is_a_stop_word(golden: Path) -> None:
+    chat = encoder(golden, "glm4", tokenizer="glm")
+    row = chat.encode_rows([Conversation(said("a", "b", "c", "d"))], Limits())[0]
+    trained = [chat.tokenizer.decode(row.ids[start:stop]) for start, stop in row.spans]
+    assert trained == ["\nb", "<|user|>", "\nd", "<|endoftext|>"]
 
 
 def test_unknown_templates_modes_tokens_and_files_are_refused_by_name(golden: Path, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""Where the rows of a run come from, when it is more than one file or folder."""
+
+from dataclasses import dataclass
+
+from mindspeed_llm.arguments.schema import option
+from mindspeed_llm.errors import UsageError
+
+
+@dataclass
+class SourceOptions:
+    """Sources."""
+
+    dataset: list[str] = option(
+        [],
+        help="Several sources instead of --input, each path[:subset][#count]: a file, a folder, an id on the Hugging "
+        "Face hub, or self-cognition. The count draws rows by --seed; beyond the source's size it repeats them. "
+        "Without --handler-name the columns of each source tell its format.",
+        nargs="+",
+    )
+    mix_strategy: str = option(
+        "concat",
+        help="concat: one source after the other; interleave_under: mixed until the first is used up; "
+        "interleave_over: until all are, smaller ones repeated.",
+        choices=("concat", "interleave_under", "interleave_over"),
+    )
+    interleave_probs: list[str] = option(
+        [], help="Shares of the sources in an interleaved mixture; left out, equal ones.", nargs="+"
+    )
+    model_name: list[str] = option(
+        [], help="For self-cognition: the model's name, or two names (Chinese, English).", nargs="+"
+    )
+    model_author: list[str] = option([], help="For self-cognition: its maker, one or two likewise.", nargs="+")
+
+    def weights(self) -> list[float]:
+        """The values of --interleave-probs, which may be joined by commas. Raises UsageError."""
+        words = ",".join(self.interleave_probs).split(",") if self.interleave_probs else []
+        try:
+            return [float(word) for word in words]
+        except ValueError as error:
+            given = " ".join(self.interleave_probs)
+            raise UsageError(f"--interleave-probs {given}: expected numbers such as 0.7,0.3") from error

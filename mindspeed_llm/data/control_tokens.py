@@ -1,0 +1,245 @@
+"""Telling control tokens from text that merely looks like them.
+
+A tokenizer turns every occurrence of an added token's text into that token. Here a second tokenizer with the same
+model is made, whose added tokens are spelled with characters that no text holds (a Unicode noncharacter and a
+private-use character): what the template writes is spelled that way, and what people write stays what it is. For text
+without control tokens both tokenizers give the same ids.
+"""
+
+import json
+import re
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+
+from mindspeed_llm.errors import InputError
+
+MARK = "\ufdd0"  # a noncharacter: valid in strings, meant for use within a program
+FIRST = 0x100000  # the marked tokens are numbered in the last private-use plane
+_MARKED = re.compile(MARK + "[\U00100000-\U0010ffff]")
+_SPLIT = re.compile(f"({_MARKED.pattern})")
+Span = tuple[int, int]
+
+
+class Marked(Protocol):
+    """A tokenizer for texts in which control tokens are marked."""
+
+    def encode_spans(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Any, list[Span]]]:
+        """Ids of each text, and its spans (start and stop in UTF-8 bytes) in tokens: those that hold any of them."""
+
+
+class Spelling:
+    """The marked spelling of the control tokens of a vocabulary."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.marks = {token: MARK + chr(FIRST + number) for number, token in enumerate(tokens)}
+        self._every = _any_of(tokens)
+
+    def literal(self, text: str) -> str:
+        """The text with every control token in it marked."""
+        return text if self._every is None else self._every.sub(self._mark, text)
+
+    def only(self, tokens: Sequence[str]) -> Callable[[str], str]:
+        """A function that marks these tokens alone."""
+        pattern = _any_of([token for token in tokens if token in self.marks])
+        if pattern is None:
+            return str
+        begins = {token[0] for token in tokens if token in self.marks}
+        first = begins.pop() if len(begins) == 1 else ""
+        return lambda text: pattern.sub(self._mark, text) if first in text else text
+
+    def holds(self, text: str) -> bool:
+        """Whether a text holds any control token."""
+        return self._every is not None and self._every.search(text) is not None
+
+    def plain(self, text: str) -> str:
+        """A marked text with its control tokens as the vocabulary spells them."""
+        tokens = list(self.marks)
+        return _MARKED.sub(lambda found: tokens[ord(found[0][1]) - FIRST], text)
+
+    def _mark(self, found: re.Match[str]) -> str:
+        return self.marks[found[0]]
+
+
+def collides(text: str) -> bool:
+    """Whether a text, against all odds, holds what marks control tokens here."""
+    return MARK in text and _MARKED.search(text) is not None
+
+
+class MarkedTokenizer:
+    """The tokenizer of the `tokenizers` library whose control tokens are marked."""
+
+    def __init__(self, rust: Any, spelling: Spelling) -> None:
+        """Args:
+            rust: the tokenizer with its own spelling of control tokens.
+            spelling: of those control tokens.
+
+        Raises:
+            InputError: its control tokens cannot be told from text.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        self.inner = Tokenizer(rust.model)  # the model is shared, not copied
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            if getattr(rust, part) is not None:
+                setattr(self.inner, part, getattr(rust, part))
+        added = sorted(rust.get_added_tokens_decoder().items())
+        for _, token in added:
+            flags = {
+                name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+            }
+            self.inner.add_tokens([AddedToken(spelling.marks[token.content], **flags)])
+        self.ids = np.arange(self.inner.get_vocab_size(with_added_tokens=True), dtype=np.int32)
+        for token_id, token in added:
+            self.ids[self.inner.token_to_id(spelling.marks[token.content])] = token_id
+        self._check(rust, spelling, [token.content for _, token in added])
+
+    def _check(self, rust: Any, spelling: Spelling, tokens: Sequence[str]) -> None:
+        """Raise unless both tokenizers agree on every control token between words."""
+        texts = [f"a {token}b" for token in tokens]
+        ours = self.inner.encode_batch_fast([spelling.literal(text) for text in texts], add_special_tokens=False)
+        theirs = rust.encode_batch_fast(texts, add_special_tokens=False)
+        for token, mine, other in zip(tokens, ours, theirs, strict=True):
+            if self.ids[mine.ids].tolist() != other.ids:
+                raise InputError(
+                    f"control token {token!r} of this tokenizer cannot be told from text that looks like it; let such "
+                    "text become tokens with --allow-control-tokens"
+                )
+
+    @cached_property
+    def _lengths(self) -> np.ndarray | None:
+        """UTF-8 bytes of each token's text by id [vocabulary] int64; None for tokenizers that do not keep to bytes."""
+        steps = _parts(self.inner.pre_tokenizer, "pretokenizers")
+        byte_level = [step for step in steps if step["type"] == "ByteLevel"]
+        if not byte_level or any(step["add_prefix_space"] for step in byte_level):
+            return None
+        if any(step["type"] != "NFC" for step in _parts(self.inner.normalizer, "normalizers")):
+            return None
+        lengths = np.zeros(len(self.ids), np.int64)
+        for token, token_id in self.inner.get_vocab(with_added_tokens=True).items():
+            # a token of the model has one character per byte, an added one is its own text
+            lengths[token_id] = len(token.encode()) if token.startswith(MARK) else len(token)
+        return lengths
+
+    def encode_spans(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Any, list[Span]]]:
+        """See `Marked`. A token that holds bytes on both sides of a boundary belongs to both."""
+        if self._lengths is None:
+            return self._by_offsets(texts, spans)
+        encoded = [row.ids for row in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        raw = np.fromiter(chain.from_iterable(encoded), np.int32, int(counts.sum()))
+        rows = np.concatenate([[0], np.cumsum(counts)])  # where each row begins, in tokens
+        places = np.concatenate([[0], np.cumsum(self._lengths[raw])])  # where each token begins, in bytes
+        begins = places[rows]
+        turns = np.fromiter(map(len, spans), np.int64, len(spans))
+        bounds = np.array([span for row in spans for span in row], np.int64).reshape(-1, 2)
+        bounds += np.repeat(begins[:-1], turns)[:, None]
+        found = _token_spans(places, bounds) - np.repeat(rows[:-1], turns)[:, None]
+        ids = self.ids[raw]
+        results: list[tuple[Any, list[Span]]] = []
+        at = 0
+        for n, (text, row) in enumerate(zip(texts, spans, strict=True)):
+            size = len(text) if text.isascii() else len(text.encode())
+            if begins[n + 1] - begins[n] == size and self._is_normal(text):
+                token_spans = [(start, stop) for start, stop in found[at : at + len(row)].tolist()]
+                results.append((ids[rows[n] : rows[n + 1]], token_spans))
+            else:
+                results += self._by_offsets([text], [row])
+            at += len(row)
+        return results
+
+    def _is_normal(self, text: str) -> bool:
+        """Whether the normaliser leaves the text as it is."""
+        return self.inner.normalizer is None or text.isascii() or unicodedata.is_normalized("NFC", text)
+
+    def _by_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Any, list[Span]]]:
+        """As `encode_spans`, by the tokens' places as the library tells them."""
+        results: list[tuple[Any, list[Span]]] = []
+        for text, row, found in zip(
+            texts, spans, self.inner.encode_batch(list(texts), add_special_tokens=False), strict=True
+        ):
+            begins = [begin for begin, _ in found.offsets]
+            ends = [max(end, begin + 1) for begin, end in found.offsets]  # a token without text belongs to what follows
+            token_spans = []
+            for start, stop in ((_characters(text, edge[0]), _characters(text, edge[1])) for edge in row):
+                first = bisect_right(ends, start)
+                token_spans.append((first, max(first, bisect_left(begins, stop)) if stop > start else first))
+            results.append((self.ids[np.array(found.ids, np.int64)], token_spans))
+        return results
+
+
+class SegmentTokenizer:
+    """Any tokenizer, given what stands between control tokens bit by bit; the way of slow tokenizers."""
+
+    def __init__(self, encode: Callable[[str], list[int]], spelling: Spelling, ids: Mapping[str, int]) -> None:
+        """Args:
+        encode: ids of a text in which control tokens are text.
+        ids: of the control tokens.
+        """
+        self.encode = encode
+        self.ids = {mark: ids[token] for token, mark in spelling.marks.items()}
+
+    def encode_spans(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Any, list[Span]]]:
+        """See `Marked`."""
+        return [self._one(text, row) for text, row in zip(texts, spans, strict=True)]
+
+    def _one(self, text: str, spans: Sequence[Span]) -> tuple[Any, list[Span]]:
+        ids = self._ids(text)
+        found = []
+        for start, stop in spans:
+            first, _ = self._place(text, start, ids)
+            _, last = self._place(text, stop, ids)
+            found.append((first, max(first, last) if stop > start else first))
+        return np.array(ids, np.int32), found
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in _SPLIT.split(text):
+            if piece in self.ids:
+                ids.append(self.ids[piece])
+            elif piece:
+                ids += self.encode(piece)
+        return ids
+
+    def _place(self, text: str, place: int, ids: list[int]) -> tuple[int, int]:
+        """How many tokens end before a place, and how many begin before it: one more where one straddles it."""
+        before = self._ids(text.encode()[:place].decode())
+        same = next(
+            (n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
+        )
+        return same, same if same == len(before) else same + 1
+
+
+def _token_spans(places: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Byte spans [spans, 2] in tokens [spans, 2]: the tokens that hold any byte of the span.
+
+    Args:
+        places: where each token begins, and where the last one ends [tokens + 1].
+    """
+    starts = np.searchsorted(places[1:], bounds[:, 0], side="right")
+    stops = np.searchsorted(places[:-1], bounds[:, 1], side="left")
+    return np.stack([starts, np.where(bounds[:, 1] > bounds[:, 0], np.maximum(starts, stops), starts)], axis=1)
+
+
+def _characters(text: str, place: int) -> int:
+    """A place in a text's UTF-8 bytes, in characters."""
+    return place if text.isascii() else len(text.encode()[:place].decode())
+
+
+def _any_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
+    """A pattern for any of the tokens, the longest first."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _parts(component: Any, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a normaliser or pre-tokeniser, sequences taken apart."""
+    if component is None:
+        return []
+    state = json.loads(component.__getstate__())
+    return state[inner] if state["type"] == "Sequence" else [state]

@@ -1,0 +1,46 @@
+"""The processes that tokenise: chunks of rows out, their tokens back in the same order."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
+
+Job, Chunk, Made = TypeVar("Job"), TypeVar("Chunk"), TypeVar("Made")
+
+
+def in_order(work: Callable[[Job, Chunk], Made], job: Job, chunks: Iterator[Chunk], workers: int) -> Iterator[Made]:
+    """`work(job, chunk)` of every chunk in their order, whatever the number of workers; few are in memory at once."""
+    with _executor(workers) as executor:
+        waiting = []
+        try:
+            while True:
+                while len(waiting) <= 2 * workers and (chunk := next(chunks, None)):
+                    waiting.append(executor.submit(work, job, chunk))
+                if not waiting:
+                    return
+                yield waiting.pop(0).result()
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _executor(workers: int) -> Executor:
+    """One worker is a thread beside the reader, and tokenises on all cores; more are processes with one core each."""
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    """Keep the tokenizer library of a worker process to its own core, and end with the parent, however it ends."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_exit_after, args=(parent_process(),), daemon=True).start()
+
+
+def _exit_after(parent: BaseProcess | None) -> None:
+    """Leave this process as soon as its parent has gone: a killed parent cannot say goodbye."""
+    if parent is not None:
+        parent.join()
+        os._exit(1)
