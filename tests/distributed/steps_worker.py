@@ -13,14 +13,18 @@ from tests.distributed.worker import arrays, live, logical, share
 
 
 def gradients(
-    rank: int, case: Case, folder: Path, adapter: Arrays, batches: Sequence[Any]
-) -> tuple[float, int, Arrays]:
-    """(loss, tokens, gradients) of one global batch."""
+    rank: int, case: Case, folder: Path, adapter: Arrays, global_batches: Sequence[Any]
+) -> list[tuple[float, int, Arrays]]:
+    """(loss, tokens, gradients) of each global batch, on the same weights."""
+    found = []
     with live(case, folder, adapter) as engine:
-        for chunk in engine.wrapped:
-            chunk.zero_grad_buffer()
-        loss, tokens = run_microbatches(engine, share(batches), forward_only=False)
-        return loss, tokens, arrays(export_gradients(engine.optimizer, logical(engine, trainable=True)))
+        for batches in global_batches:
+            for chunk in engine.wrapped:
+                chunk.zero_grad_buffer()
+            loss, tokens = run_microbatches(engine, share(batches), forward_only=False)
+            finished = export_gradients(engine.optimizer, logical(engine, trainable=True))
+            found.append((loss, tokens, arrays(finished)))
+    return found
 
 
 def validated(rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[Any]) -> tuple[float, float, bool]:

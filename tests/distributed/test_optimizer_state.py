@@ -63,12 +63,9 @@ def test_every_step_at_another_layout_gives_the_losses_of_the_reference(lora: bo
 @pytest.mark.parametrize(
     "case",
     [
-        Case(),
         Case(dtype="bfloat16"),
-        Case(lora=False, tied=True),
         Case(world=2, **SP),
         Case(world=2, **VPP),
-        Case(world=2, distributed_optimizer=True),
         Case(world=2, distributed_optimizer=True, dtype="bfloat16"),
         Case(world=2, lora=False, dtype="bfloat16", **SP),
     ],

@@ -14,9 +14,7 @@ from tests.distributed.reference import IGNORE, MicroBatch
 from tests.distributed.test_layouts import SP, VPP
 
 LAYOUTS = (
-    Case(),
     Case(recompute="full"),
-    Case(world=2, fused=False, **SP),
     Case(world=2, **SP),
     Case(world=2, **VPP),
     Case(world=2, distributed_optimizer=True),
@@ -36,27 +34,22 @@ def without_labels(batch: MicroBatch) -> MicroBatch:
 
 @every_layout
 @pytest.mark.parametrize("per_token", [False, True], ids=["per-micro-batch", "per-token"])
-def test_a_micro_batch_without_a_label_adds_nothing(case: Case, per_token: bool) -> None:
+def test_micro_batches_without_a_label_add_nothing(case: Case, per_token: bool) -> None:
     case = replace(case, per_token=per_token)
     first, second, *_ = reference_of(case).steps[0]
     # DP ranks take turns: each gets one labelled and one empty micro-batch, against the labelled one twice
-    empty = [first, second, without_labels(first), without_labels(second)]
+    half = [first, second, without_labels(first), without_labels(second)]
     twice = [first, second, first, second]
+    none = [without_labels(batch) for batch in twice]
     share = 1.0 if per_token else 0.5  # an empty micro-batch counts among the micro-batches, not among the tokens
-    for few, many in zip(run("gradients", case, batches=empty), run("gradients", case, batches=twice), strict=True):
+    for few, many, nothing in run("gradients", case, global_batches=[half, twice, none]):
         assert 2 * few[1] == many[1]
         assert math.isclose(few[0], share * many[0], rel_tol=1e-6)
         for name, value in many[2].items():
             assert_close(few[2][name], share * value, name)
-
-
-@every_layout
-def test_a_global_batch_without_a_label_has_no_loss_and_no_gradient(case: Case) -> None:
-    batches = [without_labels(batch) for batch in reference_of(case).steps[0]]
-    for loss, tokens, gradients in run("gradients", case, batches=batches):
-        assert math.isnan(loss)
-        assert tokens == 0
-        assert not any(value.any() for value in gradients.values())
+        assert math.isnan(nothing[0])
+        assert nothing[1] == 0
+        assert not any(value.any() for value in nothing[2].values())
 
 
 @every_layout
@@ -68,7 +61,7 @@ def test_the_validation_loss_is_the_mean_of_the_reference_and_training_goes_on(c
         assert trains
 
 
-@every_layout
+@pytest.mark.parametrize("case", [Case(world=2, pipeline=2), Case(world=2, distributed_optimizer=True)], ids=str)
 def test_a_step_with_gradients_that_are_not_finite_changes_nothing(case: Case) -> None:
     for report in run("broken_step", case, batches=reference_of(case).steps[0]):
         assert report == (False, False, False)
