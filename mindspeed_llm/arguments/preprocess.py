@@ -50,7 +50,9 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
     map_keys: str | None = option(
         None, help='Columns of the rows as JSON, e.g. {"prompt":"question","response":"answer","history":"history"}.'
     )
-    json_keys: list[str] = option(["text"], help="Columns of running text, each written to files of its own.", nargs="+")
+    json_keys: list[str] = option(
+        ["text"], help="Columns of running text, each written to files of its own.", nargs="+"
+    )
     dataset_additional_keys: list[str] = option(
         [], help="For the R1 handlers: columns that become fields of their own; labels is the last answer.", nargs="*"
     )

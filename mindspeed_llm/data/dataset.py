@@ -114,7 +114,7 @@ def split_dataset(source: RowSource, split: str, seed: int) -> tuple[Subset, Sub
         UsageError: the shares cannot be read.
         InputError: fewer rows than parts.
     """
-    shares = _shares(split)
+    shares = split_shares(split)
     counts = _counts(len(source), shares)
     if any(share and not count for share, count in zip(shares, counts, strict=True)):
         raise InputError(
@@ -126,8 +126,8 @@ def split_dataset(source: RowSource, split: str, seed: int) -> tuple[Subset, Sub
     return train, valid, test
 
 
-def _shares(split: str) -> list[float]:
-    """The three shares of `--split`, missing ones 0."""
+def split_shares(split: str) -> list[float]:
+    """The three shares of `--split`, missing ones 0. Raises UsageError when they cannot be read."""
     try:
         shares = [float(word) for word in split.replace("/", ",").split(",")]
     except ValueError:

@@ -4,41 +4,39 @@ The files are written aside and renamed into place when all are complete; whatev
 behind and the old files as they were.
 """
 
-import json
 import logging
-import os
-import shutil
 import signal
-import tempfile
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict
-from itertools import chain, islice
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mindspeed_llm.arguments.parser import parse, to_dict
+from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
-from mindspeed_llm.data.encode import IGNORE_INDEX, Limits
-from mindspeed_llm.data.encoders import Encoder
-from mindspeed_llm.data.handlers import DEFAULT_HANDLER, Handler, Reading
-from mindspeed_llm.data.indexed_file import IndexedFile, IndexedFileWriter
-from mindspeed_llm.data.intake import CHUNK_ROWS, in_chunks
-from mindspeed_llm.data.packing import greedy_packs
-from mindspeed_llm.data.progress import Progress
-from mindspeed_llm.data.report import FORMAT, Account, report_path, write_json
-from mindspeed_llm.data.rows import Row, file_hash, find_files, read_rows
-from mindspeed_llm.data.shaping import Shape
-from mindspeed_llm.data.tokenize_rows import Job, output_fields, tokenize_all, tools
-from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.data.complete import Recipe, complete
+from mindspeed_llm.data.inspect_files import inspect_prefix
+from mindspeed_llm.data.intake import in_chunks
+from mindspeed_llm.data.plan import CHAT_FIELDS, Plan, make_plan, packing_of, refuse_existing
+from mindspeed_llm.data.preview import as_text, show_row, wants_colour
+from mindspeed_llm.data.publish import Aside, settle
+from mindspeed_llm.data.report import read_report, report_path
+from mindspeed_llm.data.row_files import refuse_bad, write_rows
+from mindspeed_llm.data.shards import (
+    find_shards,
+    make_shard,
+    merge_by_name,
+    merge_shards,
+    recorded_options,
+    remove_shards,
+    shard_prefix,
+)  # fmt: skip
+from mindspeed_llm.data.tokenize_rows import tokenize_chunk
+from mindspeed_llm.data.tokenizer import load_tokenizer
+from mindspeed_llm.errors import InputError
 
-FIELDS = ("input_ids", "attention_mask", "labels")
-# bad rows are dropped and listed up to this share and number; beyond both, the input as a whole is taken to be wrong
-TOLERATED_SHARE = 0.01
-TOLERATED_ROWS = 9
+FIELDS = CHAT_FIELDS
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +51,12 @@ def main(argv: list[str]) -> int:
     options = parse(PreprocessOptions, argv, "preprocess_data.py")
     previous = signal.signal(signal.SIGTERM, _exit_on_signal)  # so that what is written aside is removed
     try:
-        preprocess(options)
+        if options.inspect is not None:
+            inspect_prefix(Path(options.inspect), options.preview or 10, options.tokenizer_name_or_path)
+        elif options.preview and not options.merge_group_keys:
+            preview(make_plan(options), options.preview)
+        else:
+            preprocess(options)
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
@@ -72,255 +75,134 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
         InputError: the input cannot be read, too many of its rows are bad, or the output exists.
     """
     begin = time.monotonic()
-    job = _job(options)
-    handler, encoder = tools(job)
-    files, unused = find_files(options.input)
-    prefix = Path(options.output_prefix).expanduser()
-    fields = output_fields(handler)
-    if options.pack and fields != list(FIELDS):
-        raise UsageError(f"--pack joins rows of conversations; {options.handler_name} makes {', '.join(fields)}")
-    names = [_file_name(prefix.name, handler, field) for field in fields]
-    targets = [prefix.with_name(f"{name}.{kind}") for kind in ("bin", "idx") for name in names]
-    targets.append(report_path(prefix))
-    _refuse_existing(targets, options.overwrite)
+    if options.merge_group_keys:
+        return merge(options)
+    plan = make_plan(options)
+    prefix = plan.prefix
+    settled = settle(prefix)
+    recipe = recipe_of(plan)
+    if settled and set(settled) >= set(recipe.names) and _is_of(prefix, plan):
+        log.info("finished what an earlier run had begun to put in place: %s", prefix)
+        return read_report(prefix) or {}
+    if options.num_shards == 1:
+        refuse_existing([prefix.parent / name for name in recipe.names], options.overwrite)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    log.info("building dataset: %s", options.input)
-    log.info("dataset will use %s to handle dataset", options.handler_name)
-    log.info("template will use %s to format dataset", options.prompt_type)
-    log.info("Vocab size: %s", encoder.tokenizer.vocab_size)
-    log.info("Output prefix: %s", prefix)
+    _say_what_is_done(plan, begin)
+    report = _in_shards(plan) if options.num_shards > 1 else _at_once(plan, recipe)
+    return _told(report, prefix)
+
+
+def recipe_of(plan: Plan) -> Recipe:
+    """What becomes of a plan's rows."""
+    packing = packing_of(plan.options, plan.encoder.pad_id)
+    return Recipe(plan.prefix, plan.stem, plan.fields, plan.options.split, packing)
+
+
+def _at_once(plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """The whole run in one go."""
+    with Aside(plan.prefix) as aside:
+        account = write_rows(plan, aside.path)
+        if not plan.job.compat:
+            refuse_bad(account, plan.source_name, plan.options.on_bad_row)
+        about = {**plan.description, "key": plan.key}
+        report = complete(recipe, aside.path, account, about, plan.encoder.tokenizer.decode)
+        aside.publish(recipe.names)
+    return report
+
+
+def _in_shards(plan: Plan) -> dict[str, Any]:
+    """The parts that are asked for; when all are, merged and removed."""
+    options, count = plan.options, plan.options.num_shards
+    if options.shard_index is not None:
+        return read_report(make_shard(plan, options.shard_index)) or {}
+    there = [report_path(shard_prefix(plan.prefix, index, count)).exists() for index in range(count)]
+    if _is_of(plan.prefix, plan) and any(there):
+        log.info("an earlier run has merged its parts: %s", plan.prefix)  # and was killed while it removed them
+    else:
+        refuse_existing([plan.prefix.parent / name for name in recipe_of(plan).names], options.overwrite)
+        shards = [make_shard(plan, index) for index in range(count)]
+        merge_shards(shards, plan.prefix, options, plan.key, lambda _: plan.encoder.tokenizer.decode)
+    remove_shards(plan.prefix, count)
+    return read_report(plan.prefix) or {}
+
+
+def merge(options: PreprocessOptions) -> dict[str, Any]:
+    """Merge the files of the folder `--input`: parts of one run, or any whose names hold the keys."""
+    folder, prefix = Path(options.input or "").expanduser(), Path(options.output_prefix or "").expanduser()
+    if not folder.is_dir():
+        raise InputError(f"--input {options.input}: no such folder of files to merge")
+    settle(prefix)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    shards = find_shards(folder)
+    if not shards:
+        return merge_by_name(folder, prefix, options.merge_group_keys, options.overwrite)
+    report = merge_shards(shards, prefix, recorded_options(shards, options), None, _decode_of)
+    return _told(report, prefix)
+
+
+def _decode_of(about: Mapping[str, Any]) -> Any:
+    """The decoder of the tokenizer a report names; None where it is not on this machine."""
+    try:
+        return load_tokenizer(about["tokenizer"]["path"]).decode
+    except InputError:
+        return None
+
+
+def _is_of(prefix: Path, plan: Plan) -> bool:
+    """Whether the files of a prefix are those this plan would make."""
+    report = read_report(prefix)
+    return report is not None and report.get("key") == plan.key
+
+
+def _say_what_is_done(plan: Plan, begin: float) -> None:
+    log.info("building dataset: %s", plan.source_name)
+    log.info("dataset will use %s to handle dataset", plan.job.handler)
+    log.info("template will use %s to format dataset", plan.options.prompt_type)
+    log.info("Vocab size: %s", plan.encoder.tokenizer.vocab_size)
+    log.info("Output prefix: %s", plan.prefix)
     log.info("Time to startup:%s", time.monotonic() - begin)
 
-    account = Account(warnings=_warnings(options, unused, encoder))
-    aside = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", suffix=".partial", dir=prefix.parent))
-    try:
-        rows = _checked(read_rows(files), handler, account)
-        _write_rows(aside, job, rows, options, account)
-        if not job.compat:
-            _refuse_bad(account, options.input, options.on_bad_row)
-        sequences = _pack(aside, options, encoder.pad_id) if options.pack else account.written
-        report = _report(options, files, encoder, account, sequences)
-        write_json(aside / targets[-1].name, report)
-        _publish(aside, targets)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    for line in account.summary():
+
+def _told(report: dict[str, Any], prefix: Path) -> dict[str, Any]:
+    """The report, its warnings and totals logged."""
+    for line in report["warnings"]:
         log.warning("warning: %s", line)
+    rows = report["rows"]
     log.info(
-        "%s rows read, %s written as %s sequences, %s dropped, %s cut; %s tokens, %s of them trained; %s",
-        account.read, account.written, sequences, account.dropped_count, account.cut.count, account.tokens,
-        account.trained_tokens, targets[-1],
+        "%s rows read, %s written as %s sequences, %s dropped, %s left out, %s cut; %s tokens, %s of them trained; %s",
+        rows["read"], rows["written"], report["sequences"], rows["dropped"], rows["left_out"], report["cut"]["count"],
+        report["tokens"], report["trained_tokens"], report_path(prefix),
     )  # fmt: skip
     return report
 
 
-def _job(options: PreprocessOptions) -> Job:
-    try:
-        map_keys = json.loads(options.map_keys or "{}")
-    except ValueError as error:
-        raise UsageError(f"--map-keys is not valid JSON ({error}): {options.map_keys}") from error
-    if options.output_prefix.endswith(("/", os.sep)):
-        raise UsageError(f"--output-prefix {options.output_prefix} ends with the folder; add a name, e.g. alpaca")
-    if not isinstance(map_keys, dict):
-        raise UsageError(f"--map-keys must be a JSON object of key and column, got {options.map_keys}")
-    return Job(
-        tokenizer=options.tokenizer_name_or_path,
-        template=options.prompt_type,
-        template_file=options.prompt_type_path,
-        enable_thinking=options.enable_thinking,
-        handler=options.handler_name or DEFAULT_HANDLER,
-        map_keys=json.dumps(map_keys, sort_keys=True),
-        limits=Limits(options.seq_length, options.append_eod, options.pack, options.neat_pack),
-        system=options.system,
-        shape=Shape(
-            options.max_length, options.truncation_strategy, options.mask_history, options.train_on_prompt
-        ),
-        compat=options.compat,
-        allow_control_tokens=options.allow_control_tokens,
-        reading=Reading(
-            options.compat is not None, tuple(options.json_keys), tuple(options.dataset_additional_keys)
-        ),
-        pad_to_multiple_of=options.pad_to_multiple_of,
-    )
+def preview(plan: Plan, count: int) -> None:
+    """Print the first rows as the model gets them, and what becomes of those that it does not get."""
+    colour = wants_colour(sys.stdout)
+    shown = 0
+    for rows in in_chunks(islice(plan.mixture.rows(), max(count * 4, 20)), plan.options.max_chars_per_row):
+        chunk = tokenize_chunk(plan.job, rows)
+        for place in [*chunk.dropped, *chunk.left_out]:
+            print(f"--- not written: row {place.row} of {place.file}: {place.note}: {place.excerpt}")
+        for row in _rows_of(plan, chunk)[: count - shown]:
+            shown += 1
+            print(as_text(row, colour))
+        if shown >= count:
+            return
 
 
-def _refuse_existing(targets: list[Path], overwrite: bool) -> None:
-    existing = [str(t) for t in targets if t.exists()]
-    if existing and not overwrite:
-        raise InputError(f"{existing[0]} exists; give --overwrite to replace it, or another --output-prefix")
-
-
-def _warnings(options: PreprocessOptions, unused: list[Path], encoder: Encoder) -> list[str]:
-    found = []
-    if unused:
-        names = ", ".join(f.name for f in unused[:5]) + (" ..." if len(unused) > 5 else "")
-        found.append(f"{len(unused)} files of the input folder have another format and are not read: {names}")
-    if options.append_eod and encoder.answers_end_with_eos():
-        found.append(f"template {options.prompt_type} already ends answers with end-of-text; --append-eod adds another")
-    return found
-
-
-def _checked(rows: Iterator[Row], handler: Handler, account: Account) -> Iterator[Row]:
-    """The rows, once the first of them are seen to have the columns that are needed."""
-    head = list(islice(rows, CHUNK_ROWS))
-    present = list(dict.fromkeys(name for row in head for name in row.columns))
-    for column in handler.required_columns():
-        if present and column not in present:
-            raise InputError(
-                f"{head[0].file} has no column {column!r} (it has: {', '.join(map(str, present))}); name the columns "
-                "with --map-keys"
-            )
-    for column in handler.ignored_columns(present):
-        account.warnings.append(f"column {column!r} is not read; --map-keys {json.dumps({column: column})} reads it")
-    return chain(head, rows)
-
-
-def _write_rows(aside: Path, job: Job, rows: Iterator[Row], options: PreprocessOptions, account: Account) -> None:
-    """Tokenise all rows into the files of `aside`."""
-    name = "rows" if options.pack else Path(options.output_prefix).name
-    handler = tools(job)[0]
-    names = [f for f in output_fields(handler) if not (options.pack and f == "attention_mask")]
-    with ExitStack() as stack:
-        writers = {
-            f: stack.enter_context(IndexedFileWriter(aside / _file_name(name, handler, f))) for f in names
-        }
-        progress = stack.enter_context(Progress(options.log_interval))
-        for chunk in tokenize_all(job, in_chunks(rows, options.max_chars_per_row), options.workers):
-            account.add(chunk)
-            _refuse_first_bad(account, options.on_bad_row)
-            for field, part in chunk.fields.items():
-                writers[field].add(part.values, _kept_lengths(part.lengths, options.pack))
-                if field == "input_ids" and "attention_mask" in writers:
-                    writers["attention_mask"].add(np.ones_like(part.values), part.lengths)
-            progress.update(chunk.read, len(chunk.ids))
-
-
-def _file_name(name: str, handler: Handler, field: str) -> str:
-    """Name of a field's files, without .bin and .idx: those of conversations say `packed`, packed or not."""
-    return f"{name}_{field}_document" if handler.KIND == "text" else f"{name}_packed_{field}_document"
-
-
-def _kept_lengths(lengths: list[int], pack: bool) -> list[int]:
-    """The lengths to write: rows to be packed have no documents that could end without a sequence."""
-    return [length for length in lengths if length >= 0] if pack else lengths
-
-
-def _refuse_first_bad(account: Account, policy: str) -> None:
-    """Raise at the first row that cannot be used when --on-bad-row asks for it."""
-    if policy != "error" or not account.dropped:
-        return
-    reason, listing = next(iter(account.dropped.items()))
-    place = listing.rows[0]
-    raise InputError(
-        f"{place['file']}, row {place['row']}: {reason}; it starts {place['excerpt']!r}: repair the row, or pass over "
-        "such rows with --on-bad-row skip"
-    )
-
-
-def _refuse_bad(account: Account, source: str, policy: str) -> None:
-    """Raise when the input as a whole is not usable."""
-    reasons = "; ".join(account.summary()) or "it is empty"
-    if account.written == 0:
-        raise InputError(f"{source}: no row can be used: {reasons}")
-    dropped = account.dropped_count
-    if policy == "auto" and dropped > TOLERATED_ROWS and dropped > TOLERATED_SHARE * account.read:
-        raise InputError(
-            f"{source}: {dropped} of {account.read} rows cannot be used, nothing was written: {reasons}; repair them, "
-            "or write the others with --on-bad-row skip"
-        )
-
-
-def _pack(aside: Path, options: PreprocessOptions, pad_id: int) -> int:
-    """Join the rows of `aside` into sequences of --seq-length; returns how many there are.
-
-    Each of the --n-subs parts of the rows is packed on its own, in upstream's order.
-    """
-    length = options.seq_length
-    assert length is not None  # the options' own check
-    ids, labels = (IndexedFile(aside / f"rows_packed_{field}_document") for field in ("input_ids", "labels"))
-    name = Path(options.output_prefix).name
-    part = max(len(ids) // options.n_subs, 1)
-    count = 0
-    with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedFileWriter(aside / f"{name}_packed_{f}_document")) for f in FIELDS]
-        for begin in range(0, len(ids), part):
-            lengths = ids.lengths[begin : begin + part].tolist()
-            packs = greedy_packs(lengths, length - 1)
-            log.info("valid_num = %s, total_num = %s, percentage : 100.0%%", len(lengths), len(lengths))
-            log.info("new samples num : %s", len(packs))
-            count += len(packs)
-            for pack in packs:
-                rows = [begin + row for row in pack]
-                sequences = (
-                    _joined([ids[row] for row in rows], length, pad_id),
-                    _pack_mask([lengths[row] for row in pack], length, options.neat_pack),
-                    _joined([labels[row] for row in rows], length, IGNORE_INDEX),
-                )
-                for writer, sequence in zip(writers, sequences, strict=True):
-                    writer.add(sequence, [length])
-    return count
-
-
-def _joined(rows: list[np.ndarray], length: int, filler: int) -> np.ndarray:
-    """The rows one after the other [length], the rest filled up."""
-    sequence = np.full(length, filler, np.int32)
-    tokens = np.concatenate(rows)
-    sequence[: len(tokens)] = tokens
-    return sequence
-
-
-def _pack_mask(lengths: list[int], length: int, neat: bool) -> np.ndarray:
-    """Attention mask [length]: all ones; or, neat, the number of the row in the pack from 1, padding 0."""
-    if not neat:
-        return np.ones(length, np.int32)
-    numbers = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
-    return np.pad(numbers, (0, length - len(numbers)))
-
-
-def _report(
-    options: PreprocessOptions, files: list[Path], encoder: Encoder, account: Account, sequences: int
-) -> dict[str, Any]:
-    """The report's content; its layout is described in docs/data.md."""
-    tokenizer, template = encoder.tokenizer, encoder.template
-    return {
-        "format": FORMAT,
-        "input": [{"file": str(f), "bytes": f.stat().st_size, "sha256": file_hash(f)} for f in files],
-        "handler": options.handler_name,
-        "template": {
-            "name": template.name,
-            "sha256": template.content_hash,
-            "uses_thinking": template.uses_thinking,
-        },
-        "enable_thinking": encoder.thinking,
-        "tokenizer": {
-            "path": str(tokenizer.path),
-            "sha256": tokenizer.content_hash,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": encoder.eos_id,
-            "pad_id": encoder.pad_id,
-        },
-        "sequences": sequences,
-        "seq_length": options.seq_length,
-        "pack": options.pack,
-        "neat_pack": options.neat_pack,
-        **account.to_dict(),
-        "limits": asdict(Limits(options.seq_length, options.append_eod, options.pack)),
-        "options": to_dict(options),
-    }
-
-
-def _publish(aside: Path, targets: list[Path]) -> None:
-    """Rename the finished files into place: tokens, then indices, then the report.
-
-    Old indices go first, so that a run killed here leaves an incomplete set, which is refused, and never a mixed one.
-    """
-    for target in targets:
-        if target.suffix != ".bin":
-            target.unlink(missing_ok=True)
-    for target in targets:
-        (aside / target.name).replace(target)
-    folder = os.open(targets[0].parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _rows_of(plan: Plan, chunk: Any) -> list[Any]:
+    """The rows of a chunk, field after field where a row has several."""
+    decode = plan.encoder.tokenizer.decode
+    answers = plan.handler.KIND == "answer"  # whose labels are a text of their own
+    found: Sequence[str] = [field for field in chunk.fields if answers or not field.endswith("labels")]
+    rows = []
+    for field in found:
+        part, at = chunk.fields[field], 0
+        labels = chunk.fields.get(field.replace("input_ids", "labels")) if field.endswith("input_ids") else None
+        for number, length in enumerate(n for n in part.lengths if n >= 0):
+            inside = slice(at, at + length)
+            title = f"row {number + 1}" + ("" if field == "input_ids" else f", {field}")
+            rows.append(show_row(title, part.values[inside], None if labels is None else labels.values[inside], decode))
+            at += length
+    return rows

@@ -15,8 +15,12 @@ TOKEN_BYTES = 4
 class Progress:
     """Rows and tokens done so far, shown while they come."""
 
-    def __init__(self, log_interval: int) -> None:
-        """Args: log_interval: rows between two log lines, which are never closer than a second."""
+    def __init__(self, log_interval: int, total: int | None = None) -> None:
+        """Args:
+        log_interval: rows between two log lines, which are never closer than a second.
+        total: rows there will be, about; with it the time left is told.
+        """
+        self.total = total
         self.log_interval = log_interval
         self.rows = 0
         self.tokens = 0
@@ -24,7 +28,7 @@ class Progress:
         self.last_rows = 0
         self.last_time = self.begin
         self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(unit=" rows", unit_scale=True, disable=not self.on_terminal)
+        self.bar = tqdm(total=total, unit=" rows", unit_scale=True, disable=not self.on_terminal)
 
     def update(self, rows: int, tokens: int) -> None:
         """Count rows and tokens that are written."""
@@ -51,6 +55,10 @@ class Progress:
         self.last_rows, self.last_time = self.rows, now
         seconds = max(now - self.begin, 1e-9)
         megabytes = self.tokens * TOKEN_BYTES / 2**20
+        left = ""
+        if self.total is not None and 0 < self.rows < self.total:
+            left = f" {(self.total - self.rows) * seconds / self.rows:.0f} s left."
         log.info(
-            "Processed %s documents (%.1f docs/s, %.2f MB/s).", self.rows, self.rows / seconds, megabytes / seconds
-        )
+            "Processed %s documents (%.1f docs/s, %.2f MB/s).%s",
+            self.rows, self.rows / seconds, megabytes / seconds, left,
+        )  # fmt: skip

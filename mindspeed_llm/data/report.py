@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ class Listing:
         if len(self.rows) < LISTED:
             self.rows.append(asdict(place))
 
+    def extend(self, other: Mapping[str, Any]) -> None:
+        """Count the rows of another listing, as a report has it."""
+        self.count += other["count"]
+        self.rows += other["rows"][: LISTED - len(self.rows)]
+
 
 @dataclass
 class Account:
@@ -38,11 +44,13 @@ class Account:
     Attributes:
         read: rows found in the input; written + dropped when all went well.
         dropped: by reason, rows that cannot be used.
-        left_out: by reason, rows that are well made and too long.
+        left_out: by reason, rows that are well made and too long, not answered, or not trained.
+        remarks: rows about which there is something else to say, by what it is.
         tokens, trained_tokens: over the rows written, before packing pads them.
         longest: tokens of the longest row.
-        vanished: columns of the data that mean something and were not asked for, unused files and the like, as
+        warnings: columns of the data that mean something and were not asked for, unused files and the like, as
             sentences.
+        hashes: 64 bits of each written row's content.
     """
 
     read: int = 0
@@ -52,10 +60,12 @@ class Account:
     cut: Listing = field(default_factory=Listing)
     untrained: Listing = field(default_factory=Listing)
     odd_thoughts: Listing = field(default_factory=Listing)
+    remarks: dict[str, Listing] = field(default_factory=dict)
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
     warnings: list[str] = field(default_factory=list)
+    hashes: "array[int]" = field(default_factory=lambda: array("Q"))
 
     def add(self, chunk: Chunk) -> None:
         """Count the rows of a chunk."""
@@ -68,6 +78,8 @@ class Account:
             self.dropped.setdefault(place.note, Listing()).add(place)
         for place in chunk.left_out:
             self.left_out.setdefault(place.note, Listing()).add(place)
+        for place in chunk.remarks:
+            self.remarks.setdefault(place.note, Listing()).add(place)
         for listing, places in (
             (self.cut, chunk.cut),
             (self.untrained, chunk.untrained),
@@ -100,6 +112,7 @@ class Account:
                 f"{self.odd_thoughts.count} rows have thought tags that are not written as the template's "
                 "thought words and count as having no thought"
             )
+        lines += [f"{listing.count} rows: {remark}" for remark, listing in self.remarks.items()]
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,8 +132,32 @@ class Account:
             "cut": asdict(self.cut),
             "untrained": asdict(self.untrained),
             "unrecognised_thoughts": asdict(self.odd_thoughts),
+            "remarks": {remark: asdict(listing) for remark, listing in self.remarks.items()},
+            "notes": self.warnings,
             "warnings": self.summary(),
         }
+
+    @classmethod
+    def merged(cls, reports: Sequence[Mapping[str, Any]]) -> "Account":
+        """The account of several runs' rows one after the other, from what `to_dict` made of each."""
+        whole = cls()
+        for report in reports:
+            whole.read += report["rows"]["read"]
+            whole.written += report["rows"]["written"]
+            whole.tokens += report["tokens"]
+            whole.trained_tokens += report["trained_tokens"]
+            whole.longest = max(whole.longest, report["longest_row"])
+            for listings, name in (
+                (whole.dropped, "dropped"), (whole.left_out, "left_out"), (whole.remarks, "remarks"),
+            ):  # fmt: skip
+                for reason, listing in report[name].items():
+                    listings.setdefault(reason, Listing()).extend(listing)
+            for listing, name in (
+                (whole.cut, "cut"), (whole.untrained, "untrained"), (whole.odd_thoughts, "unrecognised_thoughts"),
+            ):  # fmt: skip
+                listing.extend(report[name])
+            whole.warnings += [line for line in report["notes"] if line not in whole.warnings]
+        return whole
 
 
 def _add_all(listing: Listing, places: Iterable[Place]) -> None:

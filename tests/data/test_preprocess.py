@@ -166,9 +166,10 @@ def test_a_run_stopped_while_publishing_leaves_a_set_that_is_refused(
     replace, done = Path.replace, []
 
     def stop_at_third(self: Path, target: Path) -> Path:
-        done.append(target)
-        if len(done) == 3:
-            raise KeyboardInterrupt
+        if Path(target).parent == tmp_path:
+            done.append(target)
+            if len(done) == 3:
+                raise KeyboardInterrupt
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", stop_at_third)
@@ -176,6 +177,10 @@ def test_a_run_stopped_while_publishing_leaves_a_set_that_is_refused(
         run(write(tmp_path / "rows.jsonl", rows(6)), tmp_path / "x", tokenizer, "--overwrite")
     with pytest.raises(InputError):
         IndexedDataset(tmp_path / "x")
+    monkeypatch.setattr(Path, "replace", replace)
+    report = run(tmp_path / "rows.jsonl", tmp_path / "x", tokenizer)
+    assert report["rows"]["written"] == 6 == len(IndexedDataset(tmp_path / "x")), "the next run finishes the renaming"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_missing_columns_and_unusable_options_are_refused(tokenizer: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_count_draws_without_replacement_by_the_seed_in_the_files_order(tmp_pa
     assert drawn[0] == sorted(drawn[0], key=lambda name: int(name[1:]))
     assert drawn[0] != names(open_source(f"{file}#30", (1, 1)).rows()), "the same source twice gives other rows"
     everywhere = Counter(name for seed in range(60) for name in names(open_source(f"{file}#30", (seed, 0)).rows()))
-    assert len(everywhere) == 100 and min(everywhere.values()) > 30 and max(everywhere.values()) < 95
+    assert len(everywhere) == 100 and min(everywhere.values()) > 5 and max(everywhere.values()) < 35
 
 
 def test_a_count_beyond_the_size_repeats_whole_passes(tmp_path: Path) -> None:
