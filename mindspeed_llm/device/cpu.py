@@ -31,7 +31,7 @@ def memory() -> tuple[int, int]:
     """(resident now, peak resident) bytes of this process, from the kernel's accounting."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         now = int(statm.read().split()[1]) * resource.getpagesize()
-    return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return now, max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # the kernel counts peaks late
 
 
 class _Stream:
