@@ -53,9 +53,17 @@ class Spelling:
         first = begins.pop() if len(begins) == 1 else ""
         return lambda text: pattern.sub(self._mark, text) if first in text else text
 
-    def holds(self, text: str) -> bool:
-        """Whether a text holds any control token."""
-        return self._every is not None and self._every.search(text) is not None
+    def breaker(self, character: str, spared: Sequence[str] = ()) -> Callable[[str], str]:
+        """A function that puts `character` into every control token of a text, those `spared` left aside."""
+        pattern = _any_of([token for token in self.marks if token not in spared])
+        if pattern is None:
+            return str
+        return lambda text: pattern.sub(lambda found: found[0][:1] + character + found[0][1:], text)
+
+    def boundary(self, text: str, place: int) -> int:
+        """The place, or the beginning of the control token within which it lies."""
+        matches = self._every.finditer(text) if self._every is not None else iter(())
+        return next((found.start() for found in matches if found.start() < place < found.end()), place)
 
     def plain(self, text: str) -> str:
         """A marked text with its control tokens as the vocabulary spells them."""

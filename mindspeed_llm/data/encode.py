@@ -50,6 +50,7 @@ class Encoded:
         eos_at: positions whose label is end-of-text although the token is another one (`compat` only).
         full_length: tokens the row has without cutting; more than `len(ids)` when it was cut.
         fault: why the row cannot be tokenised, empty when it can.
+        note: what a user should know about the row, the same for all rows of that kind; empty for nothing.
     """
 
     ids: Any
@@ -57,6 +58,7 @@ class Encoded:
     eos_at: list[int]
     full_length: int
     fault: str = ""
+    note: str = ""
 
 
 class ChatEncoder:

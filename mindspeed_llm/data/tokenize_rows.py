@@ -92,7 +92,7 @@ class Chunk:
         cut: rows that were shortened, `note` telling from and to how many tokens.
         untrained: rows in which no token is trained.
         odd_thoughts: rows with thought tags that the template does not recognise.
-        unanswered: rows whose last messages were left out because no answer follows.
+        remarks: rows about which there is something else to say, `note` being it.
     """
 
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -105,7 +105,7 @@ class Chunk:
     cut: list[Place] = field(default_factory=list)
     untrained: list[Place] = field(default_factory=list)
     odd_thoughts: list[Place] = field(default_factory=list)
-    unanswered: list[Place] = field(default_factory=list)
+    remarks: list[Place] = field(default_factory=list)
 
 
 @lru_cache(maxsize=1)
@@ -235,7 +235,9 @@ def _account(
         if any(encoder.misses_thought(m["content"]) for m in sample.messages if m["role"] == "assistant"):
             result.odd_thoughts.append(_place(row, "thought tags not written as the template's"))
         if sample.unanswered:
-            result.unanswered.append(_place(row, f"{sample.unanswered} messages after the last answer left out"))
+            result.remarks.append(_place(row, "messages after the last answer are left out"))
+    if main.note:
+        result.remarks.append(_place(row, main.note))
 
 
 def with_system(sample: Sample, system: str | None) -> Sample:

@@ -71,7 +71,7 @@ class TaggedTools:
 
     def tools_text(self, tools: Sequence[Mapping[str, Any]], after_text: bool) -> list[tuple[str, bool]]:
         """One line per tool, a blank line before all of it where a system text precedes."""
-        lines = "".join("\n" + json.dumps(_wrapped(tool), ensure_ascii=False) for tool in tools)
+        lines = "".join("\n" + json.dumps(wrapped(tool), ensure_ascii=False) for tool in tools)
         return [("\n\n" if after_text else "", False), (self.opening, False), (lines, True), (self.closing, False)]
 
     def calls_text(self, calls: Sequence[Call]) -> str:
@@ -188,7 +188,8 @@ def arguments_value(call: Call) -> Mapping[str, Any]:
     return value
 
 
-def _wrapped(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+def wrapped(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool with its wrapping: tool -> {"type": "function", "function": tool}."""
     return tool if isinstance(tool.get("function"), Mapping) else {"type": "function", "function": tool}
 
 

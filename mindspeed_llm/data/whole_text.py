@@ -48,7 +48,7 @@ class WholeTextEncoder:
         self.spelling = Spelling(list(added))
         self.marked = marked_tokenizer(tokenizer, self.spelling)
         words = "".join(template.thought_words)
-        tags = [token for token in added if ANSWER_TAGS.search(token) or token in words]
+        tags = self.answer_tags = [token for token in added if ANSWER_TAGS.search(token) or token in words]
         self._answer = self.spelling.literal if allow_control_tokens else self.spelling.only(tags)
         self._text = self.spelling.literal if allow_control_tokens else str
         self._formats: dict[Format, list[str]] = {}

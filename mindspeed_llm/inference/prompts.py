@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mindspeed_llm.checkpoint.recorded import recorded_template, tokenizer_folder
-from mindspeed_llm.data.encode import ChatEncoder
-from mindspeed_llm.data.templates import Message, get_template
+from mindspeed_llm.data.encoders import CHAT_TEMPLATE, Encoder, make_encoder
+from mindspeed_llm.data.templates import Message
 from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.inference.live import Sources
@@ -35,18 +35,15 @@ class Prompter:
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.system = generation.system
         self.template, self.thinking = recorded_template(named, sources.base, sources.adapter)
-        self.encoder: ChatEncoder | None = None
-        self.hf: Any = None
+        self.encoder: Encoder | None = None
         if generation.hf_chat_template:
             if named.prompt_type:
                 raise UsageError(
                     f"--hf-chat-template and --prompt-type {named.prompt_type} exclude each other; give one"
                 )
-            self.template, self.hf = "hf", _hf_tokenizer(folder)
-        elif self.template:
-            self.encoder = ChatEncoder(
-                get_template(self.template, named.prompt_type_path), self.tokenizer, self.thinking
-            )
+            self.template = CHAT_TEMPLATE
+        if self.template:
+            self.encoder = make_encoder(self.template, named.prompt_type_path, self.tokenizer, self.thinking)
         self.stop_ids = frozenset(self._stop_ids(generation.add_eos_token, sources))
 
     @property
@@ -71,11 +68,6 @@ class Prompter:
         system = system or self.system
         if self.encoder is not None:
             return self.encoder.encode_prompt(messages, system)
-        if self.hf is not None:
-            whole = [{"role": "system", "content": system}, *messages] if system else list(messages)
-            thinking = {} if self.thinking == "none" else {"enable_thinking": self.thinking == "true"}
-            text = self.hf.apply_chat_template(whole, tokenize=False, add_generation_prompt=True, **thinking)
-            return self.tokenizer.encode(text)
         texts = ([system] if system else []) + [m["content"] for m in messages]
         return self.tokenizer.encode("\n".join(texts))
 
@@ -98,13 +90,3 @@ def shown(text: str) -> str:
     for mark in THOUGHT_MARKS:
         text = text.replace(mark, "")
     return text.strip("\n")
-
-
-def _hf_tokenizer(folder: str) -> Any:
-    """transformers' tokenizer, for its chat template; imported only when asked for."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if not tokenizer.chat_template:
-        raise InputError(f"--hf-chat-template: the tokenizer in {folder} has no chat template; use --prompt-type")
-    return tokenizer
