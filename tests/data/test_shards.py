@@ -1,0 +1,192 @@
+"""Parts of a run: merged they are the one run's bytes, made ones are not made again, other runs' are refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindspeed_llm.arguments.parser import parse
+from mindspeed_llm.arguments.preprocess import PreprocessOptions
+from mindspeed_llm.data import shards
+from mindspeed_llm.data.indexed_file import IndexedFile
+from mindspeed_llm.data.preprocess import preprocess
+from mindspeed_llm.errors import InputError
+
+REPO = Path(__file__).resolve().parents[2]
+SPLIT = ("--split", "80,15,5")
+PACK = ("--pack", "--neat-pack", "--seq-length", "64")
+
+
+def write_rows(file: Path, count: int = 300) -> Path:
+    draw = random.Random(5)
+    with file.open("w") as stream:
+        for i in range(count):
+            row = {"instruction": f"Question {i % 250}?", "output": "word " * draw.randint(1, 30)}
+            stream.write("{broken\n" if i == 17 else json.dumps(row) + "\n")
+    return file
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def tokenizer(golden: Path) -> Path:
+    return golden / "_tok" / "qwen3"
+
+
+def words(source: Path, prefix: Path, tokenizer: Path, *more: str) -> list[str]:
+    return [
+        "--input", str(source), "--output-prefix", str(prefix), "--tokenizer-name-or-path", str(tokenizer),
+        "--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "qwen3", *more,
+    ]  # fmt: skip
+
+
+def run(*args: object) -> dict:
+    return preprocess(parse(PreprocessOptions, words(*args), "preprocess_data.py"))  # type: ignore[arg-type]
+
+
+def data_files(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.suffix in (".bin", ".idx")}
+
+
+def counts_of(report: dict) -> dict:
+    return {name: report[name] for name in report if name not in ("options", "key", "input")}
+
+
+@pytest.mark.parametrize("more", [(), SPLIT, PACK, SPLIT + PACK], ids=["rows", "split", "pack", "split and pack"])
+def test_parts_merged_are_byte_equal_to_one_run(
+    source: Path, tokenizer: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    once = run(source, tmp_path / "one" / "x", tokenizer, *more)
+    merged = run(source, tmp_path / "all" / "x", tokenizer, *more, "--num-shards", "3")
+    for index in range(5):
+        run(source, tmp_path / "parts" / "x", tokenizer, *more, "--num-shards", "5", "--shard-index", str(index))
+    command = ["--input", str(tmp_path / "parts"), "--output-prefix", str(tmp_path / "last" / "x")]
+    command += ["--merge-group-keys", "packed_input_ids_document"]
+    later = preprocess(parse(PreprocessOptions, command, "preprocess_data.py"))
+    one = data_files(tmp_path / "one")
+    assert len(one) == (6 if not more or more == PACK else 18)
+    assert data_files(tmp_path / "all") == one == data_files(tmp_path / "last")
+    assert counts_of(once) == counts_of(merged) == counts_of(later)
+    assert not list((tmp_path / "all").glob("*_shard_*")), "parts are removed when the run has merged them itself"
+
+
+def test_equal_rows_are_in_one_part_of_a_split_and_shares_are_as_asked(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    report = run(write_rows(tmp_path / "rows.jsonl", 2000), tmp_path / "x", tokenizer, *SPLIT)
+    rows = {}
+    for part in ("train", "valid", "test"):
+        file = IndexedFile(tmp_path / f"x_{part}_packed_input_ids_document")
+        rows[part] = [file[i].tobytes() for i in range(len(file))]
+        assert report["parts"][part]["rows"] == len(file)
+        own = json.loads((tmp_path / f"x_{part}_report.json").read_text())
+        assert own["part"] == part and own["tokenizer"] == report["tokenizer"]
+    assert not set(rows["train"]) & set(rows["valid"]) and not set(rows["valid"]) & set(rows["test"])
+    distinct = {row for part in rows.values() for row in part}
+    assert sum(map(len, rows.values())) == 1999 and report["duplicates"] == 1999 - len(distinct)
+    for part, share in (("train", 0.8), ("valid", 0.15), ("test", 0.05)):
+        assert abs(len(rows[part]) / 1999 - share) < 0.03
+    again = run(write_rows(tmp_path / "rows.jsonl", 1000), tmp_path / "y", tokenizer, *SPLIT)
+    fewer = IndexedFile(tmp_path / "y_valid_packed_input_ids_document")
+    assert {fewer[i].tobytes() for i in range(len(fewer))} <= set(rows["valid"]), "a row's part depends on it alone"
+    assert again["parts"]["test"]["rows"] > 0
+
+
+def test_parts_that_are_there_are_not_made_again(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run(source, tmp_path / "one" / "x", tokenizer)
+    for index in (0, 2):
+        run(source, tmp_path / "x", tokenizer, "--num-shards", "3", "--shard-index", str(index))
+    made = []
+    write = shards.write_rows
+    monkeypatch.setattr(shards, "write_rows", lambda plan, folder, b, e: made.append(b) or write(plan, folder, b, e))
+    merged = run(source, tmp_path / "x", tokenizer, "--num-shards", "3")
+    assert made == [100] and counts_of(merged) == counts_of(one)
+
+
+def test_parts_of_other_runs_and_missing_ones_are_refused(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    merge = ["--input", str(folder), "--output-prefix", str(tmp_path / "x"), "--merge-group-keys", "a"]
+    for index, more in ((0, ()), (1, ("--system", "other"))):
+        run(source, folder / "x", tokenizer, "--num-shards", "3", "--shard-index", str(index), *more)
+    with pytest.raises(InputError, match="lacks part 2 of 3; make it with --num-shards 3 --shard-index 2"):
+        preprocess(parse(PreprocessOptions, merge, "preprocess_data.py"))
+    run(source, folder / "x", tokenizer, "--num-shards", "3", "--shard-index", "2")
+    with pytest.raises(InputError, match="made from different inputs, options or tokenizers"):
+        preprocess(parse(PreprocessOptions, merge, "preprocess_data.py"))
+    with pytest.raises(InputError, match="--overwrite"):
+        run(source, folder / "x", tokenizer, "--num-shards", "3")
+
+
+def test_too_many_bad_rows_are_told_when_the_parts_are_merged(tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"instruction": "q", "output": "a"}\n' * 40 + "{broken\n" * 12)
+    with pytest.raises(InputError, match="12 of 52 rows cannot be used.*not valid JSON"):
+        run(source, tmp_path / "x", tokenizer, "--num-shards", "4")
+    assert not list(tmp_path.glob("x_packed*"))
+
+
+def test_other_programs_files_are_merged_by_name(golden: Path, tmp_path: Path) -> None:
+    folder = golden / "cases" / "A_merge"
+    expected = json.loads((folder / "expected.json").read_text())
+    names = [w.replace("${CASE}", str(folder)).replace("${TOK}", str(golden / "_tok")) for w in expected["args"]]
+    names[names.index("--output-prefix") + 1] = str(tmp_path / "out")
+    preprocess(parse(PreprocessOptions, names, "preprocess_data.py"))
+    for name, recorded in expected["files"].items():
+        file = IndexedFile(tmp_path / name)
+        assert [file[i].tolist() for i in range(len(file))] == recorded["sequences"]
+        assert file.documents.tolist() == recorded["document_indices"]
+    with pytest.raises(InputError, match="no file in .* has that in its name"):
+        names[names.index("--merge-group-keys") + 1] = "nothing_like_it"
+        preprocess(parse(PreprocessOptions, names, "preprocess_data.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_run_killed_at_any_moment_finishes_when_run_again(
+    tokenizer: Path, tmp_path: Path, count: int
+) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", 4000)
+    more = [*SPLIT, *PACK, "--num-shards", str(count)]
+    begin = time.monotonic()
+    subprocess.run(_command(source, tmp_path / "one" / "x", tokenizer, more), check=True, capture_output=True)
+    whole = time.monotonic() - begin
+    draw = random.Random(count)
+    for moment in range(6):
+        prefix = tmp_path / f"kill{moment}" / "x"
+        killed = subprocess.Popen(_command(source, prefix, tokenizer, more), stderr=subprocess.DEVNULL)
+        time.sleep(whole * draw.uniform(0.2, 1.0))
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+        again = subprocess.run(
+            _command(source, prefix, tokenizer, [*more, "--overwrite"] if killed.returncode == 0 else more),
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert again.returncode == 0 or "--overwrite" in again.stderr, again.stderr
+        assert data_files(prefix.parent) == data_files(tmp_path / "one")
+        assert not list(prefix.parent.glob(".*"))
+
+
+def _command(source: Path, prefix: Path, tokenizer: Path, more: list[str]) -> list[str]:
+    return [sys.executable, str(REPO / "preprocess_data.py"), *words(source, prefix, tokenizer, *more)]
+
+
+def test_the_parts_of_any_number_of_rows_cover_them_once(tokenizer: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", 7)
+    for index in range(10):
+        run(source, tmp_path / "x", tokenizer, "--num-shards", "10", "--shard-index", str(index))
+    reports = [json.loads(f.read_text()) for f in sorted(tmp_path.glob("x_shard_*_report.json"))]
+    assert [r["shard"]["begin"] for r in reports] == [0] + [r["shard"]["end"] for r in reports[:-1]]
+    assert sum(r["rows"]["read"] for r in reports) == 7
+    assert np.diff([r["shard"]["begin"] for r in reports]).max() == 1
