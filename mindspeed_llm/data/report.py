@@ -100,9 +100,10 @@ class Account:
     def summary(self) -> list[str]:
         """One sentence per thing a user should know about their rows."""
         lines = list(self.warnings)
-        for reason, listing in [*self.dropped.items(), *self.left_out.items()]:
-            first = listing.rows[0]
-            lines.append(f"dropped {listing.count} rows: {reason} (first: row {first['row']} of {first['file']})")
+        for what, listings in (("dropped", self.dropped), ("left out", self.left_out)):
+            for reason, listing in listings.items():
+                first = listing.rows[0]
+                lines.append(f"{what} {listing.count} rows: {reason} (first: row {first['row']} of {first['file']})")
         if self.cut.count:
             lines.append(f"cut {self.cut.count} rows that were longer than --seq-length")
         if self.untrained.count:
