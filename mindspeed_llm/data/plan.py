@@ -75,6 +75,7 @@ class Plan:
         options = self.options
         return {
             "format": FORMAT,
+            "sources": self.options.sources.dataset or [str(self.options.input)],
             "input": self.inputs,
             "handler": self.job.handler,
             "template": {

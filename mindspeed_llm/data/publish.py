@@ -100,17 +100,6 @@ def _rename_all(folder: Path, names: Sequence[str]) -> None:
         _sync_folder(folder.parent)
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        _write_synced(aside, text)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-    _sync_folder(file.parent)
-
-
 def _write_synced(file: Path, text: str) -> None:
     with file.open("w", encoding="utf-8") as stream:
         stream.write(text)

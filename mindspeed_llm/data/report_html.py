@@ -18,7 +18,8 @@ h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin:2rem 0 .6rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.7rem;margin:1.2rem 0}
 .tile{background:var(--panel);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem}
 .tile b{display:block;font-size:1.3rem;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:.85rem}
-table{border-collapse:collapse;width:100%;font-size:.88rem}
+table{border-collapse:collapse;width:100%;table-layout:fixed;font-size:.88rem}
+th:nth-child(1){width:4.5rem}th:nth-child(2){width:15rem}
 th,td{text-align:left;padding:.3rem .6rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top;
 overflow-wrap:anywhere}td.n,th.n{text-align:right;white-space:nowrap}
 details{margin:.5rem 0}summary{cursor:pointer}code,pre{font:13px/1.5 ui-monospace,monospace}
@@ -50,8 +51,8 @@ def page(report: Mapping[str, Any], samples: Sequence[Shown], title: str) -> str
         + "".join(map(as_html, samples)),
         _settings(report),
     ]
-    names = ", ".join(str(entry["file"]) for entry in report["input"][:6])
-    more = f" and {len(report['input']) - 6} more" if len(report["input"]) > 6 else ""
+    names = ", ".join(report["sources"][:6])
+    more = f" and {len(report['sources']) - 6} more" if len(report["sources"]) > 6 else ""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>"

@@ -142,8 +142,8 @@ def merge_shards(
 
 # what a part's report says about the whole run, besides the account of its rows
 ABOUT = (
-    "format", "input", "handler", "template", "enable_thinking", "tokenizer", "seq_length", "pack", "neat_pack",
-    "fields", "stem", "options",
+    "format", "sources", "input", "handler", "template", "enable_thinking", "tokenizer", "seq_length", "pack",
+    "neat_pack", "fields", "stem", "options",
 )  # fmt: skip
 
 

@@ -27,9 +27,10 @@ def in_order(work: Callable[[Job, Chunk], Made], job: Job, chunks: Iterator[Chun
 
 
 def _executor(workers: int) -> Executor:
-    """One worker is a thread beside the reader, and tokenises on all cores; more are processes with one core each."""
+    """One worker is two threads beside the reader: one lays rows out while the tokenizer library, which uses all cores,
+    is at work for the other. More are processes with one core each."""
     if workers == 1:
-        return ThreadPoolExecutor(1)
+        return ThreadPoolExecutor(2)
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
 
 
