@@ -1,5 +1,6 @@
 """lm-eval's view of our live model: log-likelihoods at any TP, PP and DP."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,10 @@ class LiveLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; no special tokens, as lm-eval's HF backend does without add_bos_token."""
         return self.vocabulary.encode(string)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval's, without its progress bar where nobody watches it."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is the greedy choice) per request.

@@ -82,10 +82,11 @@ def score(live: Any, configs: list[dict[str, Any]], limit: int | None) -> dict[s
     Standard errors are those of a mean of n right-or-wrong answers, sqrt(p (1 - p) / (n - 1)), as lm-eval computes.
     """
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
-    tasks = [ConfigurableTask(config=dict(config)) for config in configs]
-    found = simple_evaluate(live, tasks=tasks, limit=limit, log_samples=False, bootstrap_iters=0, verbosity="ERROR")
+    # not simple_evaluate: it asks pip for the list of all packages, which takes seconds in every process
+    tasks = {"tasks": {config["task"]: ConfigurableTask(config=dict(config)) for config in configs}, "groups": {}}
+    found = evaluate(live, {**tasks, "group_map": {}}, limit=limit, log_samples=False, bootstrap_iters=0)
     if found is None:  # lm-eval hands its results to rank 0 alone
         return None
     subjects = {}
