@@ -239,7 +239,8 @@ class HfEncoder(ChatEncoder):
             content, thought = THOUGHT.sub("", content), None
         made: dict[str, Any] = {"role": role, "content": self._quote_answer(content)}
         if thought:
-            made["reasoning_content"] = self._quote_answer(thought)
+            # gpt-oss calls it thinking
+            made["reasoning_content"] = made["thinking"] = self._quote_answer(thought)
         if calls:
             made["tool_calls"] = [
                 {

@@ -22,7 +22,7 @@ ROLES = {"user": "user", "assistant": "assistant", "tool": "observation", "funct
 
 
 class OpenAIInstructionHandler:
-    """Rows with `messages` and `tools`: role, content, reasoning_content, tool_calls, tool_call_id.
+    """Rows with `messages` and `tools`: role, content, reasoning_content (or thinking), tool_calls, tool_call_id.
 
     A first message of system or developer is the system text. Messages of the tool answer the call before them; the
     ids only have to name a call that was made. A message with `train: false` is not trained.
@@ -76,7 +76,7 @@ def _message(entry: Mapping[str, Any]) -> Message:
     if role not in ROLES:
         raise BadRow(f"a message is by {str(role)[:40]!r}, known are {', '.join(ROLES)}")
     message = Message(role=ROLES[role], content=_text(entry))
-    reasoning = entry.get("reasoning_content")
+    reasoning = entry.get("reasoning_content") or entry.get("thinking")
     if role == "assistant" and reasoning:
         if not isinstance(reasoning, str):
             raise BadRow("'reasoning_content' of a message is not text")

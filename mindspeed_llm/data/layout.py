@@ -41,6 +41,11 @@ class Format(NamedTuple):
     slots: tuple[Slot, ...] = ()
 
     @property
+    def takes_content(self) -> bool:
+        """Whether a message's text has a place in it."""
+        return any(isinstance(slot, str) and "{{content}}" in slot for slot in self.slots)
+
+    @property
     def repeated(self) -> str:
         """The text between the contents of two messages that share this format's opening and closing: of a tool's
         answer within tags the closing and opening tag, else a line break."""
@@ -175,7 +180,8 @@ class Template:
             return [Block(self.assistant, ((content, ANSWER),), idx)]
         if self.calls.wraps_calls:
             gap = "\n" if content and not content.endswith("\n") else ""
-            return [Block(self.function, ((content + gap + self.calls.calls_text(calls), ANSWER),), idx)]
+            layout = self.function if self.function.takes_content else self.assistant
+            return [Block(layout, ((content + gap + self.calls.calls_text(calls), ANSWER),), idx)]
         before = [Block(CONTENT, ((content, ANSWER),), idx)] if content else []
         return before + [Block(self.function, (), idx, call["name"], arguments_text(call)) for call in calls]
 

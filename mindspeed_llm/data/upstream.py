@@ -72,7 +72,7 @@ class _Upstream(Template):
             calls = parse_calls(message["content"])
         except ValueError:
             calls = [Call(name="", arguments=None)]
-        if self.calls.wraps_calls:
+        if self.function.takes_content:
             return [Block(self.function, ((self.calls.calls_text(calls), ANSWER),), idx)]
         texts = [(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls if call["name"]]
         return [Block(self.function, (), idx, name, text) for name, text in texts or [("", "")]]
