@@ -182,7 +182,11 @@ class MarkedTokenizer:
 
 
 class SegmentTokenizer:
-    """Any tokenizer, given what stands between control tokens bit by bit; the way of slow tokenizers."""
+    """Any tokenizer, given what stands between control tokens bit by bit; the way of slow tokenizers.
+
+    These do not tell where a token stands. It is found by tokenising what precedes, which may end otherwise when alone:
+    a token or two around an answer can then count as part of it.
+    """
 
     def __init__(self, encode: Callable[[str], list[int]], spelling: Spelling, ids: Mapping[str, int]) -> None:
         """Args:
@@ -200,8 +204,9 @@ class SegmentTokenizer:
         ids = self._ids(text)
         found = []
         for start, stop in spans:
-            first, _ = self._place(text, start, ids)
-            _, last = self._place(text, stop, ids)
+            raw = text.encode()
+            first = _alike(ids, self._ids(raw[:start].decode()))
+            last = len(ids) - _alike(ids[::-1], self._ids(raw[stop:].decode())[::-1])
             found.append((first, max(first, last) if stop > start else first))
         return np.array(ids, np.int32), found
 
@@ -214,13 +219,11 @@ class SegmentTokenizer:
                 ids += self.encode(piece)
         return ids
 
-    def _place(self, text: str, place: int, ids: list[int]) -> tuple[int, int]:
-        """How many tokens end before a place, and how many begin before it: one more where one straddles it."""
-        before = self._ids(text.encode()[:place].decode())
-        same = next(
-            (n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
-        )
-        return same, same if same == len(before) else same + 1
+
+def _alike(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many ids are the same from the beginning."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(ids), len(others)))
 
 
 def _token_spans(places: np.ndarray, bounds: np.ndarray) -> np.ndarray:

@@ -62,10 +62,10 @@ def assistant(text: str, thought: str | None = None, calls: list | None = None) 
 
 
 SIMPLE = st.builds(lambda q, a, t: [user(q), assistant(a, t)], TEXT, SAID, THOUGHT)
+RESULT = TEXT.map(lambda text: {"role": "tool", "content": text, "tool_call_id": "c1"})
 CALLING = st.builds(
-    lambda q, c, r, a: [user(q), assistant("", None, [c]), {"role": "tool", "content": r, "tool_call_id": "c1"}, assistant(a)],
-    TEXT, CALL, TEXT, SAID,
-)  # fmt: skip
+    lambda q, c, result, a: [user(q), assistant("", None, [c]), result, assistant(a)], TEXT, CALL, RESULT, SAID
+)
 ROW = st.tuples(st.one_of(st.none(), TEXT), st.lists(SIMPLE, min_size=1, max_size=3), st.one_of(st.none(), CALLING))
 
 
@@ -156,7 +156,7 @@ def test_of_a_template_without_marks_a_trained_part_is_what_its_turn_adds_to_the
     def check(rows: list[tuple]) -> None:
         made = [row_for(template, row) for row in rows]
         samples = [handler.samples(row)[0] for row in made]
-        for row, sample, encoded in zip(made, samples, chat.encode_rows(samples, Limits()), strict=True):
+        for row, encoded in zip(made, chat.encode_rows(samples, Limits()), strict=True):
             answers = sum(message["role"] == "assistant" for message in row["messages"])
             assert len(encoded.spans) == (1 if encoded.note == ONLY_LAST else answers)
             messages = as_reference(template, row)

@@ -29,8 +29,8 @@ TOOLS = [
     {"type": "function", "function": {"name": "f", "description": "查 <|im_end|>", "parameters": {"type": "object"}}}
 ]
 BITS = [
-    "", " ", "\n", "\n\n", "Hi", "Hello there. ", "知识就是力量", "😀", "é", "e\u0301", "１２3", "{{content}}", "{{idx}}",
-    "<|im_end|>", "<think>", "</think>", "<|eot_id|>", "</s>", "[gMASK]", "<｜User｜>", "<tool_call>", "<|im_start|>user\n",
+    "", " ", "\n", "\n\n", "Hi", "Hello there. ", "知识", "😀", "é", "e\u0301", "１２3", "{{content}}", "{{idx}}",
+    "<|im_end|>", "<think>", "</think>", "<|eot_id|>", "</s>", "[gMASK]", "<｜User｜>", "<tool_call>", "<|user|>\n",
 ]  # fmt: skip
 LETTERS = st.text(st.characters(exclude_categories=["Cs", "Cn", "Co"]), max_size=5)
 TEXT = st.lists(st.one_of(st.sampled_from(BITS), LETTERS), max_size=4).map("".join)
