@@ -150,10 +150,12 @@ def test_bytes_and_offsets_find_the_same_trained_tokens_and_slow_tokenizers_lose
     ):
         assert ids.tolist() == others.tolist() == same.tolist()
         assert one == two
-        # tokenised alone, what precedes may end otherwise: the third way may then begin a little early, never late
+        # tokenised alone, what stands around may end otherwise: the third way may then find a few tokens more, never
+        # fewer but for the space that sentencepiece's vocabulary puts before a text
         (start, stop), (early, late) = one[0], three[0]
-        assert early <= start and stop <= late
-        assert start - early <= 4 and late - stop <= 4 or folder == "llama2"
+        space = int(folder == "llama2")
+        assert early <= start and stop - space <= late
+        assert start - early <= 4 and late - stop <= 4 or space
 
 
 def test_messages_that_say_so_are_not_trained(golden: Path) -> None:
