@@ -215,6 +215,8 @@ class ChatEncoder:
     def _training_row(self, row: Conversation, laid: Laid, limits: Limits) -> Encoded:
         """A row of a conversation; messages that say so are not trained."""
         encoded = self._join(laid, limits)
+        if all(message.get("train") is not False for message in row.messages):
+            return encoded
         answers = [message for message in row.messages if message["role"] in ("assistant", "function")]
         left_out = [laid.spans[n] for n, answer in enumerate(answers) if answer.get("train") is False]
         if left_out:

@@ -164,8 +164,10 @@ def tokenize_chunk(job: Job, rows: list[Row]) -> Chunk:
         _account(job, encoder, result, row, sample, parts, kept)
     result.fields = kept.fields(handler, encoder.eos_id)
     result.lengths = [sum(len(part.ids) for part in parts.values()) for parts in kept.rows]
-    flat = [part for parts in kept.rows for part in parts.values()]
-    result.ids, result.labels = arrays(flat, encoder.eos_id)
+    if "labels" in result.fields and handler.KIND == "chat":
+        result.ids, result.labels = result.fields["input_ids"].values, result.fields["labels"].values
+    else:
+        result.ids, result.labels = arrays([part for parts in kept.rows for part in parts.values()], encoder.eos_id)
     return result
 
 
@@ -205,7 +207,8 @@ def _account(
     job: Job, encoder: Encoder, result: Chunk, row: Row, sample: Sample, parts: dict[str, Encoded], kept: _Kept
 ) -> None:
     """Decide what becomes of a sample, and note it."""
-    fault = next((part.fault for part in parts.values() if part.fault), "")
+    main = next(iter(parts.values()))
+    fault = main.fault if len(parts) == 1 else next((part.fault for part in parts.values() if part.fault), "")
     if fault or not any(len(part.ids) for part in parts.values()):
         result.dropped.append(_place(row, fault or "no text at all"))
         return
@@ -219,8 +222,8 @@ def _account(
         if shaped is None:
             result.left_out.append(_place(row, f"longer than --max-length {job.shape.max_length}"))
             return
+        main = shaped
         parts = {**parts, "": shaped}
-    main = next(iter(parts.values()))
     trained = any(stop > start for part in parts.values() for start, stop in part.spans)
     trains = not isinstance(sample, Conversation) or tools(job)[0].KIND == "chat"
     if trains and not trained:
