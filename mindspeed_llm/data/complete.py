@@ -82,7 +82,7 @@ def complete(
     first = next(iter(stored))
     hashes = np.frombuffer(account.hashes, np.uint64)
     with RowFile(stored[first]) as rows:
-        lengths = np.array(rows.lengths)
+        lengths = rows.lengths
         shown = _shown(stored, first, len(rows), decode)
     made = _make_parts(recipe, folder, stored, hashes, lengths)
     sequences = sum(part["sequences"] for part in made.values())

@@ -8,6 +8,7 @@ sequence of each document, and the end).
 import os
 import struct
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -19,6 +20,7 @@ from mindspeed_llm.errors import InputError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
+INDEX_BLOCK = 1 << 16  # sequences whose index entries are made at once
 # code -> element type, as Megatron numbers them
 ELEMENT_TYPES: dict[int, np.dtype] = {
     1: np.dtype("u1"),
@@ -41,34 +43,55 @@ class IndexedFileWriter:
     leaving the `with` block without an error calls; publishing them under their final name is the caller's part.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype | type = np.int32) -> None:
-        """Args: prefix: path without .bin / .idx; dtype: element type, one of `ELEMENT_TYPES`."""
+    def __init__(
+        self, prefix: Path, dtype: np.dtype | type = np.int32, like: "IndexedFileWriter | None" = None
+    ) -> None:
+        """Args:
+        prefix: path without .bin / .idx.
+        dtype: element type, one of `ELEMENT_TYPES`.
+        like: a writer whose sequences have the lengths of these, added there first and closed there last; they are
+            kept once.
+        """
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.code = CODES[self.dtype]
         self.prefix = prefix
-        self.lengths = array("i")
+        self.like = like
+        self.lengths = array("i") if like is None else like.lengths
         self.stream = open(f"{prefix}.bin", "wb")  # noqa: SIM115 - closed by close() or __exit__
 
     def add(self, tokens: np.ndarray, lengths: list[int]) -> None:
         """Append sequences that stand one after the other in `tokens` [sum(lengths)]."""
         assert tokens.size == sum(max(length, 0) for length in lengths)
         self.stream.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        self.lengths.extend(lengths)
+        if self.like is None:
+            self.lengths.extend(lengths)
 
     def close(self) -> None:
         """Finish both files and force them to disk."""
         _sync_and_close(self.stream)
-        every = np.array(self.lengths, dtype="<i4")
-        lengths = every[every >= 0]
-        offsets = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype="<i8", out=offsets[1:])
-        offsets *= self.dtype.itemsize
-        documents = np.concatenate([[0], np.cumsum(every >= 0)]).astype("<i8")
+        documents = len(self.lengths)
+        sequences = documents - sum(int(np.count_nonzero(block < 0)) for block in self._blocks())
         with open(f"{self.prefix}.idx", "wb") as stream:
-            stream.write(HEADER.pack(MAGIC, VERSION, self.code, len(lengths), len(documents)))
-            for part in (lengths, offsets, documents):
-                stream.write(part.tobytes())
+            stream.write(HEADER.pack(MAGIC, VERSION, self.code, sequences, documents + 1))
+            for block in self._blocks():
+                stream.write(block[block >= 0].tobytes())
+            offset = 0
+            for block in self._blocks():
+                ends = offset + np.cumsum(block[block >= 0], dtype="<i8") * self.dtype.itemsize
+                stream.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes() if ends.size else b"")
+                offset = int(ends[-1]) if ends.size else offset
+            stream.write(np.zeros(1, "<i8").tobytes())
+            sequence = 0
+            for block in self._blocks():
+                boundaries = sequence + np.cumsum(block >= 0, dtype="<i8")
+                stream.write(boundaries.tobytes())
+                sequence = int(boundaries[-1])
             _sync_and_close(stream)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """The lengths, a part at a time, so that an index is written in little memory."""
+        for begin in range(0, len(self.lengths), INDEX_BLOCK):
+            yield np.array(self.lengths[begin : begin + INDEX_BLOCK], dtype="<i4")
 
     def __enter__(self) -> "IndexedFileWriter":
         return self

@@ -46,9 +46,7 @@ def write_rows(plan: Plan, folder: Path, begin: int = 0, end: int | None = None)
     rows = _checked(plan.mixture.rows(begin, end), plan.handler, account)
     total = plan.mixture.estimate() if end is None else end - begin
     with ExitStack() as stack:
-        writers = {
-            field: stack.enter_context(IndexedFileWriter(row_file(folder, field))) for field in stored_fields(plan)
-        }
+        writers = _writers(plan, folder, stack)
         progress = stack.enter_context(Progress(options.log_interval, total))
         chunks = in_chunks(rows, options.max_chars_per_row)
         for chunk in in_order(tokenize_chunk, plan.job, chunks, options.workers):
@@ -57,6 +55,15 @@ def write_rows(plan: Plan, folder: Path, begin: int = 0, end: int | None = None)
             _write(chunk, writers, account, options.pack)
             progress.update(chunk.read, len(chunk.ids))
     return account
+
+
+def _writers(plan: Plan, folder: Path, stack: ExitStack) -> dict[str, IndexedFileWriter]:
+    """A writer for every field; those of conversations have the lengths of the token ids, which are kept once."""
+    writers: dict[str, IndexedFileWriter] = {}
+    for field in stored_fields(plan):
+        like = writers.get("input_ids") if plan.handler.KIND == "chat" or field == "attention_mask" else None
+        writers[field] = stack.enter_context(IndexedFileWriter(row_file(folder, field), like=like))
+    return writers
 
 
 def _write(chunk: Chunk, writers: dict[str, IndexedFileWriter], account: Account, pack: bool) -> None:
