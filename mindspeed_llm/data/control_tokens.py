@@ -105,6 +105,7 @@ class MarkedTokenizer:
         self.ids = np.arange(self.inner.get_vocab_size(with_added_tokens=True), dtype=np.int32)
         for token_id, token in added:
             self.ids[self.inner.token_to_id(spelling.marks[token.content])] = token_id
+        self._same_ids = bool((self.ids == np.arange(len(self.ids))).all())
         self._check(rust, spelling, [token.content for _, token in added])
 
     def _check(self, rust: Any, spelling: Spelling, tokens: Sequence[str]) -> None:
@@ -121,14 +122,14 @@ class MarkedTokenizer:
 
     @cached_property
     def _lengths(self) -> np.ndarray | None:
-        """UTF-8 bytes of each token's text by id [vocabulary] int64; None for tokenizers that do not keep to bytes."""
+        """UTF-8 bytes of each token's text by id [vocabulary] int32; None for tokenizers that do not keep to bytes."""
         steps = _parts(self.inner.pre_tokenizer, "pretokenizers")
         byte_level = [step for step in steps if step["type"] == "ByteLevel"]
         if not byte_level or any(step["add_prefix_space"] for step in byte_level):
             return None
         if any(step["type"] != "NFC" for step in _parts(self.inner.normalizer, "normalizers")):
             return None
-        lengths = np.zeros(len(self.ids), np.int64)
+        lengths = np.zeros(len(self.ids), np.int32)
         for token, token_id in self.inner.get_vocab(with_added_tokens=True).items():
             # a token of the model has one character per byte, an added one is its own text
             lengths[token_id] = len(token.encode()) if token.startswith(MARK) else len(token)
@@ -142,13 +143,13 @@ class MarkedTokenizer:
         counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
         raw = np.fromiter(chain.from_iterable(encoded), np.int32, int(counts.sum()))
         rows = np.concatenate([[0], np.cumsum(counts)])  # where each row begins, in tokens
-        places = np.concatenate([[0], np.cumsum(self._lengths[raw])])  # where each token begins, in bytes
+        places = np.concatenate([[0], np.cumsum(self._lengths[raw], dtype=np.int64)])  # where each token begins, in bytes
         begins = places[rows]
         turns = np.fromiter(map(len, spans), np.int64, len(spans))
         bounds = np.array([span for row in spans for span in row], np.int64).reshape(-1, 2)
         bounds += np.repeat(begins[:-1], turns)[:, None]
         found = _token_spans(places, bounds) - np.repeat(rows[:-1], turns)[:, None]
-        ids = self.ids[raw]
+        ids = raw if self._same_ids else self.ids[raw]
         results: list[tuple[Any, list[Span]]] = []
         at = 0
         for n, (text, row) in enumerate(zip(texts, spans, strict=True)):

@@ -259,6 +259,10 @@ class ReasoningTemplate(Template):
         return "".join(self.thought_words)
 
     @cached_property
+    def _empty(self) -> Block:
+        return Block(Format((self.empty_thought,)))
+
+    @cached_property
     def tags(self) -> tuple[str, str]:
         """The thought words without the white space around them."""
         opening, closing = self.thought_words
@@ -280,7 +284,7 @@ class ReasoningTemplate(Template):
         for (source, target), answer in zip(turns, answers, strict=True):
             if self.has_thought(answer):
                 continue
-            block = Block(Format((self.empty_thought,)))
+            block = self._empty
             if thinking == "true":
                 target.insert(0, block)
             else:
@@ -296,7 +300,7 @@ class ReasoningTemplate(Template):
         source, target = super().final_turn(stripped, system, thinking, tools)
         if self.has_thought(stripped[-1]):
             return source, target
-        block = Block(Format((self.empty_thought,)))
+        block = self._empty
         return (source, [block, *target]) if thinking == "true" else ([*source, block], target)
 
     def prompt(
@@ -305,7 +309,7 @@ class ReasoningTemplate(Template):
         """As `Template.prompt`; earlier answers lose their thoughts, and unless thinking is "true" the model is
         told by an empty thought to answer at once."""
         blocks = super().prompt([self.without_thought(message) for message in messages], system, thinking, tools)
-        return blocks if thinking == "true" else [*blocks, Block(Format((self.empty_thought,)))]
+        return blocks if thinking == "true" else [*blocks, self._empty]
 
     def cut(self, pairs: Sequence[Pair], seq_length: int, room: int) -> list[Pair]:
         """The tokenised turns cut to `seq_length` - 1 tokens, and to `room` where that is smaller."""
