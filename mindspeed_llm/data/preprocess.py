@@ -30,7 +30,7 @@ from mindspeed_llm.data.shards import (
     merge_shards,
     recorded_options,
     remove_shards,
-    shard_prefix,
+    shard_files,
 )  # fmt: skip
 from mindspeed_llm.data.tokenize_rows import tokenize_chunk
 from mindspeed_llm.data.tokenizer import load_tokenizer
@@ -83,6 +83,8 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
     recipe = recipe_of(plan)
     if settled and set(settled) >= set(recipe.names) and _is_of(prefix, plan):
         log.info("finished what an earlier run had begun to put in place: %s", prefix)
+        if options.shard_index is None:
+            remove_shards(prefix, options.num_shards)
         return read_report(prefix) or {}
     if options.num_shards == 1:
         refuse_existing([prefix.parent / name for name in recipe.names], options.overwrite)
@@ -115,8 +117,7 @@ def _in_shards(plan: Plan) -> dict[str, Any]:
     options, count = plan.options, plan.options.num_shards
     if options.shard_index is not None:
         return read_report(make_shard(plan, options.shard_index)) or {}
-    there = [report_path(shard_prefix(plan.prefix, index, count)).exists() for index in range(count)]
-    if _is_of(plan.prefix, plan) and any(there):
+    if _is_of(plan.prefix, plan) and shard_files(plan.prefix, count):
         log.info("an earlier run has merged its parts: %s", plan.prefix)  # and was killed while it removed them
     else:
         refuse_existing([plan.prefix.parent / name for name in recipe_of(plan).names], options.overwrite)

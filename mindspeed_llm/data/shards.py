@@ -157,11 +157,14 @@ def recorded_options(shards: Sequence[Path], options: PreprocessOptions) -> Prep
 
 def remove_shards(prefix: Path, count: int) -> None:
     """Remove the parts of a run that has been merged: their reports first, so that none is taken for whole."""
-    for index in range(count):
-        shard = shard_prefix(prefix, index, count)
-        files = sorted(shard.parent.glob(f"{shard.name}_*"), key=lambda file: file.suffix != ".json")
-        for file in files:
-            file.unlink(missing_ok=True)
+    for file in sorted(shard_files(prefix, count), key=lambda file: file.suffix != ".json"):
+        file.unlink(missing_ok=True)
+
+
+def shard_files(prefix: Path, count: int) -> list[Path]:
+    """The files of all parts of a run that are there."""
+    pattern = "".join(f"[{c}]" if c in "*?[" else c for c in prefix.name) + f"_shard_?????_of_{count:05d}_*"
+    return list(prefix.parent.glob(pattern))
 
 
 def _shard_report(shard: Path) -> dict[str, Any]:

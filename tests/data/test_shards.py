@@ -190,3 +190,27 @@ def test_the_parts_of_any_number_of_rows_cover_them_once(tokenizer: Path, tmp_pa
     assert [r["shard"]["begin"] for r in reports] == [0] + [r["shard"]["end"] for r in reports[:-1]]
     assert sum(r["rows"]["read"] for r in reports) == 7
     assert np.diff([r["shard"]["begin"] for r in reports]).max() == 1
+
+
+@pytest.mark.parametrize("removed", [0, 5, 16])
+def test_a_run_stopped_while_it_removes_its_merged_parts_removes_the_others_when_run_again(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    unlink, done = Path.unlink, []
+
+    def stop(self: Path, missing_ok: bool = False) -> None:
+        if "_shard_" in self.name and self.suffix != "" and ".partial" not in str(self) and len(done) == removed:
+            raise KeyboardInterrupt
+        done.append(self) if "_shard_" in self.name and self.parent == tmp_path else None
+        unlink(self, missing_ok)
+
+    more = [*PACK, "--num-shards", "4"]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        for index in range(4):
+            run(source, tmp_path / "x", tokenizer, *more, "--shard-index", str(index))
+        done.clear()
+        patched.setattr(Path, "unlink", stop)
+        run(source, tmp_path / "x", tokenizer, *more)
+    assert list(tmp_path.glob("*_shard_*"))
+    report = run(source, tmp_path / "x", tokenizer, *more)
+    assert not list(tmp_path.glob("*_shard_*")) and report["rows"]["written"] == 299
