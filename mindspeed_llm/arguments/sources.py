@@ -26,6 +26,12 @@ class SourceOptions:
     interleave_probs: list[str] = option(
         [], help="Shares of the sources in an interleaved mixture; left out, equal ones.", nargs="+"
     )
+    dataset_dir: str | None = option(
+        None, help="For LlamaFactoryInstructionHandler: folder of dataset_info.json, whose entries --input names."
+    )
+    max_samples: int | None = option(
+        None, help="For LlamaFactoryInstructionHandler: rows drawn of each entry at most.", unit="rows"
+    )
     model_name: list[str] = option(
         [], help="For self-cognition: the model's name, or two names (Chinese, English).", nargs="+"
     )

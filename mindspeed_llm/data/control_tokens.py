@@ -143,7 +143,8 @@ class MarkedTokenizer:
         counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
         raw = np.fromiter(chain.from_iterable(encoded), np.int32, int(counts.sum()))
         rows = np.concatenate([[0], np.cumsum(counts)])  # where each row begins, in tokens
-        places = np.concatenate([[0], np.cumsum(self._lengths[raw], dtype=np.int64)])  # where each token begins, in bytes
+        ends = np.cumsum(self._lengths[raw], dtype=np.int64)
+        places = np.concatenate([[0], ends])  # where each token begins, in bytes
         begins = places[rows]
         turns = np.fromiter(map(len, spans), np.int64, len(spans))
         bounds = np.array([span for row in spans for span in row], np.int64).reshape(-1, 2)

@@ -11,10 +11,11 @@ from typing import Any
 
 from mindspeed_llm.arguments.parser import to_dict
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
+from mindspeed_llm.data import llama_factory
 from mindspeed_llm.data.encode import Limits
 from mindspeed_llm.data.encoders import Encoder
 from mindspeed_llm.data.finish import Packing
-from mindspeed_llm.data.handlers import DEFAULT_HANDLER, Handler, Reading
+from mindspeed_llm.data.handlers import DEFAULT_HANDLER, Handler, Reading, get_handler
 from mindspeed_llm.data.report import FORMAT
 from mindspeed_llm.data.rows import file_hash, find_files
 from mindspeed_llm.data.self_cognition import FORM, HANDLER, MAP_KEYS, is_self_cognition, self_cognition_rows
@@ -111,7 +112,7 @@ class Plan:
                     "format": FORMAT,
                     "files": [[Path(entry["file"]).name, entry["sha256"]] for entry in self.inputs],
                     "sources": [[source.size, source.total, source.form] for source in self.mixture.sources]
-                    if self.options.sources.dataset
+                    if self.options.sources.dataset or any(source.form for source in self.mixture.sources)
                     else [],
                     "tokenizer": about["tokenizer"]["sha256"],
                     "template": about["template"]["sha256"],
@@ -134,7 +135,7 @@ def make_plan(options: PreprocessOptions) -> Plan:
         raise UsageError(f"--output-prefix {options.output_prefix} ends with the folder; add a name, e.g. alpaca")
     mixture, forms = _mixture(options)
     handler_name, map_keys = options.handler_name, _map_keys(options)
-    if handler_name is None and options.sources.dataset:
+    if handler_name == llama_factory.HANDLER or handler_name is None and options.sources.dataset:
         handler_name, map_keys = forms[0][1], json.loads(forms[0][2])
     job = _job(options, handler_name or DEFAULT_HANDLER, map_keys, forms)
     handler, encoder = tools(job)
@@ -157,6 +158,8 @@ def packing_of(options: PreprocessOptions, pad_id: int) -> Packing | None:
 
 def _mixture(options: PreprocessOptions) -> tuple[Mixture, list[tuple[str, str, str]]]:
     """The sources, and (name, handler, map keys) of those that do not go by the run's handler."""
+    if options.handler_name == llama_factory.HANDLER:
+        return _named_sources(options)
     if not options.sources.dataset:
         files, unused = find_files(options.input or "")
         return Mixture([Source(str(options.input), files, unused)]), []
@@ -176,9 +179,31 @@ def _mixture(options: PreprocessOptions) -> tuple[Mixture, list[tuple[str, str, 
         if form and form not in forms:
             forms.append(form)
         found.append(source)
-    kinds = {handler == DEFAULT_HANDLER for _, handler, _ in forms}
+    return _mixed(options, found, forms)
+
+
+def _named_sources(options: PreprocessOptions) -> tuple[Mixture, list[tuple[str, str, str]]]:
+    """The entries of dataset_info.json that --input names, and their forms."""
+    found = []
+    data = llama_factory.named_data(options.sources.dataset_dir, options.input or "")
+    for number, entry in enumerate(data):
+        files, unused = find_files(entry.path, f"--dataset-dir, entry {entry.name!r}:")
+        source = Source(entry.name, files, unused, seed=(options.seed, number), form=llama_factory.form_name(entry))
+        if options.sources.max_samples is not None and source.size > options.sources.max_samples:
+            source.wanted = options.sources.max_samples
+        found.append(source)
+    return _mixed(options, found, llama_factory.forms_of(data))
+
+
+def _mixed(
+    options: PreprocessOptions, found: list[Source], forms: list[tuple[str, str, str]]
+) -> tuple[Mixture, list[tuple[str, str, str]]]:
+    """The mixture of the sources, all of which make the same files."""
+    kinds = {get_handler(handler, json.loads(keys)).KIND for _, handler, keys in forms}
     if len(kinds) > 1:
-        raise UsageError("--dataset mixes running text and conversations; preprocess them apart and blend in training")
+        raise UsageError(
+            "the sources mix running text, conversations or preferences; preprocess them apart and blend in training"
+        )
     sources = options.sources
     return Mixture(found, sources.weights(), sources.mix_strategy, options.seed), forms
 

@@ -116,6 +116,11 @@ def tools(job: Job) -> tuple[Handler, Encoder]:
     template = "hf" if marks else job.template if needs_template(handler) else "empty"
     if template is None:
         raise UsageError(f"--handler-name {job.handler} needs --prompt-type, e.g. qwen3 (or hf)")
+    if job.template is not None and not needs_template(handler) and not (marks and job.template == "hf"):
+        raise UsageError(
+            f"--prompt-type {job.template} has no effect with {job.handler}; leave it out, or name a handler of "
+            "conversations with --handler-name"
+        )
     file = job.template_file if needs_template(handler) else None
     encoder = make_encoder(
         template, file, load_tokenizer(job.tokenizer), job.enable_thinking, job.compat, job.allow_control_tokens, marks
