@@ -110,8 +110,7 @@ class Account:
             lines.append(f"{self.untrained.count} rows have no token that is trained (empty answers)")
         if self.odd_thoughts.count:
             lines.append(
-                f"{self.odd_thoughts.count} rows have thought tags that are not written as the template's "
-                "thought words and count as having no thought"
+                f"{self.odd_thoughts.count} rows have thought tags that make no whole thought as the template writes it"
             )
         lines += [f"{listing.count} rows: {remark}" for remark, listing in self.remarks.items()]
         return lines

@@ -228,8 +228,8 @@ def test_r1_rows_are_prompts_and_the_answer_is_a_field_of_its_own(
     golden: Path, tmp_path: Path, qwen3: Tokenizer
 ) -> None:
     row = {"conversations": [turn("human", "a"), turn("gpt", "b"), turn("human", "c"), turn("gpt", "d")], "id": 7}
-    made = files(golden, tmp_path, [row], "--prompt-type", "qwen", "--handler-name", "R1SharegptStyleInstructionHandler",
-                 "--dataset-additional-keys", "labels", "id")  # fmt: skip
+    words = ["--handler-name", "R1SharegptStyleInstructionHandler", "--dataset-additional-keys", "labels", "id"]
+    made = files(golden, tmp_path, [row], "--prompt-type", "qwen", *words)
     assert made["packed_labels"] == [qwen3.encode("d")] and made["packed_id"] == [qwen3.encode("7")]
     prompt = qwen3.decode(made["packed_input_ids"][0])
     assert "assistant\nb<|im_end|>" in prompt and prompt.endswith("c<|im_end|>\n<|im_start|>assistant\n")
