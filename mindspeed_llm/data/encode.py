@@ -3,12 +3,13 @@
 Two ways: as one text (default), and slot by slot as upstream does it (`compat="upstream"`).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mindspeed_llm.data.cutting import Pair
-from mindspeed_llm.data.layout import CONTENT, THINKING, Block, Template, Thinking, Turn
+from mindspeed_llm.data.layout import CONTENT, THINKING, Block, Special, Template, Thinking, Turn
 from mindspeed_llm.data.messages import Conversation, Message, PlainTurns, Preference
 from mindspeed_llm.data.plain_turns import plain_row
 from mindspeed_llm.data.slots import SlotEncoder
@@ -21,6 +22,8 @@ __all__ = ["COMPAT", "IGNORE_INDEX", "ChatEncoder", "Conversation", "Encoded", "
 
 IGNORE_INDEX = -100  # label of a token that is not trained
 COMPAT = ("upstream",)
+# how control tokens are spelled in templates
+LIKE_A_TOKEN = re.compile(r"<[|｜][^<>\s]+[|｜]>|<[a-z]+_of_[a-z]+>|<reserved_\d+>|\[gMASK\]|<sop>")
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ class ChatEncoder:
             "eos_token": [self.eos_id],
             "bos_token": [] if tokenizer.bos_id is None else [tokenizer.bos_id],
         }
+        for slot in template.written():
+            if isinstance(slot, Special):
+                self._special(slot.name)
         self._way: SlotEncoder | WholeTextEncoder
         if self.upstream:
             self._way = SlotEncoder(self.tokenizer, self._special)
@@ -148,6 +154,12 @@ class ChatEncoder:
     def answers_end_with_eos(self) -> bool:
         """Whether the template itself closes every answer with end-of-text."""
         return self.eos_id in self._way.tokenize([[([Block(self.template.assistant)], [])]])[0].ids
+
+    def unknown_tokens(self) -> list[str]:
+        """What the template writes like a control token and the tokenizer does not know: it becomes text."""
+        texts = [slot for slot in self.template.written() if isinstance(slot, str)]
+        spelled = dict.fromkeys(found for text in texts for found in LIKE_A_TOKEN.findall(text))
+        return [token for token in spelled if self.tokenizer.token_to_id(token) is None]
 
     def misses_thought(self, content: str) -> bool:
         """Whether an answer holds thought tags that are not a whole thought."""

@@ -54,6 +54,9 @@ class Encoder(Protocol):
     def answers_end_with_eos(self) -> bool:
         """Whether every answer is closed with end-of-text."""
 
+    def unknown_tokens(self) -> list[str]:
+        """What the template writes like a control token and the tokenizer does not know."""
+
     def misses_thought(self, content: str) -> bool:
         """Whether an answer holds thought tags that are not a whole thought."""
 

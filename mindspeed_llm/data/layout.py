@@ -154,6 +154,12 @@ class Template:
         """Whether an answer holds thought tags that are not a whole thought."""
         return False
 
+    def written(self) -> list[Slot]:
+        """Every slot of every format, and the thought words of templates that write them."""
+        formats = (self.user, self.assistant, self.system, self.observation, self.function, self.separator, self.prefix)
+        slots = [slot for layout in formats for slot in layout.slots]
+        return [*slots, *self.thought_words] if self.uses_thinking else slots
+
     def system_block(self, system: str, tools: str | None) -> Blocks:
         """The block of system text and tools; empty when there are neither."""
         fragments: list[Fragment] = [(system, TEXT)] if system else []

@@ -248,6 +248,11 @@ def _warnings(options: PreprocessOptions, mixture: Mixture, encoder: Encoder) ->
             names = ", ".join(f.name for f in source.unused[:5]) + (" ..." if len(source.unused) > 5 else "")
             what = "the input folder" if options.input else source.name
             found.append(f"{len(source.unused)} files of {what} have another format and are not read: {names}")
+    if unknown := encoder.unknown_tokens():
+        found.append(
+            f"template {options.prompt_type} writes {', '.join(unknown)}, no token of this tokenizer: it becomes text; "
+            "choose the template made for this model"
+        )
     if options.append_eod and encoder.answers_end_with_eos():
         found.append(f"template {options.prompt_type} already ends answers with end-of-text; --append-eod adds another")
     return found

@@ -115,6 +115,14 @@ def test_text_that_holds_the_marks_of_control_tokens_is_refused_and_other_odd_ch
     assert "mark control tokens" in faults[0] and faults[1:] == ["", "", ""]
 
 
+def test_a_template_of_another_model_is_refused_or_said(golden: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'chatglm3' needs the token '<\|user\|>'.*qwen3"):
+        ChatEncoder(get_template("chatglm3"), load_tokenizer(golden / "_tok" / "qwen3"))
+    report, _ = run(tmp_path, golden, [turns("a", "b")], *SHAREGPT[:3], "gemma")
+    assert "gemma writes <start_of_turn>, <end_of_turn>, no token of this tokenizer" in report["warnings"][0]
+    assert encoder(golden).unknown_tokens() == encoder(golden, "glm4").unknown_tokens() == []
+
+
 def test_a_token_over_the_edge_of_an_answer_is_trained(golden: Path) -> None:
     tokenizer = load_tokenizer(golden / "_tok" / "qwen3")
     chat = ChatEncoder(get_template("qwen"), tokenizer)  # its prompt ends with a line break, and two are one token
