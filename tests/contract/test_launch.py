@@ -12,7 +12,7 @@ from tests.conftest import REPO
 PROGRAM = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
-os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}\n".encode())  # one call: two processes share the pipe
+os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}\\n".encode())  # one call: two processes share the pipe
 if rank == 1:
     %s
 if %r:
