@@ -84,11 +84,6 @@ def live_axis(table: WeightTable, name: str, tensor: torch.Tensor, tp_size: int)
     return table.shard_map(name, tp_size, padded)
 
 
-def logical_shape(table: WeightTable, name: str, rank: int | None = None) -> tuple[int, ...]:
-    """Unsharded shape of a parameter by logical name; `rank` is the LoRA rank for a LoRA factor."""
-    return table.shape(name, rank)
-
-
 def local_slice(
     table: WeightTable, name: str, logical: torch.Tensor, tp_size: int, tp_rank: int, padded_rows: int | None = None
 ) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """The part of preprocessing that runs in worker processes: rows in, token arrays and an account of them out."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -16,7 +15,6 @@ from mindspeed_llm.data.rows import Row
 from mindspeed_llm.data.sample_tokens import SIDES, arrays, encode_samples
 from mindspeed_llm.data.shaping import Shape
 from mindspeed_llm.data.tokenizer import load_tokenizer
-from mindspeed_llm.data.workers import in_order
 from mindspeed_llm.errors import UsageError
 
 JSON_KEY_HANDLERS = ("GeneralPretrainHandler", "SharegptPretrainHandler")
@@ -174,11 +172,6 @@ def tokenize_chunk(job: Job, rows: list[Row]) -> Chunk:
     else:
         result.ids, result.labels = arrays([part for parts in kept.rows for part in parts.values()], encoder.eos_id)
     return result
-
-
-def tokenize_all(job: Job, chunks: Iterator[list[Row]], workers: int) -> Iterator[Chunk]:
-    """All rows, chunk by chunk in their order, whatever the number of workers."""
-    return in_order(tokenize_chunk, job, chunks, workers)
 
 
 @dataclass

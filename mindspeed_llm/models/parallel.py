@@ -2,7 +2,6 @@
 
 import gc
 import os
-import socket
 from datetime import timedelta
 
 import torch
@@ -81,13 +80,3 @@ def disconnect() -> None:
     """Leave the job."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def port_is_free(address: str, port: int) -> bool:
-    """Whether a server could listen on `address`:`port` of this machine."""
-    with socket.socket() as probe:
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
-    return True

@@ -23,6 +23,7 @@ from mindspeed_llm.checkpoint.atomic import StagedDirectory, iteration_folder, w
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.mcore_writer import local_share
 from mindspeed_llm.checkpoint.formats.torch_file import materialise, write_torch_file
+from mindspeed_llm.checkpoint.kinds import padded_vocabulary
 from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout
 from mindspeed_llm.checkpoint.metadata import Metadata, write_metadata
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, logical_name
@@ -100,8 +101,9 @@ def rank_content(
 ) -> dict[str, Any]:
     """The content of this rank's file. Collective over DP: optimizer state and random states are gathered."""
     keys = metadata.layout.model_keys()
+    padded = padded_vocabulary(metadata.model.vocab_size, metadata.layout.tp)
     content: dict[str, Any] = {
-        "args": upstream_args(metadata.model, metadata.layout, padded_rows(engine, metadata), progress.iteration),
+        "args": upstream_args(metadata.model, metadata.layout, padded, progress.iteration),
         "checkpoint_version": 3.0,
         "iteration": progress.iteration,
         "consumed_train_samples": progress.consumed_samples,
@@ -128,12 +130,6 @@ def model_state(chunk: CausalLM, adapter_only: bool) -> dict[str, Tensor | None]
     """A chunk's state on the CPU; with `adapter_only` the LoRA factors alone."""
     state = {k: v.detach().cpu() if isinstance(v, Tensor) else None for k, v in chunk.state_dict().items()}
     return {k: v for k, v in state.items() if "lora_" in k} if adapter_only else state
-
-
-def padded_rows(engine: Engine, metadata: Metadata) -> int:
-    """Rows of the embedding over all TP ranks, padding included."""
-    tensor = engine.config.tensor_model_parallel_size
-    return -(-metadata.model.vocab_size // tensor) * tensor
 
 
 def rng_state(device: Device) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Process groups: what is refused, and a program without a launcher."""
 
-import socket
 from collections.abc import Iterator
 
 import numpy
@@ -44,15 +43,6 @@ def test_a_layout_that_does_not_fit_the_processes_is_refused_with_both_sizes(ten
 def test_another_layout_can_follow_in_the_same_processes() -> None:
     for tensor, pipeline in ((2, 1), (1, 2), (1, 1)):
         assert pool(2).run("tests.models.worker:start_message", tensor=tensor, pipeline=pipeline) == ["started"] * 2
-
-
-def test_a_port_is_free_until_someone_listens() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        assert pool(1).run("tests.models.worker:port_is_free", port=port) == [False]
-    assert pool(1).run("tests.models.worker:port_is_free", port=port) == [True]
 
 
 @pytest.mark.parametrize(("tensor", "vocabulary"), [(1, 8), (1, 7), (2, 7), (2, 8), (2, 3), (2, 0)])

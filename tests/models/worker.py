@@ -63,11 +63,6 @@ def masked(rank: int, tensor: int, logits: numpy.ndarray, vocabulary: int) -> nu
         parallel.stop()
 
 
-def port_is_free(rank: int, port: int) -> bool:
-    """Whether the package thinks so."""
-    return parallel.port_is_free("127.0.0.1", port)
-
-
 def chunk_facts(rank: int, case: Case, model: ModelConfig) -> list[SimpleNamespace]:
     """Every chunk's place, its parameters' shapes, and which of them are marked split over TP."""
     start(case)
