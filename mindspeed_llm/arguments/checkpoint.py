@@ -30,9 +30,7 @@ class CheckpointOptions(LoadOptions):
     """Checkpoints."""
 
     save: str | None = option(None, help="Folder for the run's checkpoints.")
-    save_interval: int | None = option(
-        None, help="Steps between checkpoints; left out, one at the end.", unit="steps"
-    )
+    save_interval: int | None = option(None, help="Steps between checkpoints; left out, one at the end.", unit="steps")
     no_save_optim: bool = option(False, help="Leave the optimizer's state out: smaller, but cannot be resumed.")
     no_save_rng: bool = option(False, help="Leave the random state out.")
     auto_resume: bool = option(

@@ -101,7 +101,8 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
         "that equal rows stay together; left out, nothing is divided.",
     )
     num_shards: int = option(
-        1, help="Parts in which the rows are made, unpacked, before they are merged; made ones are not made again.",
+        1,
+        help="Parts in which the rows are made, unpacked, before they are merged; made ones are not made again.",
         unit="parts",
     )
     shard_index: int | None = option(

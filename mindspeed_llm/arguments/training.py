@@ -17,9 +17,7 @@ class TrainingOptions:
         help="Rows per optimizer step over all processes; left out, micro batch size times data-parallel size.",
         unit="rows",
     )
-    train_iters: int | None = option(
-        None, help="Optimizer steps to train; give this or --epochs.", unit="steps"
-    )
+    train_iters: int | None = option(None, help="Optimizer steps to train; give this or --epochs.", unit="steps")
     epochs: int | None = option(None, help="Passes over the training rows, instead of --train-iters.", unit="epochs")
     seed: int = option(1234, help="Seed of shuffling, adapter initialisation and sampling (Megatron's default).")
     bf16: bool = option(
@@ -47,7 +45,8 @@ class TrainingOptions:
     )
     eval_interval: int = option(1000, help="Steps between validations (Megatron's default).", unit="steps")
     eval_iters: int = option(
-        100, help="Global batches per validation; 0 turns it off, and so does a --split without validation rows.",
+        100,
+        help="Global batches per validation; 0 turns it off, and so does a --split without validation rows.",
         unit="batches",
     )
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from mindspeed_llm.errors import UsageError
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.families.base import Kind
+from mindspeed_llm.models.families.base import Join, Kind
 
 Ranges = Sequence[tuple[int, int]]
 """Half-open ranges [start, stop) along one dimension."""
@@ -105,13 +105,21 @@ def whole_copies(parts: int) -> AxisMap:
     return AxisMap(None, (), (0,) * parts)
 
 
-def hf_map(kind: Kind, config: ModelConfig, size: int) -> AxisMap:
+def hf_map(join: Join, config: ModelConfig, size: int) -> AxisMap:
     """How a logical tensor of `size` rows is made of its HF tensors (the parts, along dimension 0)."""
-    if kind is Kind.QKV:
-        heads = config.num_attention_heads // config.num_query_groups
-        return AxisMap(0, tuple(query_groups(config.num_query_groups, heads, config.kv_channels)), (0, 0, 0))
-    if kind is Kind.GATED:
-        return AxisMap(0, (Segment(0, 0, size // 2), Segment(1, 0, size // 2)), (0, 0))
+    groups, head = config.num_query_groups, config.kv_channels
+    heads = config.num_attention_heads // groups
+    if join is Join.QKV:
+        return AxisMap(0, tuple(query_groups(groups, heads, head)), (0, 0, 0))
+    if join is Join.STACKED_QKV:
+        above = (0, groups * heads * head, (groups * heads + groups) * head)
+        found = query_groups(groups, heads, head)
+        return AxisMap(0, tuple(Segment(0, above[one.part] + one.start, one.length) for one in found), (0,))
+    half = size // 2
+    if join is Join.GATED:
+        return AxisMap(0, (Segment(0, 0, half), Segment(1, 0, half)), (0, 0))
+    if join is Join.INTERLEAVED:
+        return AxisMap(0, tuple(Segment(0, 2 * row + part, 1) for part in (0, 1) for row in range(half)), (0,))
     return AxisMap(0, (Segment(0, 0, size),), (0,))
 
 

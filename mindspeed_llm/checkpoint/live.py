@@ -1,5 +1,6 @@
 """From a source straight into the parameters of a live model: every rank reads only its own slices."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def load_live(
         )
     with torch.no_grad():
         for name, tensor in live.items():
-            tensor.copy_(part_of(lambda dim, ranges, name=name: source.read(name, dim, ranges), axes[name], tp_rank))
+            tensor.copy_(part_of(functools.partial(source.read, name), axes[name], tp_rank))
     return Loaded(len(live), sum(tensor.nbytes for tensor in live.values()))
 
 

@@ -60,14 +60,14 @@ class MergedSource:
         """Type of the values `read` returns."""
         return self.result_dtype or self.base.dtype(name)
 
-    def read(self, name: str, dim: int | None = None, ranges: Ranges | None = None) -> torch.Tensor:
-        """The logical tensor, or its `ranges` along `dim`.
+    def read(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> torch.Tensor:
+        """The logical tensor, or a box of it.
 
         A merged tensor is computed whole and then cut: its values must not depend on the layout that asks.
         """
         module = name.removesuffix(".weight")
         if f"{module}.lora_A.weight" not in self.adapted:
-            return self.rounded(name, self.base.read(name, dim, ranges))
+            return self.rounded(name, self.base.read(name, rows, columns))
         with self.lock:
             kept = self.last
         if kept is None or kept[0] != name:
@@ -76,7 +76,7 @@ class MergedSource:
             kept = (name, self.rounded(name, merged))
             with self.lock:
                 self.last = kept
-        return narrow(kept[1], dim, ranges)
+        return narrow(kept[1], rows, columns)
 
     def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """`values` in the result's type; `InputError` when a finite value would become infinite."""

@@ -4,15 +4,17 @@
 `X.lora_B.weight`, without the adapter name and without `base_layer`, whatever file or live model it lies in.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from mindspeed_llm.checkpoint.kinds import AxisMap, adapter_map, hf_map, shard_map
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families import family
-from mindspeed_llm.models.families.base import Kind, Weight
+from mindspeed_llm.models.families.base import Kind, Stacked, Weight
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
@@ -21,34 +23,66 @@ LORA_NAME = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_[AB])\.weight$")
 WRAPPERS = re.compile(r"^(?:module\.|base_model\.model\.|base_model\.)+")
 
 
+class HfPart(NamedTuple):
+    """Where the HF side of a logical tensor lies: a tensor, or one expert's place in one that holds all experts.
+
+    Attributes:
+        name: of the HF tensor.
+        expert: place along its first dimension; None when the tensor is this part alone.
+        transposed: that place holds the part transposed.
+    """
+
+    name: str
+    expert: int | None = None
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        """For people and for hashes: "experts.down_proj[3]"."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One logical tensor of one model.
 
     Attributes:
         name: logical name.
-        hf: names of its HF tensors.
-        kind: its relation to them and to tensor parallelism.
+        hf: the HF tensors it is made of.
+        row: its row of the family's table.
         shape: logical shape.
         config: the model.
+        expert: global number of the expert it belongs to; None outside experts.
     """
 
     name: str
-    hf: tuple[str, ...]
-    kind: Kind
+    hf: tuple[HfPart, ...]
+    row: Weight
     shape: tuple[int, ...]
     config: ModelConfig
+    expert: int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """How tensor parallelism cuts it."""
+        return self.row.kind
 
     def hf_map(self) -> AxisMap:
         """How it is made of its HF tensors."""
-        return hf_map(self.kind, self.config, self.shape[0])
+        return hf_map(self.row.joined, self.config, self.shape[0])
 
     def hf_shape(self, part: int) -> tuple[int, ...]:
-        """Shape of its HF tensor number `part`."""
+        """Shape of its HF part number `part`, before any stacking of experts."""
         return (self.hf_map().part_size(part), *self.shape[1:])
 
+    def stored_shape(self, part: int) -> tuple[int, ...]:
+        """Shape of the whole HF tensor that holds part number `part`."""
+        shape = self.hf_shape(part)
+        if self.row.stacked is Stacked.NO:
+            return shape
+        return (self.config.num_experts, *(shape[::-1] if self.row.stacked is Stacked.TRANSPOSED else shape))
+
     def shard_map(self, tp: int, padded_rows: int | None = None) -> AxisMap:
-        """How `tp` ranks share it; `UsageError` when it does not divide."""
+        """How `tp` ranks (expert-tensor-parallel ones for an expert) share it; `UsageError` when it does not divide."""
         return shard_map(self.name, self.kind, self.config, self.shape, tp, padded_rows)
 
 
@@ -56,27 +90,52 @@ class WeightTable:
     """The weight table of one model."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Unroll the family's table over the layers of `config`."""
+        """Unroll the family's table over the layers and experts of `config`."""
         self.config = config
-        sizes = config.dimensions()
+        self.sizes = config.dimensions()
         self.entries: dict[str, Entry] = {}
-        rows = [row for row in family(config.family).weights if applies(row, config)]
-        first_layer_row = next(i for i, row in enumerate(rows) if "{layer}" in row.name)
-        per_layer = [row for row in rows if "{layer}" in row.name]
-        others = [row for row in rows if "{layer}" not in row.name]
-        ordered = [(row, 0) for row in others[:first_layer_row]]
-        ordered += [(row, layer) for layer in range(config.num_layers) for row in per_layer]
-        ordered += [(row, 0) for row in others[first_layer_row:]]
-        for row, layer in ordered:
-            hf = tuple(name.format(layer=layer) for name in row.hf)
-            shape = tuple(sizes[dimension] for dimension in row.shape)
-            name = row.name.format(layer=layer)
-            self.entries[name] = Entry(name, hf, row.kind, shape, config)
+        before: list[Weight] = []
+        after: list[Weight] = []
+        layer_rows: list[Weight] = []
+        prediction_rows: list[Weight] = []
+        for row in family(config.family).weights:
+            if "{mtp}" in row.name:
+                prediction_rows.append(row)
+            elif "{layer}" in row.name:
+                layer_rows.append(row)
+            else:
+                (after if layer_rows else before).append(row)
+        self.unroll(before, None)
+        for layer in range(config.num_layers):
+            self.unroll(layer_rows, layer)
+        for layer in range(config.mtp_num_layers):
+            self.unroll(prediction_rows, config.num_layers + layer)
+        self.unroll(after, None)
+
+    def unroll(self, rows: list[Weight], layer: int | None) -> None:
+        """Add the rows that hold for one layer; consecutive rows of experts go expert by expert."""
+        rows = [row for row in rows if all(self.config.has(feature, layer) for feature in row.when)]
+        for of_experts, group in itertools.groupby(rows, key=lambda row: "{expert}" in row.name):
+            group = list(group)
+            for expert in range(self.config.num_experts) if of_experts else (None,):
+                for row in group:
+                    self.add(row, layer, expert)
+
+    def add(self, row: Weight, layer: int | None, expert: int | None) -> None:
+        """Add one entry."""
+        numbers = {"layer": layer, "expert": expert}
+        if layer is not None:
+            numbers["mtp"] = layer - self.config.num_layers
+        stacked = None if row.stacked is Stacked.NO else expert
+        hf = tuple(HfPart(name.format(**numbers), stacked, row.stacked is Stacked.TRANSPOSED) for name in row.hf)
+        shape = tuple(self.sizes[dimension] for dimension in row.shape)
+        name = row.name.format(**numbers)
+        self.entries[name] = Entry(name, hf, row, shape, self.config, expert)
 
     @cached_property
-    def of_hf(self) -> dict[str, tuple[Entry, int]]:
-        """HF name -> (entry, which of its HF tensors)."""
-        return {hf: (entry, part) for entry in self.entries.values() for part, hf in enumerate(entry.hf)}
+    def hf_names(self) -> dict[str, tuple[Entry, int]]:
+        """HF tensor name -> one entry and part that lies in it, in the order of the network."""
+        return {hf.name: (entry, part) for entry in self.entries.values() for part, hf in enumerate(entry.hf)}
 
     def resolve(self, name: str) -> str:
         """The name a tensor is stored under: a tied output layer is the embedding."""
@@ -108,14 +167,6 @@ class WeightTable:
             return self.entry(name).shard_map(tp, padded_rows)
         base = self.entry(match["module"] + ".weight").shard_map(tp, padded_rows)
         return adapter_map(base, match["factor"])
-
-
-def applies(row: Weight, config: ModelConfig) -> bool:
-    """Whether a row's condition holds for this model."""
-    if not row.when:
-        return True
-    value = bool(getattr(config, row.when.lstrip("!")))
-    return value != row.when.startswith("!")
 
 
 def logical_name(local_name: str, first_layer: int = 0, adapter: str = "default") -> str:

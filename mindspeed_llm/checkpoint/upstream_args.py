@@ -40,7 +40,7 @@ def upstream_args(config: ModelConfig, layout: Layout, padded_rows: int, iterati
         "norm_epsilon": config.norm_epsilon,
         "normalization": "RMSNorm",
         "swiglu": True,
-        "add_bias_linear": config.add_bias_linear,
+        "add_bias_linear": config.add_proj_bias or config.add_mlp_bias,
         "add_qkv_bias": config.add_qkv_bias,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "transformer_impl": "local",

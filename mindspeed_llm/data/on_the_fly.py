@@ -18,9 +18,7 @@ from mindspeed_llm.errors import UsageError
 NAME = "data"  # first part of the files' names in the folder of a key
 
 
-def prepared_prefix(
-    options: PreprocessOptions, cache: str | Path, builds: bool, patience: float = 24 * 3600.0
-) -> Path:
+def prepared_prefix(options: PreprocessOptions, cache: str | Path, builds: bool, patience: float = 24 * 3600.0) -> Path:
     """The output prefix of the files that `options` make, made now where they are not in the cache yet.
 
     Args:

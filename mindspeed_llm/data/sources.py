@@ -178,9 +178,7 @@ class Mixture:
 
     def estimate(self) -> int | None:
         """About how many rows there are, where that can be told quickly."""
-        counts = [
-            source.wanted or len(source.memory) or estimate_rows(source.files) for source in self.sources
-        ]
+        counts = [source.wanted or len(source.memory) or estimate_rows(source.files) for source in self.sources]
         return None if None in counts else sum(count or 0 for count in counts)
 
     def rows(self, begin: int = 0, end: int | None = None) -> Iterator[Row]:

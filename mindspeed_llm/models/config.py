@@ -6,27 +6,57 @@ it: they are accepted where they agree and refused, with both values, where they
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.families import family as family_named
 from mindspeed_llm.models.families import family_of_architecture
-from mindspeed_llm.models.families.base import REQUIRED, Family
+from mindspeed_llm.models.families.base import REQUIRED, Derived, Family, HfKey
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything a weight table and the live model need to know about one model.
 
+    Field names are megatron-core's where it has the notion. The defaults are those of a plain Llama.
+
     Attributes:
         family: name of the family page (`mindspeed_llm.models.families`).
         num_query_groups: key/value heads.
         kv_channels: size of one attention head.
         vocab_size: rows of the embedding table in the HF model, before any padding for tensor parallelism.
-        rotary_base: rope theta.
         dtype: of the stored weights, as torch spells it ("bfloat16").
+        rotary_base: rope theta; rotary_base_local: that of sliding-window layers, where it differs (Gemma 3).
+        rotary_percent: the share of a head that is rotated.
+        rotary_interleaved: pairs are neighbours (GLM-4), not halves.
+        rope_scaling: HF's dictionary with its `rope_type` (llama3, yarn, longrope, linear ...); None without one.
+        add_qkv_bias, add_proj_bias, add_mlp_bias: biases of q/k/v, of the attention's output, of the MLP (experts too).
+        layer_types: "full_attention" or "sliding_attention" for each layer; empty when all are full.
+        sliding_window: positions a sliding layer sees, its own included.
+        attention_scale: factor of q k^T; None for 1 / sqrt(kv_channels).
+        attention_softcap, logit_softcap: c in c * tanh(x / c), for attention scores and final logits (Gemma 2).
+        attention_sinks: one learnt logit per head joins the softmax's denominator (gpt-oss).
+        embedding_scale: factor of the embedding's output (Gemma).
+        zero_centered_norm: norms multiply by 1 + weight (Gemma).
+        post_norms: a norm follows the attention and the MLP before the residual sum (Gemma 2 and 3, GLM-4).
+        activation: silu, gelu_tanh, or clamped_swiglu (gpt-oss).
+        num_experts: 0 for a dense model.
+        moe_layers: numbers of the layers that have experts.
+        moe_ffn_hidden_size: of one expert; moe_shared_ffn_hidden_size: of all shared experts together, 0 without.
+        moe_shared_expert_gate: the shared experts' output is multiplied by a learnt sigmoid gate (Qwen2-MoE).
+        moe_router_topk: experts per token.
+        moe_router_score: softmax over all experts, softmax_topk (over the chosen ones), sigmoid, or sparsemixer.
+        moe_router_norm_topk: the chosen experts' weights are divided by their sum.
+        moe_router_scale: factor of the chosen experts' weights.
+        moe_router_groups, moe_router_group_topk: experts are chosen within the best groups (DeepSeek); 0 without.
+        moe_router_group_score: how a group is scored: "top2_sum" or "max".
+        moe_expert_bias: a correction is added to the scores for choosing only (DeepSeek-V3).
+        moe_router_bias: the router's product has a bias (gpt-oss).
+        q_lora_rank, kv_lora_rank, qk_head_dim, qk_pos_emb_head_dim, v_head_dim: latent attention (DeepSeek); a
+            kv_lora_rank of 0 means ordinary attention, a q_lora_rank of 0 a plain q projection.
+        mtp_num_layers: multi-token-prediction layers, which are carried through conversions.
         hf_config: HF's config.json as it was read; empty when the model came from a checkpoint without one.
     """
 
@@ -42,23 +72,80 @@ class ModelConfig:
     rotary_base: float
     norm_epsilon: float
     tie_word_embeddings: bool
-    qk_layernorm: bool
-    add_qkv_bias: bool
-    add_bias_linear: bool
     dtype: str
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+    add_proj_bias: bool = False
+    add_mlp_bias: bool = False
+    rotary_base_local: float | None = None
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    attention_sinks: bool = False
+    embedding_scale: float | None = None
+    zero_centered_norm: bool = False
+    post_norms: bool = False
+    activation: str = "silu"
+    num_experts: int = 0
+    moe_layers: tuple[int, ...] = ()
+    moe_ffn_hidden_size: int = 0
+    moe_shared_ffn_hidden_size: int = 0
+    moe_shared_expert_gate: bool = False
+    moe_router_topk: int = 0
+    moe_router_score: str = "softmax"
+    moe_router_norm_topk: bool = False
+    moe_router_scale: float = 1.0
+    moe_router_groups: int = 0
+    moe_router_group_topk: int = 0
+    moe_router_group_score: str = "top2_sum"
+    moe_expert_bias: bool = False
+    moe_router_bias: bool = False
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_head_dim: int = 0
+    qk_pos_emb_head_dim: int = 0
+    v_head_dim: int = 0
+    mtp_num_layers: int = 0
     hf_config: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse dimensions no model can have (`InputError`)."""
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            least = 1 if one.default is MISSING else 0
+            if one.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise InputError(f"model config: {one.name} is {value!r}, expected a positive integer")
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"model config: num_attention_heads {self.num_attention_heads} is not a multiple of"
                 f" num_query_groups {self.num_query_groups}"
             )
+
+    @property
+    def multi_latent_attention(self) -> bool:
+        """Whether keys and values come from a shared low-rank projection (DeepSeek)."""
+        return self.kv_lora_rank > 0
+
+    def has(self, feature: str, layer: int | None = None) -> bool:
+        """Whether a weight table's condition holds.
+
+        Args:
+            feature: "moe" (the layer has experts) or the name of a field or property taken as a truth value; a leading
+                `!` negates it.
+            layer: the row's layer; None for rows outside the layers. Prediction layers count on from `num_layers`.
+        """
+        if feature.startswith("!"):
+            return not self.has(feature[1:], layer)
+        if feature == "moe":
+            return layer in self.moe_layers or (
+                bool(self.num_experts) and layer is not None and layer >= self.num_layers
+            )
+        return bool(getattr(self, feature))
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> "ModelConfig":
@@ -86,12 +173,8 @@ class ModelConfig:
         flat = flatten_hf_config(raw)
         check_required(family, flat, where)
         values: dict[str, Any] = dict(family.fixed)
-        for name, (key, default) in family.config.items():
-            value = flat.get(key)
-            value = default if value is None else value
-            if value is REQUIRED:
-                raise InputError(f"{where}: has no {key!r}, which a {family.name} model needs")
-            values[name] = value
+        for name, origin in family.config.items():
+            values[name] = hf_value(origin, flat, f"{where}: a {family.name} model")
         return cls(family=family.name, hf_config=dict(raw), **values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,45 +185,87 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any], where: str = "model config") -> "ModelConfig":
         """The config written by `to_dict`; `InputError` when fields are missing or unknown."""
         known = {one.name for one in fields(cls)}
-        missing = sorted(known - set(values) - {"hf_config"})
+        needed = {one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING}
+        missing = sorted(needed - set(values))
         strange = sorted(set(values) - known)
         if missing or strange:
             raise InputError(
                 f"{where}: missing fields {missing}, unknown fields {strange}; written by another version?"
             )
         family_named(values["family"])
-        return cls(**values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def dimensions(self) -> dict[str, int]:
         """Sizes by the names weight tables use.
 
-        vocab, hidden, ffn, head; query = heads x head; qkv = (heads + 2 x groups) x head; gated = 2 x ffn.
+        vocab, hidden, ffn, head, heads; query = the attention output's width; qkv = (heads + 2 x groups) x head; gated =
+        2 x ffn, and so for experts (`expert_ffn`, `expert_gated`) and shared experts (`shared_ffn`, `shared_gated`).
+        Latent attention: q_lora, kv_lora, q_up = heads x (qk + rotary), kv_down = kv_lora + rotary, kv_up = heads x
+        (qk + v).
         """
+        heads, rotary = self.num_attention_heads, self.qk_pos_emb_head_dim
         return {
+            "one": 1,
             "vocab": self.vocab_size,
             "hidden": self.hidden_size,
+            "two_hidden": 2 * self.hidden_size,
             "ffn": self.ffn_hidden_size,
-            "head": self.kv_channels,
-            "query": self.num_attention_heads * self.kv_channels,
-            "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels,
             "gated": 2 * self.ffn_hidden_size,
+            "head": self.kv_channels,
+            "heads": heads,
+            "query": heads * (self.v_head_dim if self.multi_latent_attention else self.kv_channels),
+            "qkv": (heads + 2 * self.num_query_groups) * self.kv_channels,
+            "experts": self.num_experts,
+            "expert_ffn": self.moe_ffn_hidden_size,
+            "expert_gated": 2 * self.moe_ffn_hidden_size,
+            "shared_ffn": self.moe_shared_ffn_hidden_size,
+            "shared_gated": 2 * self.moe_shared_ffn_hidden_size,
+            "q_lora": self.q_lora_rank,
+            "kv_lora": self.kv_lora_rank,
+            "q_up": heads * (self.qk_head_dim + rotary),
+            "kv_down": self.kv_lora_rank + rotary,
+            "kv_up": heads * (self.qk_head_dim + self.v_head_dim),
         }
 
 
-def flatten_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """HF config keys in one spelling: `dtype`, `rope_theta`, `rope_scaling`.
+def hf_value(origin: HfKey | Derived, flat: Mapping[str, Any], what: str) -> Any:
+    """One `ModelConfig` field from HF's config; `InputError` naming the key it lacks.
 
-    Transformers 5 writes `dtype` for `torch_dtype` and one `rope_parameters` for `rope_theta` and `rope_scaling`; a
-    `rope_scaling` of type "default" changes nothing and counts as none.
+    Args:
+        what: for the error, "<file>: a <family> model".
+    """
+    try:
+        if not isinstance(origin, HfKey):
+            return origin(flat)
+        value = flat.get(origin.key)
+        value = origin.default if value is None else value
+        if value is REQUIRED:
+            raise KeyError(origin.key)
+        return value
+    except KeyError as error:
+        raise InputError(f"{what} needs {error} in its config.json, which lacks it") from error
+
+
+def flatten_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """HF config keys in one spelling.
+
+    These are `dtype`, `rope_theta`, `rope_local_base_freq`, `partial_rotary_factor` and `rope_scaling`. Transformers 5 writes `dtype` for `torch_dtype` and one `rope_parameters` for all that concerns rotary positions,
+    by layer type where layer types differ; a `rope_scaling` of type "default" changes nothing and counts as none.
     """
     flat = dict(raw)
     flat["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     rope = dict(raw.get("rope_parameters") or {})
-    if "rope_theta" in rope:
-        flat["rope_theta"] = rope.pop("rope_theta")
-    scaling = rope or raw.get("rope_scaling")
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-    flat["rope_scaling"] = None if kind == "default" else scaling
+    if "full_attention" in rope:
+        local = rope.get("sliding_attention") or {}
+        flat["rope_local_base_freq"] = local.get("rope_theta", raw.get("rope_local_base_freq"))
+        rope = dict(rope["full_attention"])
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            flat[key] = rope.pop(key)
+    scaling = dict(rope or raw.get("rope_scaling") or {})
+    kind = scaling.pop("type", None)
+    scaling.setdefault("rope_type", kind or "default")
+    flat["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     return flat
 
 
@@ -165,8 +290,8 @@ def architecture_values(config: ModelConfig) -> dict[str, Any]:
         "rotary_base": config.rotary_base,
         "norm_epsilon": config.norm_epsilon,
         "add_qkv_bias": config.add_qkv_bias,
-        "add_bias_linear": config.add_bias_linear,
-        "disable_bias_linear": not config.add_bias_linear,
+        "add_bias_linear": config.add_proj_bias or config.add_mlp_bias,
+        "disable_bias_linear": not (config.add_proj_bias or config.add_mlp_bias),
         "true_vocab_size": config.vocab_size,
         "vocab_size": config.vocab_size,
         "swiglu": True,
@@ -186,7 +311,8 @@ def check_family(config: ModelConfig, options: Any, where: str) -> None:
     if named and family_named(named).name != config.family:
         raise UsageError(f"--model-type-hf says {named}, {where} is {config.family}; leave it out")
     spec = getattr(options, "spec", None)
-    if spec and spec[0].rpartition(".")[2] != f"{config.family}_spec":
+    one = family_named(config.family)
+    if spec and spec[0].rpartition(".")[2].removesuffix("_spec") not in (one.name, *one.specs):
         raise UsageError(f"--spec says {spec[0]}, {where} is {config.family}; leave it out")
 
 

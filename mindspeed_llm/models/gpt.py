@@ -73,7 +73,7 @@ def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
         qk_layernorm=model.qk_layernorm,
-        add_bias_linear=model.add_bias_linear,
+        add_bias_linear=False,
         add_qkv_bias=model.add_qkv_bias,
         gated_linear_unit=True,
         activation_func=silu,

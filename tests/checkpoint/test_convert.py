@@ -124,7 +124,7 @@ def test_the_merged_export_computes_what_peft_computes_with_the_adapter(tmp_path
             continue
         module = name.replace(".lora_A.weight", "")
         entry = source.table.entry(f"{module}.weight")
-        for part, projection in enumerate(entry.hf):
+        for part, projection in enumerate(hf.name for hf in entry.hf):
             rows = torch.cat([torch.arange(*one) for one in entry.hf_map().part_ranges(part)])
             target = "base_model.model." + projection.removesuffix(".weight")
             parameters[f"{target}.lora_A.default.weight"].data.copy_(factors[f"{module}.lora_A.weight"])

@@ -9,7 +9,7 @@ from mindspeed_llm.checkpoint.live import join_slices, local_slice
 from mindspeed_llm.checkpoint.tables import WeightTable, file_key, logical_name
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.families.base import Kind
+from mindspeed_llm.models.families.base import Join, Kind
 from tests.checkpoint.tiny import TARGETS, hf_config, random_adapter
 
 CONFIG = ModelConfig.from_hf_dict(hf_config(), "here")
@@ -21,7 +21,7 @@ FC1 = "decoder.layers.1.mlp.linear_fc1"
 def test_qkv_rows_lie_group_by_group() -> None:
     q, k, v = (torch.arange(rows * 24.0).view(rows, 24) + shift for rows, shift in ((60, 0), (20, 1e4), (20, 2e4)))
     parts = [InMemory(part) for part in (q, k, v)]
-    found = assemble(parts, hf_map(Kind.QKV, CONFIG, 100))
+    found = assemble(parts, hf_map(Join.QKV, CONFIG, 100))
     grouped = torch.cat([q.view(2, 30, 24), k.view(2, 10, 24), v.view(2, 10, 24)], 1).reshape(100, 24)
     assert torch.equal(found, grouped)
 
@@ -46,7 +46,8 @@ def test_shares_join_to_the_whole_and_any_range_of_it_can_be_read(name: str, tp:
         size = shape[dim]
         ranges = [(size // 2, size), (1, size // 3), (0, 1)]
         expected = torch.cat([whole.narrow(dim, start, stop - start) for start, stop in ranges], dim)
-        assert torch.equal(assemble([InMemory(share) for share in shares], axis, dim, ranges), expected)
+        box = (ranges, None) if dim == 0 else (None, ranges)
+        assert torch.equal(assemble([InMemory(share) for share in shares], axis, *box), expected)
 
 
 @pytest.mark.parametrize("name", list(TABLE.entries))

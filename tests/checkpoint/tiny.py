@@ -54,7 +54,7 @@ def make_hf(folder: Path, tied: bool = False, layers: int = 4, seed: int = 0, dt
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for hf, (entry, part) in WeightTable(ModelConfig.from_hf(folder)).of_hf.items():
+    for hf, (entry, part) in WeightTable(ModelConfig.from_hf(folder)).hf_names.items():
         values = torch.randn(entry.hf_shape(part), generator=generator)
         tensors[hf] = (values * 0.1 + ("norm" in hf)).to(getattr(torch, dtype))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

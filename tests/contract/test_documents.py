@@ -51,8 +51,11 @@ def test_paths_of_the_repository_exist(path: Path) -> None:
         match = REPOSITORY_PATH.match(code)
         if match and "*" not in code and "<" not in code:
             named = match.group(1)
-            assert (REPO / named).exists() or (path.parent / named).exists() or "/" not in named and any(
-                REPO.glob(f"mindspeed_llm/**/{named}")
+            assert (
+                (REPO / named).exists()
+                or (path.parent / named).exists()
+                or "/" not in named
+                and any(REPO.glob(f"mindspeed_llm/**/{named}"))
             ), named
 
 

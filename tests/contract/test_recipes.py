@@ -109,7 +109,7 @@ def test_resume_asks_for_the_newest_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_question_with_spaces_and_quotes_reaches_the_program_whole(tmp_path: Path) -> None:
-    question = "what's \"this\" & that $HOME?"
+    question = 'what\'s "this" & that $HOME?'
     _, _, options = dry_run(recipe("generate_qwen3_8b_lora_ptd"), cwd=tmp_path, PROMPT=question)
     assert options.generation.prompt == question
     _, _, options = dry_run(recipe("generate_qwen3_8b_lora_ptd"), cwd=tmp_path)
@@ -164,7 +164,7 @@ def test_on_the_cpu_the_processes_share_the_cores(device_words: tuple[str, ...],
     probe = tmp_path / "probe.sh"
     probe.write_text(
         f'TP=2; PP=1; source "{common}"; _execute() {{ echo "threads=$OMP_NUM_THREADS $*"; }}\n'
-        f'launch probe posttrain_gpt.py --lr 1e-5 {" ".join(device_words)}\n'
+        f"launch probe posttrain_gpt.py --lr 1e-5 {' '.join(device_words)}\n"
     )
     result = run_recipe(probe, cwd=tmp_path, MINDSPEED_LLM_DEVICE="auto", MASTER_PORT="29871")
     assert f"threads={max(len(os.sched_getaffinity(0)) // 2, 1)} " in result.stdout, result.stderr

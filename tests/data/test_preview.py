@@ -103,8 +103,11 @@ def test_neat_packs_are_inspected_with_the_rows_in_them(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     report = preprocess(
-        parse(PreprocessOptions, [*words, "--output-prefix", str(tmp_path / "x"), "--pack", "--neat-pack",
-                                  "--seq-length", "256"], "preprocess_data.py")  # fmt: skip
+        parse(
+            PreprocessOptions,
+            [*words, "--output-prefix", str(tmp_path / "x"), "--pack", "--neat-pack", "--seq-length", "256"],
+            "preprocess_data.py",
+        )  # fmt: skip
     )
     main(["--inspect", str(tmp_path / "x")])
     out = capsys.readouterr().out

@@ -80,9 +80,7 @@ def test_parts_merged_are_byte_equal_to_one_run(
     assert not list((tmp_path / "all").glob("*_shard_*")), "parts are removed when the run has merged them itself"
 
 
-def test_equal_rows_are_in_one_part_of_a_split_and_shares_are_as_asked(
-    tokenizer: Path, tmp_path: Path
-) -> None:
+def test_equal_rows_are_in_one_part_of_a_split_and_shares_are_as_asked(tokenizer: Path, tmp_path: Path) -> None:
     report = run(write_rows(tmp_path / "rows.jsonl", 2000), tmp_path / "x", tokenizer, *SPLIT)
     rows = {}
     for part in ("train", "valid", "test"):
@@ -154,9 +152,7 @@ def test_other_programs_files_are_merged_by_name(golden: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
-def test_a_run_killed_at_any_moment_finishes_when_run_again(
-    tokenizer: Path, tmp_path: Path, count: int
-) -> None:
+def test_a_run_killed_at_any_moment_finishes_when_run_again(tokenizer: Path, tmp_path: Path, count: int) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 4000)
     more = [*SPLIT, *PACK, "--num-shards", str(count)]
     begin = time.monotonic()

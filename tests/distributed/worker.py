@@ -58,8 +58,8 @@ class Factors:
     def dtype(self, name: str) -> torch.dtype:
         return self.values[name].dtype
 
-    def read(self, name: str, dim: int | None = None, ranges: Any = None) -> Tensor:
-        return narrow(self.values[name], dim, ranges)
+    def read(self, name: str, rows: Any = None, columns: Any = None) -> Tensor:
+        return narrow(self.values[name], rows, columns)
 
 
 def forget_sequence_parallel_mark(chunk: CausalLM) -> None:

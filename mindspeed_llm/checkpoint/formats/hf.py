@@ -12,7 +12,7 @@ from mindspeed_llm.checkpoint.atomic import write_text
 from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, TensorSource, assemble, element_count, narrow
 from mindspeed_llm.checkpoint.formats.safetensors_file import SafetensorsWriter, read_safetensors
 from mindspeed_llm.checkpoint.kinds import Ranges
-from mindspeed_llm.checkpoint.tables import EMBEDDING, WeightTable
+from mindspeed_llm.checkpoint.tables import EMBEDDING, HfPart, WeightTable
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
 
@@ -40,13 +40,13 @@ class HFSource:
         self.table = WeightTable(config)
         self.check_names()
         # What the weights are wins over what config.json says they are: a cast must never happen unseen.
-        stored = self.tensors[self.table.entry(EMBEDDING).hf[0]].dtype
+        stored = self.tensors[self.table.entry(EMBEDDING).hf[0].name].dtype
         self.config = dataclasses.replace(config, dtype=str(stored).removeprefix("torch."))
         self.table = WeightTable(self.config)
 
     def check_names(self) -> None:
         """Every tensor of the table is there with its shape, and no other."""
-        expected = self.table.of_hf
+        expected = self.table.hf_names
         extra = {name for name in self.tensors if name not in expected and not name.endswith(NOT_WEIGHTS)}
         if self.table.config.tie_word_embeddings:
             extra -= self.tied_copies(extra)
@@ -57,13 +57,13 @@ class HFSource:
                 f" {self.table.config.family} model {sorted(extra)[:5]}"
             )
         for name, (entry, part) in expected.items():
-            found, wanted = self.tensors[name].shape, entry.hf_shape(part)
+            found, wanted = self.tensors[name].shape, entry.stored_shape(part)
             if found != wanted:
                 raise InputError(f"{self.path}: {name} has shape {list(found)}, config.json asks for {list(wanted)}")
 
     def tied_copies(self, extra: set[str]) -> set[str]:
         """Output layers of a tied model that are stored too; they have to equal the embedding."""
-        embedding = self.tensors[self.table.entry(EMBEDDING).hf[0]]
+        embedding = self.tensors[self.table.entry(EMBEDDING).hf[0].name]
         copies = extra & {"lm_head.weight"}
         for name in copies:
             if not torch.equal(self.tensors[name].read(), embedding.read()):
@@ -83,12 +83,17 @@ class HFSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of the values in the file."""
-        return self.tensors[self.table.entry(name).hf[0]].dtype
+        return self.tensors[self.table.entry(name).hf[0].name].dtype
 
-    def read(self, name: str, dim: int | None = None, ranges: Ranges | None = None) -> torch.Tensor:
-        """The logical tensor, or its `ranges` along `dim`, joined from the HF tensors it is made of."""
+    def read(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> torch.Tensor:
+        """The logical tensor, or a box of it, joined from the HF tensors it is made of."""
         entry = self.table.entry(name)
-        return assemble([self.tensors[hf] for hf in entry.hf], entry.hf_map(), dim, ranges)
+        return assemble([self.part(hf) for hf in entry.hf], entry.hf_map(), rows, columns)
+
+    def part(self, hf: HfPart) -> LazyTensor:
+        """The stored values of one HF part."""
+        tensor = self.tensors[hf.name]
+        return tensor if hf.expert is None else tensor.expert(hf.expert, hf.transposed)
 
 
 def read_folder(folder: Path) -> dict[str, LazyTensor]:
@@ -128,28 +133,27 @@ def read_shards(folder: Path, index: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def hf_parts(source: TensorSource, name: str) -> Iterable[tuple[str, torch.Tensor]]:
+def hf_parts(source: TensorSource, name: str) -> Iterable[tuple[HfPart, torch.Tensor]]:
     """The HF tensors of one logical tensor, read once."""
     entry = source.table.entry(name)
     axis = entry.hf_map()
     whole = source.read(name)
     for part, hf in enumerate(entry.hf):
-        yield hf, narrow(whole, 0, axis.part_ranges(part)) if axis.parts > 1 else whole
+        yield hf, narrow(whole, axis.part_ranges(part)) if len(axis.segments) > 1 else whole
 
 
 def plan_shards(source: TensorSource, shard_bytes: int) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Type and shape of each HF tensor, by shard; a shard is closed before it would exceed `shard_bytes`."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
-    for name in source.names():
-        entry, dtype = source.table.entry(name), source.dtype(name)
-        for part, hf in enumerate(entry.hf):
-            size = element_count(entry.hf_shape(part)) * dtype.itemsize
-            if shards[-1] and filled + size > shard_bytes:
-                shards.append({})
-                filled = 0
-            shards[-1][hf] = (dtype, entry.hf_shape(part))
-            filled += size
+    for hf, (entry, part) in source.table.hf_names.items():
+        dtype, shape = source.dtype(entry.name), entry.stored_shape(part)
+        size = element_count(shape) * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][hf] = (dtype, shape)
+        filled += size
     return shards
 
 
@@ -174,7 +178,8 @@ def write_hf(
     total = 0
     for logical in source.names():
         for hf, values in hf_parts(source, logical):
-            writers[where[hf]].write(hf, values)
+            values = values.t().contiguous() if hf.transposed else values
+            writers[where[hf.name]].write(hf.name, values, hf.expert)
             total += values.nbytes
             progress(values.nbytes)
     for writer in writers:

@@ -105,9 +105,9 @@ class ShardedSource:
         """Type of the values in the files."""
         return self.parts(name)[0].dtype
 
-    def read(self, name: str, dim: int | None = None, ranges: Ranges | None = None) -> torch.Tensor:
-        """The logical tensor, or its `ranges` along `dim`, joined from the ranks' shares."""
-        return assemble(self.parts(name), self.table.shard_map(name, self.tp, self.padded_rows), dim, ranges)
+    def read(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> torch.Tensor:
+        """The logical tensor, or a box of it, joined from the ranks' shares."""
+        return assemble(self.parts(name), self.table.shard_map(name, self.tp, self.padded_rows), rows, columns)
 
 
 class MegatronCheckpoint:

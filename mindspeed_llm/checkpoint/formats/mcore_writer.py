@@ -1,5 +1,6 @@
 """Writing a model as per-rank Megatron `torch` files, in any layout, one tensor in memory at a time."""
 
+import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def write_mcore(
 def local_share(source: TensorSource, name: str, tp: int, tp_rank: int, padded_rows: int | None) -> torch.Tensor:
     """One rank's share of a logical tensor."""
     axis = source.table.shard_map(name, tp, padded_rows)
-    return part_of(lambda dim, ranges: source.read(name, dim, ranges), axis, tp_rank)
+    return part_of(functools.partial(source.read, name), axis, tp_rank)
 
 
 def local_shape(shape: tuple[int, ...], axis: AxisMap, part: int) -> tuple[int, ...]:

@@ -112,15 +112,20 @@ class SafetensorsWriter:
         self.header = header
         self.missing = set(tensors)
 
-    def write(self, name: str, values: torch.Tensor) -> None:
-        """Write one tensor's values; `InputError` when type or shape are not those announced."""
+    def write(self, name: str, values: torch.Tensor, expert: int | None = None) -> None:
+        """Write one tensor's values, or one expert's of a tensor [experts, ...].
+
+        Raises:
+            InputError: type or shape are not those announced.
+        """
         entry = self.header[name]
-        announced = (entry["dtype"], entry["shape"])
-        if announced != (NAMES[values.dtype], list(values.shape)):
+        shape = entry["shape"] if expert is None else entry["shape"][1:]
+        if (entry["dtype"], shape) != (NAMES[values.dtype], list(values.shape)):
             raise InputError(
-                f"{self.path}: {name} was announced as {announced}, arrives as {values.dtype} {values.shape}"
+                f"{self.path}: {name} was announced as {entry['dtype']} {shape}, arrives as {values.dtype}"
+                f" {list(values.shape)}"
             )
-        write_values(self.descriptor, self.start + entry["data_offsets"][0], values)
+        write_values(self.descriptor, self.start + entry["data_offsets"][0] + (expert or 0) * values.nbytes, values)
         self.missing.discard(name)
 
     def close(self) -> None:

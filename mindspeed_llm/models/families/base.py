@@ -5,27 +5,53 @@ number), to the Hugging Face tensors it is made of. Loading, export, conversion,
 same rows, so they cannot drift apart. This module holds data only; `mindspeed_llm.checkpoint.kinds` does the algebra.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
 
 class Kind(Enum):
-    """How a logical tensor is made of HF tensors, and how tensor parallelism cuts it."""
+    """How tensor parallelism cuts a logical tensor. Experts' tensors are cut over expert tensor parallelism instead."""
 
     REPLICATED = "replicated"
-    """One HF tensor; every rank holds all of it (norms, routers)."""
+    """Every rank holds all of it (norms, routers, the biases of row-parallel layers)."""
     COLUMN = "column"
-    """One HF tensor; ranks hold equal blocks of rows."""
+    """Ranks hold equal blocks of rows."""
     ROW = "row"
-    """One HF tensor; ranks hold equal blocks of columns."""
+    """Ranks hold equal blocks of columns."""
     VOCAB = "vocab"
-    """One HF tensor; ranks hold equal blocks of rows after padding with copies of the last row."""
+    """Ranks hold equal blocks of rows after padding with copies of the last row."""
     QKV = "qkv"
-    """Three HF tensors q, k, v; rows lie query group by query group (q rows, k rows, v rows); ranks hold groups."""
+    """Rows lie query group by query group (q rows, k rows, v rows); ranks hold whole groups."""
     GATED = "gated"
-    """Two HF tensors gate, up; gate above up; ranks hold a block of gate above the same block of up."""
+    """Gate above up; ranks hold a block of gate above the same block of up."""
+
+
+class Join(Enum):
+    """How a logical tensor is made of its HF tensors."""
+
+    SAME = "same"
+    """One HF tensor with the same rows."""
+    QKV = "qkv"
+    """Three HF tensors q, k, v."""
+    GATED = "gated"
+    """Two HF tensors gate, up."""
+    STACKED_QKV = "stacked_qkv"
+    """One HF tensor: all q rows above all k rows above all v rows (Phi-3)."""
+    INTERLEAVED = "interleaved"
+    """One HF tensor whose rows are gate 0, up 0, gate 1, up 1 ... (gpt-oss)."""
+
+
+class Stacked(Enum):
+    """How an HF tensor holds what the table has once per expert."""
+
+    NO = "no"
+    """One HF tensor per expert, or no expert's tensor at all."""
+    EXPERTS = "experts"
+    """One HF tensor [experts, ...]."""
+    TRANSPOSED = "transposed"
+    """One HF tensor [experts, columns, rows] (gpt-oss)."""
 
 
 class Required(Enum):
@@ -44,23 +70,38 @@ class HfKey(NamedTuple):
     default: Any = REQUIRED
 
 
+Derived = Callable[[Mapping[str, Any]], Any]
+"""A `ModelConfig` field computed from HF's config.json (in the one spelling of `flatten_hf_config`)."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """One row of a weight table.
 
     Attributes:
-        name: megatron-core name with `{layer}` for the global layer number.
-        hf: names of the HF tensors, in the order the kind wants them.
-        kind: the relation between the two and to tensor parallelism.
+        name: megatron-core name with `{layer}` for the global layer number and `{expert}` for the global expert.
+        hf: names of the HF tensors, in the order the join wants them.
+        kind: how tensor parallelism cuts it.
         shape: names of dimensions of `ModelConfig.dimensions()`.
-        when: the boolean `ModelConfig` field this row depends on; a leading `!` negates it; empty means always.
+        when: features of `ModelConfig.has` this row depends on, all of them; a leading `!` negates one.
+        join: how it is made of the HF tensors; left out, three are QKV, two GATED, one SAME.
+        stacked: whether the HF tensor holds all experts.
+        keep_dtype: `--params-dtype` does not change its type (router corrections stay float32).
     """
 
     name: str
     hf: tuple[str, ...]
     kind: Kind
     shape: tuple[str, ...]
-    when: str = ""
+    when: tuple[str, ...] = ()
+    join: Join | None = None
+    stacked: Stacked = Stacked.NO
+    keep_dtype: bool = False
+
+    @property
+    def joined(self) -> Join:
+        """`join`, or what the number of HF tensors says."""
+        return self.join or {3: Join.QKV, 2: Join.GATED, 1: Join.SAME}[len(self.hf)]
 
 
 @dataclass(frozen=True)
@@ -70,17 +111,19 @@ class Family:
     Attributes:
         name: our name, stored in checkpoints and accepted by `--model-type-hf`.
         architectures: the `architectures` entries of HF configs that belong here.
-        config: `ModelConfig` field -> HF key.
+        config: `ModelConfig` field -> HF key, or a function of HF's config.
         fixed: `ModelConfig` fields that are the same for the whole family.
         requires: HF key -> the only value supported here; a key left out of config.json agrees.
         weights: the table.
         aliases: other names `--model-type-hf` may use.
+        specs: names of upstream's `--spec` modules for it, without `_spec`; its own name always counts.
     """
 
     name: str
     architectures: tuple[str, ...]
-    config: Mapping[str, HfKey]
+    config: Mapping[str, HfKey | Derived]
     fixed: Mapping[str, Any]
     requires: Mapping[str, Any]
     weights: tuple[Weight, ...]
     aliases: tuple[str, ...] = field(default=())
+    specs: tuple[str, ...] = field(default=())

@@ -49,7 +49,7 @@ WEIGHTS = (
     ),
     Weight(LAYER + "mlp.linear_fc2.weight", (HF_LAYER + "mlp.down_proj.weight",), Kind.ROW, ("hidden", "ffn")),
     Weight("decoder.final_layernorm.weight", ("model.norm.weight",), Kind.REPLICATED, ("hidden",)),
-    Weight("output_layer.weight", ("lm_head.weight",), Kind.VOCAB, ("vocab", "hidden"), when="!tie_word_embeddings"),
+    Weight("output_layer.weight", ("lm_head.weight",), Kind.VOCAB, ("vocab", "hidden"), when=("!tie_word_embeddings",)),
 )
 
 QWEN3 = Family(
@@ -69,7 +69,7 @@ QWEN3 = Family(
         "tie_word_embeddings": HfKey("tie_word_embeddings", False),
         "dtype": HfKey("dtype", "float32"),
     },
-    fixed={"qk_layernorm": True, "add_qkv_bias": False, "add_bias_linear": False},
+    fixed={"qk_layernorm": True},
     requires={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None},
     weights=WEIGHTS,
 )
