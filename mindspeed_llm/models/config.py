@@ -198,8 +198,8 @@ class ModelConfig:
     def dimensions(self) -> dict[str, int]:
         """Sizes by the names weight tables use.
 
-        vocab, hidden, ffn, head, heads; query = the attention output's width; qkv = (heads + 2 x groups) x head; gated =
-        2 x ffn, and so for experts (`expert_ffn`, `expert_gated`) and shared experts (`shared_ffn`, `shared_gated`).
+        vocab, hidden, ffn, head, heads; query = the attention output's width; qkv = (heads + 2 x groups) x head;
+        gated = 2 x ffn, and so for experts (`expert_ffn`, `expert_gated`) and shared experts (`shared_ffn`, ...).
         Latent attention: q_lora, kv_lora, q_up = heads x (qk + rotary), kv_down = kv_lora + rotary, kv_up = heads x
         (qk + v).
         """
@@ -249,8 +249,9 @@ def hf_value(origin: HfKey | Derived, flat: Mapping[str, Any], what: str) -> Any
 def flatten_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """HF config keys in one spelling.
 
-    These are `dtype`, `rope_theta`, `rope_local_base_freq`, `partial_rotary_factor` and `rope_scaling`. Transformers 5 writes `dtype` for `torch_dtype` and one `rope_parameters` for all that concerns rotary positions,
-    by layer type where layer types differ; a `rope_scaling` of type "default" changes nothing and counts as none.
+    These are `dtype`, `rope_theta`, `rope_local_base_freq`, `partial_rotary_factor` and `rope_scaling`. Transformers 5
+    writes `dtype` for `torch_dtype` and one `rope_parameters` for all that concerns rotary positions, by layer type
+    where layer types differ; a `rope_scaling` of type "default" changes nothing and counts as none.
     """
     flat = dict(raw)
     flat["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
