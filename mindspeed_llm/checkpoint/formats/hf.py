@@ -148,6 +148,11 @@ def plan_shards(source: TensorSource, shard_bytes: int) -> list[dict[str, tuple[
     return shards
 
 
+def shard_files(count: int) -> list[str]:
+    """File names of an HF folder's weights."""
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
 def write_hf(
     source: TensorSource,
     folder: Path,
@@ -162,8 +167,7 @@ def write_hf(
         progress: told the bytes of each block written.
     """
     shards = plan_shards(source, shard_bytes)
-    count = len(shards)
-    files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = shard_files(len(shards))
     writers = [SafetensorsWriter(folder / file, tensors) for file, tensors in zip(files, shards, strict=True)]
     where = {name: number for number, tensors in enumerate(shards) for name in tensors}
     for logical in source.names():
@@ -173,7 +177,7 @@ def write_hf(
             copy_part(source, logical, entry.hf_map(), part, place, progress)
     for writer in writers:
         writer.close()
-    if count > 1:
+    if len(shards) > 1:
         total = sum(writer.nbytes for writer in writers)
         index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in where.items()}}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
