@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mindspeed_llm.checkpoint.fingerprint import content_hash
-from mindspeed_llm.checkpoint.formats import hf
+from mindspeed_llm.checkpoint.formats import blocks
 from mindspeed_llm.checkpoint.formats.hf import HFSource, write_hf
 from mindspeed_llm.checkpoint.formats.lazy import LazyTensor
 from mindspeed_llm.errors import InputError
@@ -219,7 +219,7 @@ def test_a_stored_output_layer_of_a_tied_model_must_be_the_embedding(tmp_path: P
 def test_tied_tensors_are_compared_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_hf(tmp_path / "hf", tied=True)
     edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()}))
-    monkeypatch.setattr(hf, "COMPARED_BYTES", 200)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
     largest: list[int] = []
     plain = LazyTensor.read
     monkeypatch.setattr(LazyTensor, "read", lambda *box: largest.append(plain(*box).nbytes) or plain(*box))

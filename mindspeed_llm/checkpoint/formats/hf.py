@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from mindspeed_llm.checkpoint.atomic import write_text
+from mindspeed_llm.checkpoint.formats.blocks import Progress, copy_part, no_progress, row_blocks
 from mindspeed_llm.checkpoint.formats.hf_folder import INDEX, SINGLE, read_folder
-from mindspeed_llm.checkpoint.formats.lazy import Readable, TensorSource, assemble, element_count, narrow
+from mindspeed_llm.checkpoint.formats.lazy import Readable, TensorSource, assemble, element_count
 from mindspeed_llm.checkpoint.formats.quantised import dequantised
 from mindspeed_llm.checkpoint.formats.safetensors_file import SafetensorsWriter
 from mindspeed_llm.checkpoint.kinds import Ranges
@@ -23,8 +24,6 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 """What belongs to a model besides its weights: config, tokenizer, chat template, generation config, remote code."""
 SHARD_BYTES = 5_000_000_000
-COMPARED_BYTES = 1 << 26
-"""Of each of two tensors that are compared, at once."""
 
 
 class HFSource:
@@ -142,19 +141,8 @@ def same_values(one: Readable, other: Readable) -> bool:
         return True
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    rows = one.shape[0] if one.shape else 0
-    step = max(1, COMPARED_BYTES // max(1, element_count(one.shape[1:]) * one.dtype.itemsize))
-    blocks = ([(start, min(start + step, rows))] for start in range(0, rows, step))
-    return all(torch.equal(one.read(block), other.read(block)) for block in blocks)
-
-
-def hf_parts(source: TensorSource, name: str) -> Iterable[tuple[HfPart, torch.Tensor]]:
-    """The HF tensors of one logical tensor, read once."""
-    entry = source.table.entry(name)
-    axis = entry.hf_map()
-    whole = source.read(name)
-    for part, hf in enumerate(entry.hf):
-        yield hf, narrow(whole, axis.part_ranges(part)) if len(axis.segments) > 1 else whole
+    blocks = row_blocks(one.shape, one.dtype.itemsize)
+    return all(torch.equal(one.read([block]), other.read([block])) for block in blocks)
 
 
 def plan_shards(source: TensorSource, shard_bytes: int) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -176,30 +164,29 @@ def write_hf(
     source: TensorSource,
     folder: Path,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Progress = no_progress,
 ) -> None:
     """Write the weights of an HF folder (safetensors, and the index when there are several shards).
 
     Args:
         folder: an existing folder, as a rule that of a `StagedDirectory`.
         shard_bytes: limit of one file.
-        progress: told the bytes of each tensor written.
+        progress: told the bytes of each block written.
     """
     shards = plan_shards(source, shard_bytes)
     count = len(shards)
     files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     writers = [SafetensorsWriter(folder / file, tensors) for file, tensors in zip(files, shards, strict=True)]
     where = {name: number for number, tensors in enumerate(shards) for name in tensors}
-    total = 0
     for logical in source.names():
-        for hf, values in hf_parts(source, logical):
-            values = values.t().contiguous() if hf.transposed else values
-            writers[where[hf.name]].write(hf.name, values, hf.expert)
-            total += values.nbytes
-            progress(values.nbytes)
+        entry = source.table.entry(logical)
+        for part, hf in enumerate(entry.hf):
+            place = writers[where[hf.name]].place(hf.name, hf.expert, hf.transposed)
+            copy_part(source, logical, entry.hf_map(), part, place, progress)
     for writer in writers:
         writer.close()
     if count > 1:
+        total = sum(writer.nbytes for writer in writers)
         index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in where.items()}}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
