@@ -23,7 +23,8 @@ from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource, copy_companions, write_hf
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource, element_count
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, is_megatron
-from mindspeed_llm.checkpoint.formats.mcore_writer import check_layout, chunk_names, local_shape, write_mcore
+from mindspeed_llm.checkpoint.formats.mcore_names import Dialect
+from mindspeed_llm.checkpoint.formats.mcore_writer import check_layout, rank_bytes, write_mcore
 from mindspeed_llm.checkpoint.formats.safetensors_file import is_export
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
 from mindspeed_llm.checkpoint.layout import Layout
@@ -237,7 +238,7 @@ def to_megatron(options: ConvertOptions, job: Job) -> int:
     divisible_by = options.make_vocab_size_divisible_by
     padded = padded_vocabulary(job.source.config.vocab_size, layout.tp, divisible_by)
     check_layout(job.source.table, layout, padded)
-    total = megatron_bytes(job.source, layout, padded)
+    total = sum(rank_bytes(job.source, layout, rank, Dialect(), padded) for rank in layout.ranks())
     check_space(job.final, total)
 
     def write(stage: StagedDirectory) -> None:
@@ -285,18 +286,6 @@ def to_hf(options: ConvertOptions, job: Job) -> int:
     if job.final.name == HF_SUBFOLDER and not (job.final.parent / HF_SUBFOLDER_ALIAS).exists():
         with contextlib.suppress(OSError):  # a file system without links: the result itself is complete
             (job.final.parent / HF_SUBFOLDER_ALIAS).symlink_to(HF_SUBFOLDER)
-    return total
-
-
-def megatron_bytes(source: TensorSource, layout: Layout, padded_rows: int) -> int:
-    """Bytes of the rank files' tensors: replicated tensors, padding and a tied output layer count as stored."""
-    total = 0
-    for tp_rank, pp_rank in layout.ranks():
-        for vp_rank in range(layout.vp):
-            for name in chunk_names(source.table, layout, pp_rank, vp_rank):
-                axis = source.table.shard_map(name, layout.tp, padded_rows)
-                shape = local_shape(source.table.shape(name), axis, tp_rank)
-                total += element_count(shape) * source.dtype(name).itemsize
     return total
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from mindspeed_llm.checkpoint.atomic import write_text
-from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, TensorSource, assemble, element_count, narrow
+from mindspeed_llm.checkpoint.formats.blocks import Progress, copy_part, no_progress
+from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, TensorSource, assemble, element_count
 from mindspeed_llm.checkpoint.formats.safetensors_file import SafetensorsWriter, read_safetensors
 from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.tables import EMBEDDING, HfPart, WeightTable
@@ -133,15 +133,6 @@ def read_shards(folder: Path, index: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def hf_parts(source: TensorSource, name: str) -> Iterable[tuple[HfPart, torch.Tensor]]:
-    """The HF tensors of one logical tensor, read once."""
-    entry = source.table.entry(name)
-    axis = entry.hf_map()
-    whole = source.read(name)
-    for part, hf in enumerate(entry.hf):
-        yield hf, narrow(whole, axis.part_ranges(part)) if len(axis.segments) > 1 else whole
-
-
 def plan_shards(source: TensorSource, shard_bytes: int) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Type and shape of each HF tensor, by shard; a shard is closed before it would exceed `shard_bytes`."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
@@ -161,30 +152,29 @@ def write_hf(
     source: TensorSource,
     folder: Path,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Progress = no_progress,
 ) -> None:
     """Write the weights of an HF folder (safetensors, and the index when there are several shards).
 
     Args:
         folder: an existing folder, as a rule that of a `StagedDirectory`.
         shard_bytes: limit of one file.
-        progress: told the bytes of each tensor written.
+        progress: told the bytes of each block written.
     """
     shards = plan_shards(source, shard_bytes)
     count = len(shards)
     files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     writers = [SafetensorsWriter(folder / file, tensors) for file, tensors in zip(files, shards, strict=True)]
     where = {name: number for number, tensors in enumerate(shards) for name in tensors}
-    total = 0
     for logical in source.names():
-        for hf, values in hf_parts(source, logical):
-            values = values.t().contiguous() if hf.transposed else values
-            writers[where[hf.name]].write(hf.name, values, hf.expert)
-            total += values.nbytes
-            progress(values.nbytes)
+        entry = source.table.entry(logical)
+        for part, hf in enumerate(entry.hf):
+            place = writers[where[hf.name]].place(hf.name, hf.expert, hf.transposed)
+            copy_part(source, logical, entry.hf_map(), part, place, progress)
     for writer in writers:
         writer.close()
     if count > 1:
+        total = sum(writer.nbytes for writer in writers)
         index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in where.items()}}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from mindspeed_llm.checkpoint.formats.blocks import Place
 from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, element_count
-from mindspeed_llm.checkpoint.formats.torch_file import write_values
 from mindspeed_llm.errors import InputError
 
 DTYPES = {
@@ -110,23 +110,19 @@ class SafetensorsWriter:
         os.ftruncate(self.descriptor, 8 + len(text) + position)
         self.start = 8 + len(text)
         self.header = header
+        self.tensors = dict(tensors)
+        self.nbytes = position
         self.missing = set(tensors)
 
-    def write(self, name: str, values: torch.Tensor, expert: int | None = None) -> None:
-        """Write one tensor's values, or one expert's of a tensor [experts, ...].
-
-        Raises:
-            InputError: type or shape are not those announced.
-        """
-        entry = self.header[name]
-        shape = entry["shape"] if expert is None else entry["shape"][1:]
-        if (entry["dtype"], shape) != (NAMES[values.dtype], list(values.shape)):
-            raise InputError(
-                f"{self.path}: {name} was announced as {entry['dtype']} {shape}, arrives as {values.dtype}"
-                f" {list(values.shape)}"
-            )
-        write_values(self.descriptor, self.start + entry["data_offsets"][0] + (expert or 0) * values.nbytes, values)
+    def place(self, name: str, expert: int | None = None, transposed: bool = False) -> Place:
+        """Where a tensor's values go, or one expert's of a tensor [experts, ...], which may lie there transposed."""
+        dtype, shape = self.tensors[name]
+        offset = self.start + self.header[name]["data_offsets"][0]
         self.missing.discard(name)
+        if expert is None:
+            return Place(self.descriptor, offset, dtype, shape)
+        offset += expert * element_count(shape[1:]) * dtype.itemsize
+        return Place(self.descriptor, offset, dtype, shape[:0:-1] if transposed else shape[1:], transposed)
 
     def close(self) -> None:
         """Make the file durable; `InputError` when a tensor never came."""
