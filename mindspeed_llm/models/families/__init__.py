@@ -2,9 +2,31 @@
 
 from mindspeed_llm.errors import InputError, lookup
 from mindspeed_llm.models.families.base import Family
+from mindspeed_llm.models.families.gemma2 import GEMMA2
+from mindspeed_llm.models.families.gemma3 import GEMMA3
+from mindspeed_llm.models.families.glm4 import GLM4
+from mindspeed_llm.models.families.internlm2 import INTERNLM2
+from mindspeed_llm.models.families.internlm3 import INTERNLM3
+from mindspeed_llm.models.families.llama import LLAMA
+from mindspeed_llm.models.families.mistral import MISTRAL
+from mindspeed_llm.models.families.phi3 import PHI3
+from mindspeed_llm.models.families.qwen2 import QWEN2
 from mindspeed_llm.models.families.qwen3 import QWEN3
+from mindspeed_llm.models.families.seed_oss import SEED_OSS
 
-FAMILIES: tuple[Family, ...] = (QWEN3,)
+FAMILIES: tuple[Family, ...] = (
+    GEMMA2,
+    GEMMA3,
+    GLM4,
+    INTERNLM2,
+    INTERNLM3,
+    LLAMA,
+    MISTRAL,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SEED_OSS,
+)
 
 
 def family(name: str) -> Family:
