@@ -180,7 +180,7 @@ class FileNames:
                 if key.endswith(suffix):
                     return key.removesuffix(suffix) + JOINED, True
             return key, False
-        return self.engine_norm(key, entry), False
+        return self.engine_norm(key), False
 
     def local_expert(self, key: str) -> str:
         """The key with the expert's local number."""
@@ -195,12 +195,14 @@ class FileNames:
         pattern = r"\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$"
         return re.sub(pattern, r".\2.\3\1", key) if self.dialect.grouped else key
 
-    def engine_norm(self, key: str, entry: Entry) -> str:
-        """The key under transformer_engine's names, where a norm belongs to the linear layer after it."""
-        latent, moe = self.table.config.multi_latent_attention, self.table.config.has("moe", entry.layer)
-        for number, (ours, theirs) in enumerate(ENGINE_NORMS):
-            follows = (not latent, not moe, latent, latent)[number]
-            if follows and key.endswith(ours):
+    def engine_norm(self, key: str) -> str:
+        """The key under transformer_engine's names, where a norm belongs to the linear layer after it.
+
+        The norm before the MLP keeps its name, as upstream's converter writes it; either is read.
+        """
+        latent = self.table.config.multi_latent_attention
+        for ours, theirs in ENGINE_NORMS[2:] if latent else ENGINE_NORMS[:1]:
+            if key.endswith(ours):
                 return key.removesuffix(ours) + theirs
         return key
 
