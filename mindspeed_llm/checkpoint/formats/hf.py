@@ -37,6 +37,7 @@ class HFSource:
         self.path = Path(folder)
         config = ModelConfig.from_hf(self.path)
         self.tensors = read_folder(self.path)
+        config = stored_predictions(config, self.tensors)
         self.table = WeightTable(config)
         self.check_names()
         # What the weights are wins over what config.json says they are: a cast must never happen unseen.
@@ -94,6 +95,17 @@ class HFSource:
         """The stored values of one HF part."""
         tensor = self.tensors[hf.name]
         return tensor if hf.expert is None else tensor.expert(hf.expert, hf.transposed)
+
+
+def stored_predictions(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """The config without prediction layers where the folder has none of their tensors.
+
+    transformers drops them when it saves a model, and leaves their number in config.json.
+    """
+    if not config.mtp_num_layers:
+        return config
+    wanted = {hf.name for entry in WeightTable(config).entries.values() if entry.predicts for hf in entry.hf}
+    return config if wanted & set(names) else dataclasses.replace(config, mtp_num_layers=0)
 
 
 def read_folder(folder: Path) -> dict[str, LazyTensor]:

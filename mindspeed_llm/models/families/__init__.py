@@ -2,9 +2,25 @@
 
 from mindspeed_llm.errors import InputError, lookup
 from mindspeed_llm.models.families.base import Family
+from mindspeed_llm.models.families.deepseek_v2 import DEEPSEEK_V2
+from mindspeed_llm.models.families.deepseek_v3 import DEEPSEEK_V3
+from mindspeed_llm.models.families.glm4_moe import GLM4_MOE
+from mindspeed_llm.models.families.gpt_oss import GPT_OSS
+from mindspeed_llm.models.families.mixtral import MIXTRAL
+from mindspeed_llm.models.families.qwen2_moe import QWEN2_MOE
 from mindspeed_llm.models.families.qwen3 import QWEN3
+from mindspeed_llm.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (QWEN3,)
+FAMILIES: tuple[Family, ...] = (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    GPT_OSS,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+)
 
 
 def family(name: str) -> Family:
