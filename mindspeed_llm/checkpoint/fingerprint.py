@@ -5,17 +5,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from mindspeed_llm.checkpoint.formats.hf import hf_parts
+from mindspeed_llm.checkpoint.formats.blocks import part_blocks
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 
 THREADS = 2
-"""Reading and hashing release the interpreter lock; each thread holds one tensor in memory."""
+"""Reading and hashing release the interpreter lock; each thread holds one block in memory."""
 
 
-def tensor_hash(values: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes."""
-    flat = values.contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy() if flat.numel() else b"").hexdigest()
+def part_line(source: TensorSource, name: str, part: int) -> str:
+    """Name, type, shape and sha256 of the values of one HF part of a logical tensor."""
+    entry = source.table.entry(name)
+    shape = entry.hf_shape(part)
+    digest = hashlib.sha256()
+    for _, values in part_blocks(source, name, entry.hf_map(), part, shape):
+        digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"{entry.hf[part]} {source.dtype(name)} {list(shape)} {digest.hexdigest()}"
 
 
 def content_hash(source: TensorSource, threads: int = THREADS) -> str:
@@ -25,7 +29,7 @@ def content_hash(source: TensorSource, threads: int = THREADS) -> str:
     """
 
     def lines(name: str) -> list[str]:
-        return [f"{hf} {part.dtype} {list(part.shape)} {tensor_hash(part)}" for hf, part in hf_parts(source, name)]
+        return [part_line(source, name, part) for part in range(len(source.table.entry(name).hf))]
 
     with ThreadPoolExecutor(threads) as pool:
         found = [line for group in pool.map(lines, source.names()) for line in group]

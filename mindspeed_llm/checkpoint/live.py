@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource, assemble, part_of
-from mindspeed_llm.checkpoint.formats.mcore_writer import local_shape
+from mindspeed_llm.checkpoint.formats.mcore_names import local_shape
 from mindspeed_llm.checkpoint.kinds import AxisMap
 from mindspeed_llm.checkpoint.tables import (
     EMBEDDING,

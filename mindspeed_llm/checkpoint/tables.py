@@ -52,6 +52,7 @@ class Entry:
         row: its row of the family's table.
         shape: logical shape.
         config: the model.
+        layer: global number of its layer, prediction layers counted on from `num_layers`; None outside layers.
         expert: global number of the expert it belongs to; None outside experts.
     """
 
@@ -60,17 +61,13 @@ class Entry:
     row: Weight
     shape: tuple[int, ...]
     config: ModelConfig
+    layer: int | None = None
     expert: int | None = None
 
     @property
     def kind(self) -> Kind:
         """How tensor parallelism cuts it."""
         return self.row.kind
-
-    @property
-    def predicts(self) -> bool:
-        """Whether it belongs to a multi-token-prediction layer, which conversions carry and the live model lacks."""
-        return self.name.startswith("mtp.")
 
     def hf_map(self) -> AxisMap:
         """How it is made of its HF tensors."""
@@ -136,7 +133,15 @@ class WeightTable:
         hf = tuple(HfPart(name.format(**numbers), stacked, row.stacked is Stacked.TRANSPOSED) for name in row.hf)
         shape = tuple(self.sizes[dimension] for dimension in row.shape)
         name = row.name.format(**numbers)
-        self.entries[name] = Entry(name, hf, row, shape, self.config, expert)
+        self.entries[name] = Entry(name, hf, row, shape, self.config, layer, expert)
+
+    @cached_property
+    def of_layer(self) -> dict[int | None, list[Entry]]:
+        """The entries of each layer, and under None those outside layers, in the order of the network."""
+        found: dict[int | None, list[Entry]] = {}
+        for entry in self.entries.values():
+            found.setdefault(entry.layer, []).append(entry)
+        return found
 
     @cached_property
     def hf_names(self) -> dict[str, tuple[Entry, int]]:

@@ -9,18 +9,29 @@ from typing import Any
 
 import torch
 
+from mindspeed_llm.checkpoint.formats.mcore_names import Dialect
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families import family
 
 
-def upstream_args(config: ModelConfig, layout: Layout, padded_rows: int, iteration: int) -> argparse.Namespace:
-    """What to store for a model in a layout; `padded_rows` are those of the embedding over all ranks."""
+def upstream_args(
+    config: ModelConfig, layout: Layout, padded_rows: int, iteration: int, dialect: Dialect | None = None
+) -> argparse.Namespace:
+    """What to store for a model in a layout.
+
+    Args:
+        padded_rows: of the embedding over all ranks.
+        dialect: whose names the file uses; Megatron's local ones when None.
+    """
+    dialect = dialect or Dialect()
+    noops = layout.noop_layers
+    total = config.num_layers + len(noops)
     shared = {
         "model_type_hf": config.family,
-        "num_layers": config.num_layers,
-        "encoder_num_layers": config.num_layers,
+        "num_layers": total,
+        "encoder_num_layers": total,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
@@ -33,7 +44,7 @@ def upstream_args(config: ModelConfig, layout: Layout, padded_rows: int, iterati
         "vocab_size": config.vocab_size,
         "padded_vocab_size": padded_rows,
         "rotary_base": int(config.rotary_base) if float(config.rotary_base).is_integer() else config.rotary_base,
-        "rotary_percent": 1.0,
+        "rotary_percent": config.rotary_percent,
         "position_embedding_type": "rope",
         "use_rotary_position_embeddings": True,
         "add_position_embedding": True,
@@ -43,7 +54,7 @@ def upstream_args(config: ModelConfig, layout: Layout, padded_rows: int, iterati
         "add_bias_linear": config.add_proj_bias or config.add_mlp_bias,
         "add_qkv_bias": config.add_qkv_bias,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "transformer_impl": "local",
+        "transformer_impl": dialect.implementation,
         "tokenizer_type": "PretrainedFromHF",
         "params_dtype": getattr(torch, config.dtype),
         "bf16": config.dtype == "bfloat16",
@@ -54,13 +65,16 @@ def upstream_args(config: ModelConfig, layout: Layout, padded_rows: int, iterati
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
         "num_layers_per_virtual_pipeline_stage": layout.layers_per_virtual_stage,
-        "expert_model_parallel_size": 1,
-        "expert_tensor_parallel_size": layout.tp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "moe_tp_extend_ep": layout.tp_extends_ep,
+        "schedules_method": "dualpipev" if layout.v_shaped else None,
+        "noop_layers": ",".join(map(str, noops)) or None,
+        "num_layer_list": None if layout.uniform else ",".join(map(str, layout.stage_layers)),
         "context_parallel_size": 1,
         "data_parallel_size": 1,
-        "world_size": layout.tp * layout.pp,
+        "world_size": len(list(layout.ranks())),
         "sequence_parallel": False,
-        "num_experts": None,
         "iteration": iteration,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
@@ -78,7 +92,45 @@ def upstream_args(config: ModelConfig, layout: Layout, padded_rows: int, iterati
         "rope_theta": config.rotary_base,
         "torch_dtype": config.dtype,
     }
-    return argparse.Namespace(**shared, **parallel, **hf_spelling)
+    return argparse.Namespace(
+        **shared, **parallel, **hf_spelling, **expert_args(config, dialect), **latent_args(config)
+    )
+
+
+def expert_args(config: ModelConfig, dialect: Dialect) -> dict[str, Any]:
+    """Megatron's and HF's names for what a mixture of experts is."""
+    if not config.num_experts:
+        return {"num_experts": None}
+    return {
+        "num_experts": config.num_experts,
+        "moe_grouped_gemm": dialect.grouped,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "moe_intermediate_size": config.moe_ffn_hidden_size,
+        "moe_router_topk": config.moe_router_topk,
+        "num_experts_per_tok": config.moe_router_topk,
+        "moe_layer_freq": [int(layer in config.moe_layers) for layer in range(config.num_layers)],
+        "first_k_dense_replace": next(iter(config.moe_layers), 0),
+        "moe_shared_expert_intermediate_size": config.moe_shared_ffn_hidden_size or None,
+        "norm_topk_prob": config.moe_router_norm_topk,
+        "moe_router_score_function": config.moe_router_score,
+        "moe_router_topk_scaling_factor": config.moe_router_scale,
+        "moe_router_enable_expert_bias": config.moe_expert_bias,
+    }
+
+
+def latent_args(config: ModelConfig) -> dict[str, Any]:
+    """Megatron's names for latent attention and prediction layers."""
+    values: dict[str, Any] = {"mtp_num_layers": config.mtp_num_layers or None}
+    if config.multi_latent_attention:
+        values |= {
+            "multi_latent_attention": True,
+            "q_lora_rank": config.q_lora_rank or None,
+            "kv_lora_rank": config.kv_lora_rank,
+            "qk_head_dim": config.qk_head_dim,
+            "qk_pos_emb_head_dim": config.qk_pos_emb_head_dim,
+            "v_head_dim": config.v_head_dim,
+        }
+    return values
 
 
 def config_from_args(args: Any, where: str, dtype: torch.dtype, family_name: str | None = None) -> ModelConfig:
@@ -91,7 +143,7 @@ def config_from_args(args: Any, where: str, dtype: torch.dtype, family_name: str
         family_name: `--model-type-hf`; needed only when the args do not tell.
 
     Raises:
-        InputError: the args lack a size, or describe experts.
+        InputError: the args lack a size, or describe experts without all that matters about them.
     """
     known = vars(args) if isinstance(args, argparse.Namespace) else {}
 
@@ -103,9 +155,21 @@ def config_from_args(args: Any, where: str, dtype: torch.dtype, family_name: str
             raise InputError(f"{where}: its args have none of {', '.join(names)}; give a checkpoint with an args.json")
         return default
 
-    if known.get("num_experts") or known.get("n_routed_experts"):
-        raise InputError(f"{where}: a mixture of experts is not supported yet")
     named = family(family_name or family_of_args(known, where))
+    stored = str(dtype).removeprefix("torch.")
+    if known.get("architectures"):
+        # The second converter stores HF's whole config.json, with the layers counted after its no-op layers.
+        noops = [one for one in str(known.get("noop_layers") or "").split(",") if one]
+        layers = known["num_layers"] - len(noops)
+        raw = {**known, "num_hidden_layers": known.get("num_hidden_layers") or layers, "dtype": stored}
+        raw["num_hidden_layers"] = min(raw["num_hidden_layers"], layers)
+        raw["tie_word_embeddings"] = not known.get("untie_embeddings_and_output_weights", False)
+        return ModelConfig.from_hf_dict(raw, where)
+    if known.get("num_experts") or known.get("multi_latent_attention"):
+        raise InputError(
+            f"{where}: its args do not describe the model's experts or latent attention completely; give the folder of"
+            " the original HF model with --hf-cfg-dir"
+        )
     heads = first("num_attention_heads")
     # The second converter stores group_query_attention False for every model, beside HF's own key.
     grouped = known.get("group_query_attention", True)
@@ -122,7 +186,8 @@ def config_from_args(args: Any, where: str, dtype: torch.dtype, family_name: str
         "rotary_base": float(first("rotary_base", "rope_theta", default=10000.0)),
         "norm_epsilon": first("norm_epsilon", "rms_norm_eps", default=1e-6),
         "tie_word_embeddings": not known.get("untie_embeddings_and_output_weights", False),
-        "dtype": str(dtype).removeprefix("torch."),
+        "add_qkv_bias": bool(known.get("add_qkv_bias", False)),
+        "dtype": stored,
     }
     return ModelConfig(family=named.name, **{**values, **named.fixed})
 

@@ -61,7 +61,9 @@ def activation_options(model: ModelConfig) -> dict[str, Any]:
 def mlp_spec(model: ModelConfig) -> ModuleSpec:
     """The MLP of a layer with experts."""
     split = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=PartialSumLinear) if model.add_mlp_bias else split
+    experts = (
+        MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=PartialSumLinear) if model.add_mlp_bias else split
+    )
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(

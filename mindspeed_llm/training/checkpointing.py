@@ -24,7 +24,7 @@ from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.mcore_writer import local_share
 from mindspeed_llm.checkpoint.formats.torch_file import materialise, write_torch_file
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
-from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout
+from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout, Rank
 from mindspeed_llm.checkpoint.metadata import Metadata, write_metadata
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, logical_name
 from mindspeed_llm.checkpoint.upstream_args import upstream_args
@@ -194,7 +194,7 @@ def load_rng(checkpoint: MegatronCheckpoint, layout: Layout, device: Device) -> 
     if checkpoint.layout != layout:
         return False
     ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    states = checkpoint.files[ranks].get("rng_state")
+    states = checkpoint.files[Rank(*ranks)].get("rng_state")
     if not states or len(states) != parallel_state.get_data_parallel_world_size():
         return False
     restore_rng(materialise(states[parallel_state.get_data_parallel_rank()]), device)

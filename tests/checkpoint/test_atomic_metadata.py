@@ -95,7 +95,7 @@ def test_metadata_survives_its_file(tmp_path: Path) -> None:
         (lambda d: d.pop("model"), "does not describe a checkpoint"),
         (lambda d: d["model"].pop("hidden_size"), "missing fields"),
         (lambda d: d.update(surprise=1), "does not describe a checkpoint"),
-        (lambda d: d["layout"].pop("counts"), "does not describe a checkpoint"),
+        (lambda d: d["layout"].pop("chunks"), "does not describe a checkpoint"),
     ],
 )
 def test_damaged_or_newer_metadata_is_refused(change: Callable[[dict], object], message: str, tmp_path: Path) -> None:

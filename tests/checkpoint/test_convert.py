@@ -220,7 +220,7 @@ def test_a_lost_base_folder_needs_hf_cfg_dir_of_the_same_model(tmp_path: Path) -
         (["--target-tensor-parallel-size", "4"], "num_query_groups 2 is not divisible by tensor parallel size 4"),
         (["--target-pipeline-parallel-size", "3"], "4 layers are not divisible by pipeline parallel size 3"),
         (["--num-layers-per-virtual-pipeline-stage", "1"], "need a pipeline parallel size above 1"),
-        (["--target-expert-parallel-size", "2"], "only 1 is supported"),
+        (["--target-expert-parallel-size", "2"], "the model has no experts"),
         (["--add-qkv-bias"], "--add-qkv-bias says True, the model says False"),
         (["--spec", "mindspeed_llm.tasks.models.spec.llama_spec", "layer_spec"], "--spec says"),
     ],
@@ -289,8 +289,8 @@ def test_converting_needs_neither_megatron_nor_transformers(tmp_path: Path) -> N
 
 KILLED = """
 import sys, time
-from mindspeed_llm.checkpoint.formats import safetensors_file, torch_file
-write, count = torch_file.write_values, 0
+from mindspeed_llm.checkpoint.formats import blocks
+write, count = blocks.write_values, 0
 def slow(*arguments):
     global count
     count += 1
@@ -298,7 +298,7 @@ def slow(*arguments):
         print("midway", flush=True)
         time.sleep(60)
     write(*arguments)
-torch_file.write_values = safetensors_file.write_values = slow
+blocks.write_values = slow
 from mindspeed_llm.checkpoint.convert import main
 main(sys.argv[1:])
 """
@@ -326,13 +326,13 @@ def test_a_kill_in_the_middle_leaves_nothing_visible_and_the_next_run_succeeds(t
 def test_a_full_disk_is_an_input_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
-    from mindspeed_llm.checkpoint.formats import torch_file
+    from mindspeed_llm.checkpoint.formats import blocks
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     hf = make_hf(tmp_path / "hf")
-    monkeypatch.setattr(torch_file, "write_values", full)
+    monkeypatch.setattr(blocks, "write_values", full)
     with pytest.raises(InputError, match="No space left"):
         convert("hf", "mg", hf, tmp_path / "mg")
     assert not list((tmp_path / "mg").iterdir())

@@ -7,9 +7,9 @@ import torch
 
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
-from mindspeed_llm.checkpoint.formats.mcore_writer import chunk_names
+from mindspeed_llm.checkpoint.formats.mcore_names import chunk_entries
 from mindspeed_llm.checkpoint.formats.torch_file import materialise, read_torch_file
-from mindspeed_llm.checkpoint.layout import Layout
+from mindspeed_llm.checkpoint.layout import Layout, Rank
 from mindspeed_llm.checkpoint.live import load_live
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import open_lora
@@ -27,14 +27,14 @@ def test_live_parameters_equal_the_rank_files_of_a_conversion(
     layout = Layout.even(4, tp, pp, chunk)
     make_mcore(source, tmp_path / "mg", layout)
     other = make_mcore(source, tmp_path / "other", Layout.even(4, 1, 4)).base()
-    for tp_rank, pp_rank in layout.ranks():
+    for tp_rank, pp_rank, _ in layout.ranks():
         file = tmp_path / "mg" / "iter_0000001" / layout.rank_folder(tp_rank, pp_rank) / "model_optim_rng.pt"
         content = materialise(read_torch_file(file))
         for vp_rank, key in enumerate(layout.model_keys()):
             expected = {name: value for name, value in content[key].items() if value is not None}
             for origin in (source, other):
                 live = {f"module.{name}": torch.zeros_like(value) for name, value in expected.items()}
-                first = layout.layers(pp_rank, vp_rank).start
+                first = layout.slots(pp_rank, vp_rank)[0]
                 loaded = load_live(live, origin, tp_rank, tp, first)
                 assert loaded.tensors == len(expected)
                 assert all(torch.equal(live[f"module.{name}"], value) for name, value in expected.items())
@@ -94,7 +94,7 @@ def test_everything_that_does_not_fit_is_listed_and_nothing_is_copied(tmp_path: 
 def test_a_stage_wants_only_its_own_layers(tmp_path: Path) -> None:
     source = HFSource(make_hf(tmp_path / "hf"))
     layout = Layout.even(4, 1, 2)
-    names = chunk_names(source.table, layout, 1)
+    names = [name for name, _ in chunk_entries(source.table, layout, Rank(0, 1))]
     live = {file_key(name, 2): torch.zeros(source.shape(name)) for name in names}
     assert load_live(live, MegatronCheckpoint(make_mcore(source, tmp_path / "m", layout).folder).base(), first_layer=2)
     assert torch.equal(

@@ -97,12 +97,12 @@ def write_adapter(
 ) -> Path:
     """A LoRA checkpoint as training saves it with `--lora-ckpt-filter`; `settings` None leaves out the args.json."""
     target = folder / iteration_folder(20)
-    for tp_rank, pp_rank in layout.ranks():
+    for tp_rank, pp_rank, _ in layout.ranks():
         content: dict = {"args": None, "checkpoint_version": 3.0, "iteration": 20}
         for vp_rank, key in enumerate(layout.model_keys()):
-            layers = layout.layers(pp_rank, vp_rank)
+            layers = layout.slots(pp_rank, vp_rank)
             content[key] = {
-                file_key(name, layers.start): local_slice(table, name, values, layout.tp, tp_rank).contiguous()
+                file_key(name, layers[0]): local_slice(table, name, values, layout.tp, tp_rank).contiguous()
                 for name, values in factors.items()
                 if LORA_NAME.match(name) and int(LAYER_NUMBER.search(name)[0]) in layers
             }

@@ -1,8 +1,6 @@
 """What pool processes run for models with experts: our live model, loaded from an HF folder. Imports megatron-core."""
 
-from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import numpy
 import torch

@@ -44,6 +44,7 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 QWEN_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 18}
+SHARED_MOE = {**QWEN_MOE, "shared_expert_intermediate_size": 22}
 SIGMOID_MOE = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -85,7 +86,9 @@ WITHOUT_LATENT = (
     tiny("qwen3-moe-sparse", "Qwen3MoeConfig", ATTENTION, QWEN_MOE, num_hidden_layers=4, decoder_sparse_step=2),
     tiny("qwen3-moe-mlp-only", "Qwen3MoeConfig", ATTENTION, QWEN_MOE, mlp_only_layers=[1], norm_topk_prob=True),
     tiny("qwen2-moe", "Qwen2MoeConfig", ATTENTION, QWEN_MOE, shared_expert_intermediate_size=22),
-    tiny("qwen2-moe-no-bias", "Qwen2MoeConfig", ATTENTION, QWEN_MOE, shared_expert_intermediate_size=22, qkv_bias=False),
+    tiny(
+        "qwen2-moe-no-bias", "Qwen2MoeConfig", ATTENTION, QWEN_MOE, shared_expert_intermediate_size=22, qkv_bias=False
+    ),
     tiny("mixtral", "MixtralConfig", ATTENTION, num_local_experts=6, num_experts_per_tok=2),
     tiny("mixtral-window", "MixtralConfig", ATTENTION, num_local_experts=4, num_experts_per_tok=1, sliding_window=5),
     tiny("glm4-moe", "Glm4MoeConfig", ATTENTION, SIGMOID_MOE, use_qk_norm=True, attention_bias=True),

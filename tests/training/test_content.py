@@ -78,7 +78,7 @@ def test_adapter_and_optimizer_are_the_same_tensors_whatever_the_layout_that_wro
     checkpoint = MegatronCheckpoint(tuned(4, TP2_PP2))
     assert str(checkpoint.layout) == "TP2 PP2"
     close(weights(tuned(4, TP2_PP2)), weights(tuned()), 1e-4)
-    stored = checkpoint.files[1, 1]["model"]
+    stored = checkpoint.files[1, 1, 0]["model"]
     name = "decoder.layers.0.mlp.linear_fc1.lora_B.default.weight"
     assert stored[name].shape == (44, 3), "a rank's file holds its share only: (ffn 44 / TP2, both halves) x rank 3"
 

@@ -94,6 +94,11 @@ class LazyTensor:
             return LazyTensor(self.path, offset, self.dtype, shape[::-1], (1, shape[1]))
         return LazyTensor(self.path, offset, self.dtype, shape)
 
+    def row_slice(self, start: int, stop: int) -> "LazyTensor":
+        """Rows `start` to `stop` of a contiguous tensor."""
+        offset = self.offset + start * element_count(self.shape[1:]) * self.dtype.itemsize
+        return LazyTensor(self.path, offset, self.dtype, (stop - start, *self.shape[1:]), self.stride)
+
     def read(self, rows: Ranges | None = None, columns: Ranges | None = None) -> torch.Tensor:
         """The tensor, or a box of it; `InputError` when the file ends early."""
         check_box(self.path, self.shape, rows, columns)

@@ -216,7 +216,7 @@ def write_torch_file(path: str | Path, content: Any) -> None:
 
 
 def write_skeleton(path: str | Path, content: Any) -> Any:
-    """Write a torch file whose tensors have place but no values yet; `fill` gives them, one at a time.
+    """Write a torch file whose tensors have place but no values yet; they are written at their offsets afterwards.
 
     The tensors in `content` need shape and dtype only (`torch.empty`, never touched, costs no memory). So the memory
     a checkpoint takes to write is that of one tensor, not of the file.
@@ -227,26 +227,3 @@ def write_skeleton(path: str | Path, content: Any) -> Any:
     with torch.serialization.skip_data():
         torch.save(content, str(path))
     return read_torch_file(path)
-
-
-def fill(place: LazyTensor, values: torch.Tensor, descriptor: int) -> None:
-    """Write a tensor's values at its place in a skeleton; `descriptor` is the file, open for writing.
-
-    Raises:
-        InputError: shape or type differ from the place's.
-    """
-    if tuple(values.shape) != place.shape or values.dtype != place.dtype:
-        raise InputError(
-            f"{place.path}: a {values.dtype} {tuple(values.shape)} tensor for a {place.dtype} {place.shape} place"
-        )
-    write_values(descriptor, place.offset, values)
-
-
-def write_values(descriptor: int, offset: int, values: torch.Tensor) -> None:
-    """Write a tensor's bytes at a file position."""
-    if not values.numel():
-        return
-    memory = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
-    done = 0
-    while done < len(memory):
-        done += os.pwrite(descriptor, memory[done : done + (1 << 30)], offset + done)
