@@ -50,6 +50,7 @@ class HFSource:
         self.tensors, note = dequantised(read_folder(self.path), settings, str(self.path))
         if note:
             self.notes.append(note)
+        config = stored_predictions(config, self.tensors)
         self.table = WeightTable(config)
         self.check_names(ignore_unknown)
         self.check_types()
@@ -126,6 +127,19 @@ class HFSource:
         """The stored values of one HF part."""
         tensor = self.tensors[hf.name]
         return tensor if hf.expert is None else tensor.expert(hf.expert, hf.transposed)
+
+
+def stored_predictions(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """The config without prediction layers where the folder has none of their tensors.
+
+    transformers drops them when it saves a model, and leaves their number in config.json.
+    """
+    if not config.mtp_num_layers:
+        return config
+    of_layer = WeightTable(config).of_layer
+    layers = range(config.num_layers, config.num_layers + config.mtp_num_layers)
+    wanted = {hf.name for layer in layers for entry in of_layer.get(layer, []) for hf in entry.hf}
+    return config if wanted & set(names) else dataclasses.replace(config, mtp_num_layers=0)
 
 
 def listed(names: Iterable[str], count: int = 5) -> str:
