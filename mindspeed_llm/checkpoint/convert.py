@@ -7,9 +7,11 @@ The source's own layout, sizes and adapter settings are read from its files; fla
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
@@ -19,7 +21,7 @@ from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource, copy_companions
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata, write_metadata
 from mindspeed_llm.checkpoint.open import source_hash
-from mindspeed_llm.checkpoint.sizes import check_space, human, progress_bar
+from mindspeed_llm.checkpoint.sizes import check_space, free_space, human, progress_bar
 from mindspeed_llm.checkpoint.targets import RankFiles, peak_memory
 from mindspeed_llm.errors import InputError
 
@@ -43,9 +45,21 @@ def main(argv: list[str]) -> int:
     total = sum(row.nbytes for row in job.target.rows(job.source))
     check_space(job.final, total)
     write = to_megatron if isinstance(job.target, RankFiles) else to_hf
-    write(job, total)
+    with one_thread():
+        write(job, total)
     report(job, total, time.monotonic() - started)
     return 0
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: blocks are so small that waking others for a copy takes longer than the copy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def show_plan(job: Job) -> None:
@@ -62,7 +76,8 @@ def show_plan(job: Job) -> None:
         f"dry run: {count} tensors in {len(files)} files of at most {human(max(files.values()))}, {human(total)} in"
         f" all, about {peak_memory(job.source, job.target) >> 20} MiB of memory: {job.final}"
     )
-    check_space(job.final, total)
+    if (free := free_space(job.final)) < total:
+        print(f"dry run: {job.final} has room for {human(free)} only")
 
 
 def origin_names(job: Job, logical: str) -> list[str]:
