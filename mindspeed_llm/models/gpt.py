@@ -5,28 +5,36 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch.nn.functional import silu
+from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 from mindspeed_llm.device.base import Device
-from mindspeed_llm.models.attention import CoreAttention
 from mindspeed_llm.models.causal_lm import CausalLM
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.layer import layer_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Gemma)."""
+    return gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "silu": {"activation_func": silu},
+    "gelu_tanh": {"activation_func": gelu_tanh},
+}
+"""`ModelConfig.activation` -> the fields of megatron-core's configuration that make it."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,10 @@ def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
         qk_layernorm=model.qk_layernorm,
-        add_bias_linear=False,
-        add_qkv_bias=model.add_qkv_bias,
+        layernorm_zero_centered_gamma=model.zero_centered_norm,
+        add_bias_linear=False,  # the layer's spec says which linear layer has a bias
         gated_linear_unit=True,
-        activation_func=silu,
+        **ACTIVATIONS[model.activation],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=engine.tensor,
@@ -101,39 +109,6 @@ def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device
     )
 
 
-def layer_spec(device: Device, qk_layernorm: bool) -> ModuleSpec:
-    """One dense decoder layer: RMSNorm, attention with our core, gated MLP."""
-    norm = device.rms_norm
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=ModuleSpec(module=CoreAttention, params={"device": device}),
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=norm if qk_layernorm else IdentityOp,
-                    k_layernorm=norm if qk_layernorm else IdentityOp,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-
-
-def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding at this TP: the vocabulary rounded up to a multiple of TP."""
-    return -(-vocab_size // tensor) * tensor
-
-
 def build_chunks(model: ModelConfig, engine: EngineOptions, device: Device) -> list[CausalLM]:
     """This rank's model chunks, with uninitialised parameters on the device.
 
@@ -152,25 +127,16 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, device: Device, 
     layers = config.num_layers // config.pipeline_model_parallel_size
     if vp_stage is not None:
         layers //= config.virtual_pipeline_model_parallel_size
+    first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
     spec: Any = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(device, model.qk_layernorm)] * layers, layer_norm=device.rms_norm
+        layer_specs=[layer_spec(model, first_layer + layer, device) for layer in range(layers)],
+        layer_norm=device.rms_norm,
     )
-    chunk = CausalLM(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=padded_vocab_size(model.vocab_size, config.tensor_model_parallel_size),
-        max_sequence_length=model.max_position_embeddings,
-        pre_process=first,
-        post_process=last,
-        share_embeddings_and_output_weights=model.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
-        vp_stage=vp_stage,
-    )
-    chunk.vocabulary = model.vocab_size
-    chunk.first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    place = device.torch_device(torch.distributed.get_node_local_rank(0))
+    chunk = CausalLM(model, config, spec, place, first=first, last=last, vp_stage=vp_stage)
+    chunk.first_layer = first_layer
     mark_split_weights(chunk)
-    return chunk.to(device.torch_device(torch.distributed.get_node_local_rank(0)))
+    return chunk.to(place)
 
 
 def mark_split_weights(chunk: torch.nn.Module) -> None:
