@@ -9,6 +9,7 @@ Shapes: s sequence, b batch, h hidden, n heads, d part of a head without positio
 `/t` = divided by TP.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -18,16 +19,16 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules, MultiLatentAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from torch import Tensor
-from torch.nn.functional import linear
 
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.models.attention import CoreAttention
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.linear import ReplicatedLinear
 from mindspeed_llm.models.rope import Rotary, rotate
 
 LATENT_NORM_EPSILON = 1e-6
@@ -59,10 +60,11 @@ def latent_attention_spec(model: ModelConfig, layer: int, device: Device) -> Mod
 
 
 class LatentCore(CoreAttention):
-    """The attention core with the model's own scale, which megatron-core would work out anew."""
+    """The attention core, scaled by the size of a query head, which is not that of a value head."""
 
     def __init__(self, *args: Any, model: ModelConfig, softmax_scale: float | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, model=model, softmax_scale=model.attention_scale, **kwargs)
+        scale = model.kv_channels**-0.5 if model.attention_scale is None else model.attention_scale
+        super().__init__(*args, model=model, softmax_scale=scale, **kwargs)
 
 
 class LatentRotary(Rotary):
@@ -73,24 +75,8 @@ class LatentRotary(Rotary):
         self.size = model.qk_pos_emb_head_dim
 
 
-class ReplicatedLinear(MegatronModule):
-    """A linear layer without bias that every TP rank holds whole.
-
-    Under sequence parallelism it sees this rank's positions, and its gradient has to be summed over the ranks.
-    """
-
-    def __init__(self, config: TransformerConfig, in_features: int, out_features: int) -> None:
-        super().__init__(config)
-        self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[..., in] -> ([..., out], no bias), as megatron-core's linear layers answer."""
-        return linear(x, self.weight), None
-
-
-class LatentAttention(MultiLatentAttention):
-    """megatron-core's latent attention (core, cache, output projection) over projections of our own."""
+class LatentAttention(Attention):
+    """megatron-core's attention (core, cache, output projection) over latent projections."""
 
     def __init__(
         self,
@@ -104,8 +90,11 @@ class LatentAttention(MultiLatentAttention):
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ) -> None:
-        super().__init__(config, submodules, layer_number, attn_mask_type, "self", cp_comm_type, pg_collection)
+        own = copy(config)
+        own.kv_channels = model.v_head_dim  # what the core gives and the output projection takes
+        super().__init__(own, submodules, layer_number, attn_mask_type, "self", cp_comm_type, pg_collection)
         self.model = model
+        self.key_hidden_size = model.kv_channels  # of the cache
         place = device.torch_device(torch.distributed.get_node_local_rank(0))
         self.rotary_pos_emb = LatentRotary(model, place, self.pg_collection.cp)
         sizes, hidden = model.dimensions(), model.hidden_size
@@ -118,6 +107,29 @@ class LatentAttention(MultiLatentAttention):
         self.linear_kv_down_proj = ReplicatedLinear(config, hidden, sizes["kv_down"])
         self.kv_layernorm = self.latent_norm(device, model.kv_lora_rank)
         self.linear_kv_up_proj = self.split_linear(model.kv_lora_rank, sizes["kv_up"])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [s/t, b, h] under sequence parallelism, else [s, b, h] -> (the same shape, no bias)."""
+        query, key, value = self.get_query_key_value_tensors(hidden_states, inference_context=inference_context)
+        query, key, value, _, mask_type, _ = self._adjust_key_value_for_inference(
+            inference_context, query, key, value, rotary_pos_emb=None
+        )
+        if self.checkpoint_core_attention and self.training:
+            out = self._checkpointed_attention_forward(
+                query, key, value, attention_mask, attn_mask_type=mask_type, packed_seq_params=packed_seq_params
+            )
+        else:
+            out = self.core_attention(
+                query, key, value, attention_mask, attn_mask_type=mask_type, packed_seq_params=packed_seq_params
+            )
+        return self.linear_proj(out)
 
     def latent_norm(self, device: Device, size: int) -> torch.nn.Module:
         """The norm of a latent vector."""
@@ -139,17 +151,10 @@ class LatentAttention(MultiLatentAttention):
         self,
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        packed_seq_params: Any = None,
         inference_context: Any = None,
-        *,
-        inference_params: Any = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Hidden states [s/t, b, h] under sequence parallelism, else [s, b, h], to queries, keys and values.
-
-        Returns:
-            q [s, b, n/t, d + r], k the same, v [s, b, n/t, v], and the latents of q and k/v.
-        """
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [s/t, b, h] to q [s, b, n/t, d + r], k the same, v [s, b, n/t, v]."""
         model, heads = self.model, self.num_attention_heads_per_partition
         rotated = model.qk_pos_emb_head_dim
         latent_q = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0]) if model.q_lora_rank else hidden_states
@@ -166,7 +171,7 @@ class LatentAttention(MultiLatentAttention):
         q_rotated, k_rotated = (rotate(one, table, model.rotary_interleaved) for one in (q_rotated, k_rotated))
         query = torch.cat([q_plain, q_rotated], dim=-1)
         key = torch.cat([k, k_rotated.expand(-1, -1, heads, -1)], dim=-1)
-        return query, key, v.contiguous(), latent_q, latent
+        return query, key, v.contiguous()
 
     def shared_by_heads(self, k_rotated: Tensor) -> Tensor:
         """The rotated key part, whole on every rank [s, b, r]; its gradient is the sum over the ranks' heads."""
