@@ -24,8 +24,11 @@ def live_model(folder: Path, engine: gpt.EngineOptions) -> CausalLM:
 
 
 @torch.no_grad()
-def logits(rank: int, folder: Path, ids: numpy.ndarray, **layout: int | bool) -> numpy.ndarray:
-    """Logits [rows, length, vocabulary] of a layout (fields of `EngineOptions`)."""
+def logits(rank: int, folder: Path, ids: numpy.ndarray, **layout: int | bool) -> tuple[int, numpy.ndarray]:
+    """(data-parallel rank, logits [rows, length, vocabulary] of its rows) in a layout (fields of `EngineOptions`).
+
+    Rows are dealt out to the data-parallel ranks in turn, so that they send different numbers of tokens to experts.
+    """
     engine = gpt.EngineOptions(**layout)
     parallel.start(
         device.select("cpu"),
@@ -36,7 +39,8 @@ def logits(rank: int, folder: Path, ids: numpy.ndarray, **layout: int | bool) ->
     )
     try:
         model = live_model(folder, engine)
-        out = model(torch.from_numpy(ids), None, None, runtime_gather_output=True)
-        return out[..., : model.vocabulary].numpy().copy()
+        place, places = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        out = model(torch.from_numpy(ids[place::places]), None, None, runtime_gather_output=True)
+        return place, out[..., : model.vocabulary].numpy().copy()
     finally:
         parallel.stop()
