@@ -7,6 +7,7 @@ from tests.distributed.pool import pool
 from tests.models.tiny_moe import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
+    DEEPSEEK_V3_YARN,
     EVERY,
     GPT_OSS,
     QWEN2_MOE,
@@ -78,3 +79,16 @@ def test_cut_models_give_the_same_logits(one: Tiny, layout: str) -> None:
     world, sizes = LAYOUTS[layout]
     ids = tokens(rows=3, length=20)
     check(found(one, ids, world, **sizes), reference(one, ids))
+
+
+CACHED = (QWEN3_MOE, GPT_OSS, DEEPSEEK_V2_LITE, DEEPSEEK_V3_YARN)
+
+
+@pytest.mark.parametrize("one", CACHED, ids=str)
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 3}], ids=["PP1", "PP3"])
+def test_a_cache_gives_the_logits_of_whole_sequences(one: Tiny, layout: dict[str, int]) -> None:
+    ids, prompt = tokens(length=12), 7
+    world = layout.get("pipeline", 1)
+    arguments = {"folder": saved(one), "ids": ids.numpy(), "prompt": prompt, **layout}
+    for share in pool(world).run("tests.models.moe_worker:cached_logits", **arguments):
+        check(torch.from_numpy(share), reference(one, ids)[:, prompt - 1 :])

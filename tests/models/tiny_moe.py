@@ -79,6 +79,11 @@ def tiny(name: str, config_class: str, *parts: dict[str, Any], **values: Any) ->
 
 QWEN3_MOE = tiny("qwen3-moe", "Qwen3MoeConfig", ATTENTION, QWEN_MOE, norm_topk_prob=True)
 DEEPSEEK_V3 = tiny("deepseek-v3", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16)
+DEEPSEEK_V3_YARN = tiny(
+    "deepseek-v3-yarn", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16, rope_parameters=YARN
+)
+    "deepseek-v3-yarn", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16, rope_parameters=YARN
+)
 DEEPSEEK_V2_LITE = tiny(
     "deepseek-v2-lite", "DeepseekV2Config", LATENT, SIGMOID_MOE, q_lora_rank=None, n_group=1, topk_group=1
 )
@@ -103,7 +108,7 @@ WITHOUT_LATENT = (
 WITH_LATENT = (
     DEEPSEEK_V3,
     tiny("deepseek-v3-plain-q", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=None, norm_topk_prob=False),
-    tiny("deepseek-v3-yarn", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16, rope_parameters=YARN),
+    DEEPSEEK_V3_YARN,
     tiny("deepseek-v3-halves", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16, rope_interleave=False),
     DEEPSEEK_V2_LITE,
     tiny(
