@@ -82,8 +82,6 @@ DEEPSEEK_V3 = tiny("deepseek-v3", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lor
 DEEPSEEK_V3_YARN = tiny(
     "deepseek-v3-yarn", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16, rope_parameters=YARN
 )
-    "deepseek-v3-yarn", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16, rope_parameters=YARN
-)
 DEEPSEEK_V2_LITE = tiny(
     "deepseek-v2-lite", "DeepseekV2Config", LATENT, SIGMOID_MOE, q_lora_rank=None, n_group=1, topk_group=1
 )
