@@ -34,4 +34,5 @@ QWEN3_MOE = Family(
     requires={**NOT_EXPRESSED, "use_sliding_window": False},
     weights=network_rows(layer_rows(GROUPED_ATTENTION, dense_rows(), router_rows(), expert_rows())),
     aliases=("qwen3-moe",),
+    specs=("qwen3",),
 )
