@@ -9,7 +9,8 @@ import torch
 from megatron.core import parallel_state
 
 from mindspeed_llm import device
-from mindspeed_llm.checkpoint.live import ExpertPlace, live_tensors, load_live
+from mindspeed_llm.checkpoint.layout import ExpertShare
+from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.open import open_base
 from mindspeed_llm.inference.live import LiveModel
 from mindspeed_llm.models import gpt, parallel
@@ -21,7 +22,7 @@ def live_model(folder: Path, engine: gpt.EngineOptions) -> CausalLM:
     base = open_base(folder)
     (chunk,) = gpt.build_chunks(base.config, engine, device.select("cpu"))
     rank = parallel_state.get_tensor_model_parallel_rank()
-    experts = ExpertPlace(*parallel.expert_place(base.config.num_experts))
+    experts = ExpertShare(*parallel.expert_place(base.config.num_experts))
     load_live(live_tensors(chunk), base, rank, engine.tensor, chunk.first_layer, experts=experts)
     return chunk.eval()
 
