@@ -19,12 +19,12 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch.nn.functional import silu
 
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.models.attention import CoreAttention
 from mindspeed_llm.models.causal_lm import CausalLM
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.moe import activation_options, mlp_spec, moe_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,15 +35,23 @@ class EngineOptions:
 
     Attributes:
         tensor, pipeline: TP and PP sizes.
+        expert: processes over which the experts are spread (EP).
+        expert_tensor: processes over which each expert is cut (ETP); None for as many as `tensor`.
         layers_per_virtual_stage: layers of one model chunk under interleaved pipelining; None for one chunk a stage.
         sequence_parallel: split activations along the sequence between TP regions.
         dtype: of parameters and activations.
+        moe_aux_loss: coefficient of the load-balancing loss in training; 0 for none.
+        moe_aux_loss_type: over the tokens of a micro-batch ("aux_loss"), of a row ("seq_aux_loss") or of all ranks
+            ("global_aux_loss").
+        moe_z_loss: coefficient of the loss that keeps router logits small; None for none.
         variable_seq_lengths: micro-batches may differ in length, so pipeline stages send shapes first.
         recompute_granularity, recompute_method, recompute_num_layers: megatron-core's recomputation options.
     """
 
     tensor: int = 1
     pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
     layers_per_virtual_stage: int | None = None
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float32
@@ -52,6 +60,9 @@ class EngineOptions:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     calculate_per_token_loss: bool = False
+    moe_aux_loss: float = 0.0
+    moe_aux_loss_type: str = "aux_loss"
+    moe_z_loss: float | None = None
 
     def virtual_stages(self, num_layers: int) -> int | None:
         """Model chunks per pipeline stage, or None without interleaving."""
@@ -76,7 +87,6 @@ def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device
         add_bias_linear=False,
         add_qkv_bias=model.add_qkv_bias,
         gated_linear_unit=True,
-        activation_func=silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=engine.tensor,
@@ -97,12 +107,19 @@ def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device
         recompute_method=engine.recompute_method,
         recompute_num_layers=engine.recompute_num_layers,
         calculate_per_token_loss=engine.calculate_per_token_loss,
+        expert_model_parallel_size=engine.expert,
+        expert_tensor_parallel_size=engine.expert_tensor or engine.tensor,
+        moe_aux_loss_coeff=engine.moe_aux_loss,
+        moe_router_load_balancing_type=engine.moe_aux_loss_type,
+        moe_z_loss_coeff=engine.moe_z_loss,
+        **activation_options(model),
+        **moe_options(model),
         **device.engine_config,
     )
 
 
-def layer_spec(device: Device, qk_layernorm: bool) -> ModuleSpec:
-    """One dense decoder layer: RMSNorm, attention with our core, gated MLP."""
+def layer_spec(model: ModelConfig, layer: int, device: Device) -> ModuleSpec:
+    """Decoder layer number `layer`: RMSNorm, attention with our core, gated MLP or experts."""
     norm = device.rms_norm
     return ModuleSpec(
         module=TransformerLayer,
@@ -115,17 +132,22 @@ def layer_spec(device: Device, qk_layernorm: bool) -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=ModuleSpec(module=CoreAttention, params={"device": device}),
                     linear_proj=RowParallelLinear,
-                    q_layernorm=norm if qk_layernorm else IdentityOp,
-                    k_layernorm=norm if qk_layernorm else IdentityOp,
+                    q_layernorm=norm if model.qk_layernorm else IdentityOp,
+                    k_layernorm=norm if model.qk_layernorm else IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=mlp_spec(model) if model.has("moe", layer) else dense_mlp_spec(),
             mlp_bda=get_bias_dropout_add,
         ),
+    )
+
+
+def dense_mlp_spec() -> ModuleSpec:
+    """A gated MLP."""
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
 
 
@@ -152,8 +174,10 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, device: Device, 
     layers = config.num_layers // config.pipeline_model_parallel_size
     if vp_stage is not None:
         layers //= config.virtual_pipeline_model_parallel_size
+    first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
     spec: Any = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(device, model.qk_layernorm)] * layers, layer_norm=device.rms_norm
+        layer_specs=[layer_spec(model, first_layer + layer, device) for layer in range(layers)],
+        layer_norm=device.rms_norm,
     )
     chunk = CausalLM(
         config=config,
@@ -168,7 +192,7 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, device: Device, 
         vp_stage=vp_stage,
     )
     chunk.vocabulary = model.vocab_size
-    chunk.first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    chunk.first_layer = first_layer
     mark_split_weights(chunk)
     return chunk.to(device.torch_device(torch.distributed.get_node_local_rank(0)))
 

@@ -50,6 +50,7 @@ class HFSource:
         self.tensors, note = dequantised(read_folder(self.path), settings, str(self.path))
         if note:
             self.notes.append(note)
+        config = stored_predictions(config, self.tensors)
         self.table = WeightTable(config)
         self.check_names(ignore_unknown)
         self.check_types()
@@ -128,6 +129,19 @@ class HFSource:
         return tensor if hf.expert is None else tensor.expert(hf.expert, hf.transposed)
 
 
+def stored_predictions(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """The config without prediction layers where the folder has none of their tensors.
+
+    transformers drops them when it saves a model, and leaves their number in config.json.
+    """
+    if not config.mtp_num_layers:
+        return config
+    of_layer = WeightTable(config).of_layer
+    layers = range(config.num_layers, config.num_layers + config.mtp_num_layers)
+    wanted = {hf.name for layer in layers for entry in of_layer.get(layer, []) for hf in entry.hf}
+    return config if wanted & set(names) else dataclasses.replace(config, mtp_num_layers=0)
+
+
 def listed(names: Iterable[str], count: int = 5) -> str:
     """The first names, and how many more there are."""
     names = sorted(names)
@@ -160,6 +174,11 @@ def plan_shards(source: TensorSource, shard_bytes: int) -> list[dict[str, tuple[
     return shards
 
 
+def shard_files(count: int) -> list[str]:
+    """File names of an HF folder's weights."""
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
 def write_hf(
     source: TensorSource,
     folder: Path,
@@ -174,8 +193,7 @@ def write_hf(
         progress: told the bytes of each block written.
     """
     shards = plan_shards(source, shard_bytes)
-    count = len(shards)
-    files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = shard_files(len(shards))
     writers = [SafetensorsWriter(folder / file, tensors) for file, tensors in zip(files, shards, strict=True)]
     where = {name: number for number, tensors in enumerate(shards) for name in tensors}
     for logical in source.names():
@@ -185,7 +203,7 @@ def write_hf(
             copy_part(source, logical, entry.hf_map(), part, place, progress)
     for writer in writers:
         writer.close()
-    if count > 1:
+    if len(shards) > 1:
         total = sum(writer.nbytes for writer in writers)
         index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in where.items()}}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
