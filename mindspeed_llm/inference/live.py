@@ -20,6 +20,7 @@ from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
+from mindspeed_llm.models.rope import switches_between
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,22 @@ def open_sources(options: LiveProgram) -> Sources:
     if options.parallel.num_layers_per_virtual_pipeline_stage is not None:
         raise UsageError("--num-layers-per-virtual-pipeline-stage is for training only; leave it out")
     return Sources(base, path, adapter)
+
+
+class Cache(StaticInferenceContext):
+    """megatron-core's cache of keys and values, which also knows the tokens it was made from.
+
+    Attributes:
+        tokens: [b, s], None while empty.
+    """
+
+    tokens: Tensor | None = None
+
+    def swap_key_value_dict(self, batch_idx: Sequence[int]) -> None:
+        """Row i becomes what row `batch_idx[i]` is."""
+        super().swap_key_value_dict(batch_idx)
+        if self.tokens is not None:
+            self.tokens = self.tokens[list(batch_idx)]
 
 
 class LiveModel:
@@ -90,17 +107,24 @@ class LiveModel:
             torch.distributed.broadcast(values, source, group=self.pipeline)
         return values
 
-    def cache(self, rows: int, length: int) -> StaticInferenceContext:
+    def cache(self, rows: int, length: int) -> Cache:
         """An empty key-value cache for `rows` sequences of at most `length` tokens."""
-        return StaticInferenceContext(rows, length)
+        return Cache(rows, length)
 
     @torch.no_grad()
-    def next_logits(self, tokens: Tensor, cache: StaticInferenceContext | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         """Logits [b, v] fp32 behind the last token of each row.
 
         Args:
             tokens: [b, s], what follows the cached tokens, or whole rows without a cache.
         """
+        if cache is not None:
+            before = cache.sequence_len_offset
+            whole = tokens if cache.tokens is None else torch.cat([cache.tokens, tokens], 1)
+            if before and switches_between(self.config, before, whole.size(1)):
+                cache.reset()  # longer than the short frequencies are for: start again with the long ones
+                tokens = whole
+            cache.tokens = whole
         logits = torch.empty(tokens.size(0), self.config.vocab_size, device=self.device)
         out = self._stage(tokens, inference_context=cache)
         if self.last:
