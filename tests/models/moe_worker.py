@@ -9,12 +9,14 @@ import torch
 from megatron.core import parallel_state
 
 from mindspeed_llm import device
+from mindspeed_llm.arguments.parser import parse
+from mindspeed_llm.arguments.programs import InferenceOptions
 from mindspeed_llm.checkpoint.layout import ExpertShare
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.open import open_base
 from mindspeed_llm.device import gloo
 from mindspeed_llm.errors import UsageError
-from mindspeed_llm.inference.live import LiveModel
+from mindspeed_llm.inference.live import LiveModel, load_model, open_sources
 from mindspeed_llm.models import gpt, parallel
 from mindspeed_llm.models.causal_lm import CausalLM
 
@@ -124,3 +126,13 @@ def gathered(rank: int, lengths: list[int]) -> list[list[float]]:
     found = [torch.empty(length, 2) for length in lengths]
     gloo.all_gather(found, own)
     return [one[:, 0].tolist() for one in found]
+
+
+def program_logits(rank: int, argv: list[str], ids: numpy.ndarray) -> numpy.ndarray:
+    """Logits [rows, vocabulary] behind each row, of the model an inference.py command line opens."""
+    options = parse(InferenceOptions, argv, "inference.py")
+    model = load_model(options, open_sources(options), device.select("cpu"))
+    try:
+        return model.next_logits(torch.from_numpy(ids), None).numpy()
+    finally:
+        parallel.stop()
