@@ -5,6 +5,7 @@ import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_mtp_block_spec,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import TransformerConfig, multi_latent_attention
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from mindspeed_llm import device
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.gpt import EngineOptions, build_chunks
 
 
 class Local(NamedTuple):
@@ -30,7 +31,7 @@ class Local(NamedTuple):
     tensors: dict[str, np.ndarray]
     first_layer: int
     tp_rank: int
-    ep_rank: int
+    expert_place: tuple[int, int, int, int]
 
 
 @contextlib.contextmanager
@@ -54,6 +55,13 @@ def may_have_children() -> Iterator[None]:
         settings["daemon"] = kept
 
 
+class NoCore(torch.nn.Module):
+    """In place of the attention's core, which has no weights and does not know latent attention's arguments."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+
 def transformer_config(model: ModelConfig, tp: int, pp: int, ep: int) -> TransformerConfig:
     """A megatron-core configuration with the parameters of `model`."""
     options: dict[str, Any] = {}
@@ -69,7 +77,10 @@ def transformer_config(model: ModelConfig, tp: int, pp: int, ep: int) -> Transfo
         }
         if len(model.moe_layers) < model.num_layers:
             options["moe_layer_freq"] = [int(layer in model.moe_layers) for layer in range(model.num_layers)]
-    return TransformerConfig(
+    if model.multi_latent_attention:
+        names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+        options |= {name: getattr(model, name) for name in names} | {"rope_type": "rope"}
+    return (MLATransformerConfig if model.multi_latent_attention else TransformerConfig)(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -77,7 +88,7 @@ def transformer_config(model: ModelConfig, tp: int, pp: int, ep: int) -> Transfo
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
         normalization="RMSNorm",
-        qk_layernorm=model.qk_layernorm,
+        qk_layernorm=model.qk_layernorm or model.multi_latent_attention,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -101,36 +112,29 @@ def transformer_config(model: ModelConfig, tp: int, pp: int, ep: int) -> Transfo
 
 
 def build(model: ModelConfig, tp: int = 1, pp: int = 1, ep: int = 1) -> GPTModel:
-    """A model filled with a number that is no weight: megatron-core's own, by its own local layer specification.
-
-    Latent attention needs transformer_engine there, so such a model is this package's.
-    """
-    if model.multi_latent_attention:
-        options = EngineOptions(tensor=tp, pipeline=pp, expert=ep, expert_tensor=1 if ep > 1 else tp)
-        return filled(build_chunks(model, options, device.select("cpu"))[0])
+    """megatron-core's own model, by its own local layer specification, filled with a number that is no weight."""
     config = transformer_config(model, tp, pp, ep)
     if model.num_experts:
         spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm")
+        for layer in spec.layer_specs if model.multi_latent_attention else ():
+            layer.submodules.self_attention.submodules.core_attention = NoCore
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
-    built = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=-(-model.vocab_size // tp) * tp,
-        max_sequence_length=64,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=model.tie_word_embeddings,
-        position_embedding_type="rope",
-        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
-        if model.mtp_num_layers
-        else None,
-    )
-    return filled(built)
-
-
-def filled(built: GPTModel) -> GPTModel:
-    """The same model, every tensor filled with a number that is no weight."""
+    # Its latent attention asks whether a layer is transformer_engine's, which is not there to ask for.
+    with mock.patch.object(multi_latent_attention, "TELinear", NoCore):
+        built = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=-(-model.vocab_size // tp) * tp,
+            max_sequence_length=64,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            position_embedding_type="rope",
+            mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+            if model.mtp_num_layers
+            else None,
+        )
     with torch.no_grad():
         for tensor in weights(built).values():
             tensor.fill_(-77.0)
@@ -150,7 +154,7 @@ def local(built: GPTModel, pp: int) -> Local:
         {name: value.detach().float().numpy().copy() for name, value in weights(built).items()},
         rank * (built.config.num_layers // pp),
         parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_expert_model_parallel_rank() if built.config.num_moe_experts else 0,
+        parallel.expert_place(built.config.num_moe_experts or 0),
     )
 
 
@@ -171,8 +175,8 @@ def save(
         generator = torch.Generator().manual_seed(rank + 1)
         replicated = torch.Generator().manual_seed(99)
         with torch.no_grad():
-            for tensor in weights(built).values():
-                split = getattr(tensor, "tensor_model_parallel", False) or ep > 1
+            for name, tensor in weights(built).items():
+                split = getattr(tensor, "tensor_model_parallel", False) or ".local_experts." in name
                 tensor.copy_(torch.randn(tensor.shape, generator=generator if split else replicated))
         content = {"model": built.sharded_state_dict(metadata=metadata), **(common or {})}
         if optimizer:
