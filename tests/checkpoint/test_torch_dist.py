@@ -1,12 +1,6 @@
 """torch_dist checkpoints: what megatron-core saves is read, and what is written megatron-core loads."""
 
-import json
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,69 +12,24 @@ from mindspeed_llm.checkpoint.formats.mcore_names import EXPERT_NUMBER
 from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
 from mindspeed_llm.checkpoint.formats.torch_dist_file import Chunk, ChunkedTensor
 from mindspeed_llm.checkpoint.formats.torch_dist_names import form_of
-from mindspeed_llm.checkpoint.formats.torch_dist_writer import write_torch_dist
-from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.live import local_slice
 from mindspeed_llm.checkpoint.metadata import Metadata, write_metadata
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, WeightTable, logical_name
 from mindspeed_llm.checkpoint.upstream_args import upstream_args
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.models.config import ModelConfig
-from tests.checkpoint.tiny import hf_config
+from tests.checkpoint.dist_models import (
+    DIFFERING,
+    OWN_TABLES,
+    PER_LAYER,
+    RAW,
+    SINGLETONS,
+    Drawn,
+    check_source,
+    model,
+    written,
+)
 from tests.distributed.pool import pool
-from tests.models.tiny_moe import ATTENTION, COMMON, LATENT, QWEN_MOE, SIGMOID_MOE
-
-SINGLETONS = {"singleton_local_shards": True}
-PER_LAYER = {"non_homogeneous_layers": True}
-PREDICTING = {"use_qk_norm": True, "attention_bias": False, "num_nextn_predict_layers": 1}
-RAW = {
-    "dense": hf_config(dtype="float32"),
-    "tied": hf_config(tied=True, dtype="float32"),
-    "experts": {"architectures": ["Qwen3MoeForCausalLM"], **COMMON, **ATTENTION, **QWEN_MOE},
-    "mixed": {"architectures": ["Glm4MoeForCausalLM"], **COMMON, **ATTENTION, **SIGMOID_MOE, **PREDICTING},
-    "latent": {"architectures": ["DeepseekV3ForCausalLM"], **COMMON, **LATENT, **SIGMOID_MOE, "q_lora_rank": 16},
-}
-OWN_TABLES = ("mtp.layers.0.embed_tokens.weight", "mtp.layers.0.output_layer.weight")
-"""Hub tensors megatron-core has no place for: its prediction layers share the network's."""
-
-
-DIFFERING = ("mixed", "latent")
-"""Models whose first layer has no experts."""
-
-
-@cache
-def model(name: str) -> ModelConfig:
-    """One of the tiny models, in float32."""
-    raw = {"num_nextn_predict_layers": 0, **RAW[name], "torch_dtype": "float32"}
-    return ModelConfig.from_hf_dict(raw, "here")
-
-
-@dataclass
-class Drawn:
-    """Random weights by logical name (`TensorSource`)."""
-
-    config: ModelConfig
-
-    def __post_init__(self) -> None:
-        self.table = WeightTable(self.config)
-        generator = torch.Generator().manual_seed(3)
-        dtype = getattr(torch, self.config.dtype)
-        self.tensors = {
-            name: torch.randn(entry.shape, generator=generator).to(dtype) for name, entry in self.table.entries.items()
-        }
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> torch.Tensor:
-        return narrow(self.tensors[self.table.resolve(name)], rows, columns)
 
 
 def saved_by_megatron(folder: Path, name: str, size: int = 1, **options: Any) -> list[Any]:
@@ -92,25 +41,6 @@ def saved_by_megatron(folder: Path, name: str, size: int = 1, **options: Any) ->
 def loaded_by_megatron(folder: Path, name: str, size: int = 1, **options: Any) -> list[Any]:
     """What each rank of megatron-core's own model holds after loading, keys missing, common part."""
     return pool(size).run("tests.checkpoint.dist_worker:load", model=model(name), folder=folder, **options)
-
-
-def written(folder: Path, source: Any, **options: Any) -> Path:
-    """A checkpoint of ours."""
-    folder.mkdir(parents=True)
-    write_torch_dist(source, folder, **options)
-    return folder
-
-
-def check_source(source: TorchDistSource, expected: Callable[[str], torch.Tensor]) -> None:
-    """Every tensor of the table is there, whole and in boxes, bit for bit."""
-    assert source.names() == list(source.table.entries)
-    for name in source.names():
-        whole = expected(name)
-        assert source.dtype(name) == whole.dtype and torch.equal(source.read(name), whole), name
-        rows = whole.shape[0]
-        box = [(rows // 2, rows), (1, 3)]
-        columns = [(2, 5), (0, 1)] if whole.dim() > 1 and whole.shape[1] > 5 else None
-        assert torch.equal(source.read(name, box, columns), narrow(whole, box, columns).contiguous()), name
 
 
 CASES = [
@@ -156,10 +86,9 @@ def check_ranks(held: list[Any], read: Callable[[str], torch.Tensor], table: Wei
     seen = set()
     for rank in held:
         for local_name, values in rank.tensors.items():
-            name = EXPERT_NUMBER.sub(
-                lambda match, rank=rank: str(int(match[0]) + rank.first_expert),
-                logical_name(local_name, rank.first_layer),
-            )
+            first = rank.expert_place[0]
+            name = logical_name(local_name, rank.first_layer)
+            name = EXPERT_NUMBER.sub(lambda match, first=first: str(int(match[0]) + first), name)
             seen.add(table.resolve(name))
             whole = read(table.resolve(name))
             if name in (EMBEDDING, OUTPUT_LAYER):  # what the padding rows hold is nobody's concern
@@ -318,141 +247,3 @@ def test_a_run_folder_leads_to_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("7")
     assert is_torch_dist(tmp_path / "run")
     assert TorchDistSource(tmp_path / "run").path == tmp_path / "run" / "iter_0000007"
-
-
-def damaged(folder: Path, change: Callable[[Any], object]) -> Path:
-    """Rewrite the index after `change(index)`."""
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    change(index)
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
-    return folder
-
-
-def refused(folder: Path, message: str, **options: Any) -> None:
-    """One line of error."""
-    with pytest.raises(InputError, match=message) as error:
-        TorchDistSource(folder, model("dense"), **options)
-    assert "\n" not in str(error.value)
-
-
-def rename(index: Any, old: str, new: str) -> None:
-    """Give a key of the index another name."""
-    index.state_dict_metadata[new] = index.state_dict_metadata.pop(old)
-    for place in [place for place in index.storage_data if place.fqn == old]:
-        index.storage_data[type(place)(new, place.offset, place.index)] = index.storage_data.pop(place)
-
-
-NORM = "decoder.final_layernorm.weight"
-
-
-def each_chunk(field: str, value: Any) -> Callable[[Any], None]:
-    """A change of one field of every storage record."""
-    return lambda index: [setattr(info, field, value) for info in index.storage_data.values()]
-
-
-DAMAGE = [
-    (lambda index: rename(index, NORM, "surprise"), rf"1 tensors are missing \['{NORM}'\]; 1 are unknown .*surprise"),
-    (lambda index: index.state_dict_metadata[NORM].chunks.clear(), f"chunks of {NORM} hold 0 of 24 values"),
-    (each_chunk("relative_path", "../elsewhere"), r"file '../elsewhere' of .* lies outside the folder; refused"),
-    (each_chunk("relative_path", "gone.distcp"), "gone.distcp: no such file, but .metadata lists it"),
-    (each_chunk("length", 1 << 40), "truncated"),
-    (each_chunk("transform_descriptors", ["zstd"]), "stored compressed"),
-    (lambda index: index.storage_data.clear(), "is no checkpoint index"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), DAMAGE)
-def test_a_damaged_index_is_one_line_of_error(change: Callable, message: str, tmp_path: Path) -> None:
-    refused(damaged(written(tmp_path / "ckpt", Drawn(model("dense"))), change), message)
-
-
-def test_other_damage_is_one_line_of_error(tmp_path: Path) -> None:
-    folder = written(tmp_path / "ckpt", Drawn(model("dense")))
-    whole = (folder / ".metadata").read_bytes()
-    (folder / ".metadata").write_bytes(whole[: len(whole) // 2])
-    refused(folder, "broken pickle")
-    (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
-    refused(folder, "a dict, expected Metadata")
-    (folder / ".metadata").unlink()
-    refused(folder, "cannot be read .*the checkpoint is incomplete")
-    (folder / ".metadata").write_bytes(whole)
-    (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    assert is_torch_dist(folder)
-    refused(folder, "'zarr' cannot be read; save it with torch_dist")
-    (folder / "metadata.json").write_text("{}")
-    refused(folder, "does not name its backend")
-    with pytest.raises(InputError, match=r"input_layernorm.weight has shape \[4, 24\], its settings ask for \[3, 24\]"):
-        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-        TorchDistSource(folder, ModelConfig.from_hf_dict(hf_config(layers=3), "here"))
-
-
-def test_a_shard_that_is_not_what_the_index_says_is_an_error_when_it_is_read(tmp_path: Path) -> None:
-    folder = written(tmp_path / "ckpt", Drawn(model("dense")))
-    first, second = (f"decoder.layers.mlp.{part}.weight" for part in ("linear_fc1", "linear_fc2"))
-
-    def swap(index: Any) -> None:
-        places = {place.fqn: place for place in index.storage_data if place.offset == (1, 0, 0)}
-        for field in ("offset", "length"):
-            one, other = (index.storage_data[places[key]] for key in (first, second))
-            kept = getattr(one, field)
-            setattr(one, field, getattr(other, field))
-            setattr(other, field, kept)
-
-    source = TorchDistSource(damaged(folder, swap), model("dense"))
-    with pytest.raises(InputError, match=r"lies \[1, 24, 44\], .metadata says \[1, 88, 24\]"):
-        source.read("decoder.layers.1.mlp.linear_fc1.weight")
-    shard = folder / "__0_0.distcp"
-    shard.write_bytes(b"\0" * shard.stat().st_size)
-    with pytest.raises(InputError, match="not a complete torch file"):
-        source.read(NORM)
-
-
-def test_unknown_tensors_are_left_out_on_request_and_said(tmp_path: Path) -> None:
-    source = Drawn(model("dense"))
-    folder = damaged(written(tmp_path / "ckpt", source), lambda index: rename(index, NORM, "surprise"))
-    refused(folder, "1 tensors are missing", ignore_unknown=True)
-    again = written(tmp_path / "again", source)
-
-    def add(index: Any) -> None:
-        index.state_dict_metadata["surprise"] = index.state_dict_metadata[NORM]
-        (info,) = [info for place, info in index.storage_data.items() if place.fqn == NORM]
-        index.storage_data[type(next(iter(index.storage_data)))("surprise", (0,), 0)] = info
-
-    damaged(again, add)
-    refused(again, "1 are unknown to a qwen3 model .*surprise")
-    found = TorchDistSource(again, model("dense"), ignore_unknown=True)
-    check_source(found, source.read)
-    assert found.notes == [f"{again}: 1 unknown tensors are left out: ['surprise']"]
-
-
-class Bomb:
-    """An object whose pickle runs a command when it is loaded."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple:
-        return (open, (str(self.trace), "w"))
-
-
-def test_code_in_an_index_is_never_run(tmp_path: Path) -> None:
-    folder = written(tmp_path / "ckpt", Drawn(model("dense")))
-    damaged(folder, lambda index: setattr(index, "planner_data", Bomb(tmp_path / "ran")))
-    (tmp_path / "ran").unlink(missing_ok=True)
-    TorchDistSource(folder, model("dense"))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_reading_and_writing_import_no_megatron_core(tmp_path: Path) -> None:
-    folder = written(tmp_path / "ckpt", Drawn(model("dense")))
-    (tmp_path / "out").mkdir()
-    code = (
-        "import sys; from pathlib import Path;"
-        "from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource;"
-        "from mindspeed_llm.checkpoint.formats.torch_dist_writer import write_torch_dist;"
-        f"write_torch_dist(TorchDistSource({str(folder)!r}), Path({str(tmp_path / 'out')!r}));"
-        "print([name for name in sys.modules if name.startswith('megatron')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-    assert json.loads((tmp_path / "out" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
