@@ -8,7 +8,8 @@ The names are those of its sharded state dicts (megatron-core 0.16.1), of which 
 
 Experts lie along an axis of their own (after the layers' one) or, as singletons, under their global number:
 mlp.experts.experts.linear_fc1.weight [layers, experts, ...] or mlp.experts.experts.7.linear_fc1.weight. A norm goes by
-its own name or by that of the linear layer after it. Prediction layers are never stacked.
+its own name or by that of the linear layer after it. Prediction layers are never stacked; Megatron gives them no
+embedding and output layer of their own.
 """
 
 import re
@@ -16,13 +17,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mindspeed_llm.checkpoint.formats.mcore_names import ENGINE_NORMS
-from mindspeed_llm.checkpoint.tables import Entry, WeightTable
+from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, Entry, WeightTable
 from mindspeed_llm.models.families.base import Kind
 
 LAYERS = re.compile(r"^decoder\.layers\.(\d+)\.")
 LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 HALVES = ("_w", "_v")
 OPTIMIZER = re.compile(r"^(optimizer\.|chained_\d+\.)")
+SHARED = re.compile(r"^mtp\.layers\.\d+\.(embed_tokens|output_layer)\.weight$")
 WRAPPER = re.compile(r"^(module\.)+")
 NO_EXTRA_STATE = ("word_embeddings", "embed_tokens", "output_layer", "router", "experts")
 """Modules that keep no `_extra_state`."""
@@ -88,6 +90,8 @@ def spellings(entry: Entry) -> Iterator[Spelling]:
     for form in FORMS:
         for name in (entry.name, *other_names(entry.name)):
             yield spell(entry, form, name)
+    if shared := SHARED.match(entry.name):
+        yield Spelling((EMBEDDING if shared[1] == "embed_tokens" else OUTPUT_LAYER,), (), ())
 
 
 def form_of(table: WeightTable) -> Form:

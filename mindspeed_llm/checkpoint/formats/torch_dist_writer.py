@@ -31,6 +31,7 @@ from mindspeed_llm.checkpoint.kinds import whole_copies
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.tables import Entry
 from mindspeed_llm.checkpoint.upstream_args import upstream_args
+from mindspeed_llm.errors import UsageError
 
 FILE_BYTES = 5_000_000_000
 """A file is closed once it is larger."""
@@ -59,8 +60,14 @@ def write_torch_dist(
         progress: told the bytes of each block written.
         stacked: layers share tensors, as models expect whose layers are alike; None to do as megatron-core does.
         file_bytes: a new file is begun above this.
+
+    Raises:
+        UsageError: layers are to share tensors, but do not all have the same ones.
     """
-    form = form_of(source.table) if stacked is None else Form(stacked)
+    form = form_of(source.table)
+    if stacked and not form.stacked:
+        raise UsageError(f"the layers of this {source.config.family} model differ; they cannot share tensors")
+    form = form if stacked is None else Form(stacked)
     with ShardFiles(folder, file_bytes) as files:
         for name in source.names():
             write_tensor(source, source.table.entry(name), form, files, progress)
