@@ -6,10 +6,13 @@ The source's own layout, sizes and adapter settings are read from its files; fla
 """
 
 import contextlib
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
@@ -17,10 +20,12 @@ from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_tracker
 from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource, copy_companions
+from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource
+from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata, write_metadata
 from mindspeed_llm.checkpoint.open import source_hash
-from mindspeed_llm.checkpoint.sizes import check_space, human, progress_bar
-from mindspeed_llm.checkpoint.targets import RankFiles, peak_memory
+from mindspeed_llm.checkpoint.sizes import check_space, free_space, human, progress_bar
+from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, peak_memory
 from mindspeed_llm.errors import InputError
 
 HF_SUBFOLDER_ALIAS = "mg2hf"
@@ -42,10 +47,24 @@ def main(argv: list[str]) -> int:
         return 0
     total = sum(row.nbytes for row in job.target.rows(job.source))
     check_space(job.final, total)
-    write = to_megatron if isinstance(job.target, RankFiles) else to_hf
-    write(job, total)
+    for note in getattr(job.base, "notes", ()):
+        print(note, file=sys.stderr)
+    write = to_hf if isinstance(job.target, HfFolder) else to_megatron
+    with one_thread():
+        write(job, total)
     report(job, total, time.monotonic() - started)
     return 0
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: blocks are so small that waking others for a copy takes longer than the copy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def show_plan(job: Job) -> None:
@@ -62,13 +81,16 @@ def show_plan(job: Job) -> None:
         f"dry run: {count} tensors in {len(files)} files of at most {human(max(files.values()))}, {human(total)} in"
         f" all, about {peak_memory(job.source, job.target) >> 20} MiB of memory: {job.final}"
     )
-    check_space(job.final, total)
+    if (free := free_space(job.final)) < total:
+        print(f"dry run: {job.final} has room for {human(free)} only")
 
 
 def origin_names(job: Job, logical: str) -> list[str]:
     """Names of what a logical tensor is read from."""
     if isinstance(job.base, HFSource):
         return [str(hf) for hf in job.source.table.entry(logical).hf]
+    if isinstance(job.base, TorchDistSource):
+        return [logical]
     return [f"{part.path.parent.name}:{logical}" for part in job.base.stored(logical).parts]
 
 
@@ -108,7 +130,9 @@ def describe(job: Job, hashed: "Future[str]") -> Metadata:
         recorded = BaseRecord(str(job.base.path.resolve()), hashed.result() if unchanged else source_hash(job.base))
     elif recorded is None and job.origin is not None:
         recorded = BaseRecord(str(job.origin.resolve()), None)
-    return Metadata(job.source.config, job.target.layout, ITERATION, hashed.result(), recorded)
+    config = job.source.config
+    layout = job.target.layout if isinstance(job.target, RankFiles) else Layout.create(config.num_layers)
+    return Metadata(config, layout, ITERATION, hashed.result(), recorded)
 
 
 def to_hf(job: Job, total: int) -> None:
@@ -137,17 +161,18 @@ def report(job: Job, nbytes: int, seconds: float) -> None:
     """One summary line, and the command that comes next."""
     config, target = job.source.config, job.target
     merged = f" + LoRA r {job.lora.settings.r} alpha {job.lora.settings.alpha:g}" if job.lora else ""
-    megatron = isinstance(target, RankFiles)
+    megatron = not isinstance(target, HfFolder)
+    layout = target.layout if isinstance(target, RankFiles) else Layout.create(config.num_layers)
+    told = f"mg {layout}" if isinstance(target, RankFiles) else "mg torch_dist" if megatron else "hf"
     origin = "hf" if isinstance(job.base, HFSource) else "mg"
     print(
         f"converted {config.family} ({config.num_layers} layers, {config.dtype}){merged}: {origin} ->"
-        f" {f'mg {target.layout}' if megatron else 'hf'}, {human(nbytes)} in {seconds:.1f} s: {job.final}"
+        f" {told}, {human(nbytes)} in {seconds:.1f} s: {job.final}"
     )
     tokenizer = job.final if not megatron else job.origin or "TOKENIZER_DIR"
     if not megatron:
         print(f'next: python inference.py --load {job.final} --tokenizer-name-or-path {tokenizer} --prompt "..."')
         return
-    layout = target.layout
     print(
         f"next: torchrun --nproc_per_node {layout.tp * layout.pp} posttrain_gpt.py --stage sft --finetune"
         f" --load {job.final.parent} --save SAVE_DIR --data-path DATA_PREFIX --tokenizer-name-or-path {tokenizer}"

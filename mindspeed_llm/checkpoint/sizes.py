@@ -20,14 +20,24 @@ def parse_size(text: str, flag: str) -> int:
     return int(float(match[1]) * UNITS[unit])
 
 
-def check_space(folder: Path, nbytes: int) -> None:
-    """`InputError` when the file system has less room than the result needs."""
+def free_space(folder: Path) -> int:
+    """Bytes the file system of a folder that may not exist yet has left."""
     there = folder.absolute()
     while not there.exists():
         there = there.parent
-    free = shutil.disk_usage(there).free
+    return shutil.disk_usage(there).free
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """`InputError` when the file system has less room than a result needs beside what lies there.
+
+    A result that is replaced stays until the new one is complete, so its room does not count as free.
+    """
+    free = free_space(folder)
     if free < nbytes:
-        raise InputError(f"{folder}: needs {human(nbytes)}, {there} has {human(free)} free; choose another --save-dir")
+        raise InputError(
+            f"{folder}: needs {human(nbytes)}, its file system has {human(free)} free; choose another --save-dir"
+        )
 
 
 def progress_bar(total: int) -> tqdm:

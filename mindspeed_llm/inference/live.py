@@ -192,11 +192,16 @@ def load_model(options: LiveProgram, sources: Sources, device: Device) -> LiveMo
     """Build this rank's stage and load base and adapter into it; the process groups are created here."""
     config, cut = sources.base.config, options.parallel
     tensor, pipeline = cut.tensor_model_parallel_size, cut.pipeline_model_parallel_size
-    Layout.even(config.num_layers, tensor, pipeline)  # refuses what does not divide
+    expert, expert_tensor = cut.expert_model_parallel_size, cut.expert_tensor_parallel_size
+    layout = Layout.create(config.num_layers, tensor, pipeline, ep=expert, etp=expert_tensor)  # refuses what is odd
+    layout.check_experts(config.num_experts)
     for entry in sources.base.table.entries.values():
-        entry.shard_map(tensor, None)
-    parallel.start(device, tensor, pipeline, None, options.seed, options.device.distributed_timeout_minutes)
-    engine = EngineOptions(tensor=tensor, pipeline=pipeline, dtype=live_dtype(options, sources))
+        entry.shard_map(tensor if entry.expert is None else layout.etp, None)
+    minutes = options.device.distributed_timeout_minutes
+    parallel.start(device, tensor, pipeline, None, options.seed, minutes, expert, expert_tensor)
+    engine = EngineOptions(
+        tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor, dtype=live_dtype(options, sources)
+    )
     chunks = build_chunks(config, engine, device)
     rank = parallel_state.get_tensor_model_parallel_rank()
     experts = ExpertShare(*parallel.expert_place(config.num_experts))
