@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
-from mindspeed_llm.checkpoint.atomic import TRACKER, iteration_folder
+from mindspeed_llm.checkpoint.atomic import iteration_folder
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, is_megatron
@@ -24,6 +24,7 @@ from mindspeed_llm.checkpoint.open import (
     config_differences,
     open_lora,
 )
+from mindspeed_llm.checkpoint.result import refuse_taken
 from mindspeed_llm.checkpoint.sizes import parse_size
 from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, Target, TorchDist
 from mindspeed_llm.errors import InputError, UsageError
@@ -46,6 +47,7 @@ class Job:
         origin: the HF folder that gives config and tokenizer; None when none is known.
         final: the folder that will appear.
         target: how it is written.
+        overwrite: a result that lies there is replaced.
     """
 
     source: TensorSource
@@ -54,6 +56,7 @@ class Job:
     origin: Path | None
     final: Path
     target: Target
+    overwrite: bool
 
 
 def prepare(options: ConvertOptions) -> Job:
@@ -84,7 +87,7 @@ def prepare(options: ConvertOptions) -> Job:
         )
     target = target_of(options, base.config)
     target.check(source)
-    return Job(source, base, lora, origin, final, target)
+    return Job(source, base, lora, origin, final, target, options.overwrite)
 
 
 def with_formats(options: ConvertOptions) -> ConvertOptions:
@@ -230,10 +233,7 @@ def result_folder(options: ConvertOptions, bases: list[Path]) -> Path:
         if original and is_export(saved):
             original = saved.resolve() in [base.resolve() for base in (*bases, Path(options.load_dir))]
         final = saved / HF_SUBFOLDER if original else saved
-        exists = any(final.glob("*.safetensors"))
     else:
         final = saved / iteration_folder(ITERATION)
-        exists = final.exists() or (saved / TRACKER).exists()
-    if exists and not options.overwrite:
-        raise UsageError(f"{final}: a result is there already; give --overwrite to replace it, or another --save-dir")
+    refuse_taken(final, options.save_model_type == "mg", options.overwrite)
     return final
