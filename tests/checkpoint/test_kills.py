@@ -212,8 +212,11 @@ def test_a_source_is_as_it_was_after_a_kill(number: int, tmp_path: Path) -> None
 
 SLOW = """
 import sys, time
+from mindspeed_llm.checkpoint import fingerprint
 from mindspeed_llm.checkpoint.formats import blocks
 write, count = blocks.write_values, 0
+hashed, pause = fingerprint.part_blocks, float(sys.argv.pop(1))
+fingerprint.part_blocks = lambda *arguments: (time.sleep(pause), hashed(*arguments))[1]
 def slow(*arguments):
     global count
     count += 1
@@ -230,10 +233,14 @@ run(main)
 
 
 @contextlib.contextmanager
-def midway(words: list[str]) -> Iterator[subprocess.Popen]:
-    """The program in a process of its own, in the middle of writing values and slow from there on."""
+def midway(words: list[str], pause: float = 0.0) -> Iterator[subprocess.Popen]:
+    """The program in a process of its own, in the middle of writing values and slow from there on.
+
+    Args:
+        pause: seconds that hashing one tensor takes.
+    """
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *words], stdout=pipe, stderr=pipe, cwd=REPO)
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(pause), *words], stdout=pipe, stderr=pipe, cwd=REPO)
     try:
         assert process.stdout.readline() == b"midway\n"
         yield process
@@ -249,7 +256,7 @@ def test_a_signal_ends_the_program_soon_with_its_status_and_cleaned_up(sent: int
     case = Case(tmp_path, "torch over")
     case.prepare()
     before = files(case.save)
-    with midway(case.words) as process:
+    with midway(case.words, pause=0.3) as process:
         process.send_signal(sent)
         started = time.monotonic()
         assert process.wait(10) == status
