@@ -17,11 +17,10 @@ from mindspeed_llm.checkpoint.adapters.factors import (
     Pair,
     Placed,
     Transposed,
-    is_identity,
     join,
 )
 from mindspeed_llm.checkpoint.adapters.peft_config import PeftConfig
-from mindspeed_llm.checkpoint.adapters.peft_folder import PeftTensors, read_base_record, read_tensors
+from mindspeed_llm.checkpoint.adapters.peft_folder import read_base_record, read_tensors
 from mindspeed_llm.checkpoint.adapters.replaced import token_tensors, whole_tensors
 from mindspeed_llm.checkpoint.adapters.settings import hf_module, settings_of
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
@@ -75,7 +74,7 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
     replaced = whole_tensors(found, config, base, table)
     replaced.update(token_tensors(found, config, base, table, replaced))
     ends = Ends(joined, replaced)
-    unties = base.config.tie_word_embeddings and resolve_tie(ends, found, config, table)
+    unties = base.config.tie_word_embeddings and resolve_tie(ends, config, table)
     return LoraSource(
         AdapterTensors(folder, base.table, logical_tensors(ends.joined, ends.replaced, table)),
         import_settings(ends.joined, config, base.table),

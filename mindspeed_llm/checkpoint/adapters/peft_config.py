@@ -96,8 +96,8 @@ class PeftConfig:
         start = self.init_lora_weights
         if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
             raise InputError(
-                f"{self.path}: init_lora_weights is {start!r}: the adapter belongs to a base that training changed; save"
-                " it by peft's save_pretrained(..., path_initial_model_for_weight_conversion=...) first"
+                f"{self.path}: init_lora_weights is {start!r}: the adapter belongs to a base that training changed;"
+                " save it by peft's save_pretrained(..., path_initial_model_for_weight_conversion=...) first"
             )
 
     def rank(self, module: str) -> int:

@@ -59,8 +59,8 @@ def resolve_targets(names: Sequence[str], table: WeightTable, partly: bool = Fal
             given = " ".join(short_name(hf_module(every[part].name)) for part in sorted(parts))
             whole = " ".join(short_name(hf_module(hf.name)) for hf in every)
             raise UsageError(
-                f"--lora-target-modules names {given}, but {whole} are one layer here ({short_name(module)}) and get one"
-                f" adapter; name them all, or {short_name(module)}"
+                f"--lora-target-modules names {given}, but {whole} are one layer here ({short_name(module)}) and get"
+                f" one adapter; name them all, or {short_name(module)}"
             )
     return short_targets(chosen, modules)
 
@@ -105,9 +105,9 @@ def settings_of(
     return LoraSettings(rank, alpha, targets, dropout, rank_pattern, alpha_pattern)
 
 
-def default_and_pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
-    """The commonest value, and the modules with another one: by short name where all of that name agree."""
-    default = Counter(values.values()).most_common(1)[0][0]
+def default_and_pattern(values: Mapping[str, T], default: T | None = None) -> tuple[T, dict[str, T]]:
+    """A default (the commonest value), and the modules with another one: by short name where all of that name agree."""
+    default = Counter(values.values()).most_common(1)[0][0] if default is None else default
     pattern: dict[str, T] = {}
     for kind, group in itertools.groupby(sorted(values, key=lambda name: (short_name(name), name)), key=short_name):
         members = list(group)

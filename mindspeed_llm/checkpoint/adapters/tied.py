@@ -6,10 +6,10 @@ go into the shared table itself.
 """
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 from mindspeed_llm.checkpoint.adapters.factors import Joined, same_values
 from mindspeed_llm.checkpoint.adapters.peft_config import PeftConfig
-from mindspeed_llm.checkpoint.adapters.peft_folder import PeftTensors
 from mindspeed_llm.checkpoint.adapters.settings import hf_module
 from mindspeed_llm.checkpoint.formats.lazy import Readable
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, WeightTable
@@ -28,7 +28,7 @@ class Ends:
         return self.joined.get(hf_module(name))
 
 
-def resolve_tie(ends: Ends, found: PeftTensors, config: PeftConfig, table: WeightTable) -> bool:
+def resolve_tie(ends: Ends, config: PeftConfig, table: WeightTable) -> bool:
     """Whether the output layer and the embedding differ with this adapter; where not, only the embedding's stays.
 
     Raises:
@@ -36,24 +36,23 @@ def resolve_tie(ends: Ends, found: PeftTensors, config: PeftConfig, table: Weigh
     """
     hf = {name: table.entries[name].hf[0].name for name in (EMBEDDING, OUTPUT_LAYER)}
     # A tensor without a copy of its module goes into the shared table, whichever of the two it is named after.
-    shared = {name for name in hf if name in ends.replaced and not config.saves(hf_module(hf[name]))}
-    own = {name for name in hf if (name in ends.replaced and name not in shared) or ends.pair(name)}
-    if shared == set(hf):
-        require_same(ends, config, hf)
-    if OUTPUT_LAYER in shared:
-        tensor = ends.replaced.pop(OUTPUT_LAYER)
-        ends.replaced.setdefault(EMBEDDING, tensor)
-    if not own:
-        return False
-    if own == set(hf) and agree(ends):
+    unsaved = [name for name in hf if name in ends.replaced and not config.saves(hf_module(hf[name]))]
+    shared = [ends.replaced.pop(name) for name in unsaved]
+    if len(shared) == 2 and not same_values(*shared):
+        refuse(config, hf)
+    own = {name for name in hf if name in ends.replaced or ends.pair(name)}
+    unties = bool(own) and not (own == set(hf) and agree(ends))
+    if unties and config.ensure_weight_tying:
+        if own == set(hf):
+            refuse(config, hf)
+        unties = False
+        move_to_embedding(ends)
+    if not unties:
         drop_output_layer(ends)
-        return False
-    if not config.ensure_weight_tying:
-        return True
-    if own == set(hf):
-        require_same(ends, config, hf)
-    move_to_embedding(ends)
-    return False
+    for name in hf if unties else (EMBEDDING,):
+        if shared:
+            ends.replaced.setdefault(name, shared[0])
+    return unties
 
 
 def agree(ends: Ends) -> bool:
@@ -67,13 +66,12 @@ def agree(ends: Ends) -> bool:
     return first.scaling == second.scaling and same_values(first.a, second.a) and same_values(first.b, second.b)
 
 
-def require_same(ends: Ends, config: PeftConfig, hf: dict[str, str]) -> None:
-    """`InputError` unless both ends are changed alike."""
-    if not agree(ends):
-        raise InputError(
-            f"{config.path.parent}: holds different values for {hf[EMBEDDING]} and {hf[OUTPUT_LAYER]}, which the base"
-            " ties; untie the base first"
-        )
+def refuse(config: PeftConfig, hf: dict[str, str]) -> NoReturn:
+    """`InputError`: the two ends have to be changed alike."""
+    raise InputError(
+        f"{config.path.parent}: holds different values for {hf[EMBEDDING]} and {hf[OUTPUT_LAYER]}, which the base"
+        " ties; untie the base first"
+    )
 
 
 def drop_output_layer(ends: Ends) -> None:
@@ -89,4 +87,3 @@ def move_to_embedding(ends: Ends) -> None:
     pair = ends.pair(OUTPUT_LAYER)
     if pair is not None:
         ends.joined.setdefault(hf_module(EMBEDDING), pair)
-    drop_output_layer(ends)
