@@ -12,12 +12,13 @@ from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource, is_megatron
+from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
 from mindspeed_llm.checkpoint.metadata import BaseRecord
 from mindspeed_llm.checkpoint.tables import LORA_NAME
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
 
-BaseSource = HFSource | ShardedSource
+BaseSource = HFSource | ShardedSource | TorchDistSource
 
 
 def open_base(
@@ -36,6 +37,8 @@ def open_base(
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give an HF model folder or a Megatron checkpoint")
+    if is_torch_dist(folder):
+        return TorchDistSource(folder, config, family_name)
     if is_megatron(folder):
         checkpoint = MegatronCheckpoint(folder, family_name, config)
         if checkpoint.lora_names and not checkpoint.missing_base and not with_adapter:
@@ -182,7 +185,11 @@ def check_base(lora: LoraSource, base: TensorSource, base_path: str | Path) -> N
 
 
 def config_differences(one: ModelConfig, other: ModelConfig) -> str:
-    """The fields in which two models differ, their dtype aside: "hidden_size 64 and 128"; empty when they agree."""
-    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.compare and field.name != "dtype"]
+    """The fields in which two models differ: "hidden_size 64 and 128"; empty when they agree.
+
+    Their dtype aside, and their prediction layers: transformers saves models without those and leaves config.json so.
+    """
+    aside = ("dtype", "mtp_num_layers")
+    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.compare and field.name not in aside]
     pairs = [(name, getattr(one, name), getattr(other, name)) for name in fields]
     return ", ".join(f"{name} {a} and {b}" for name, a, b in pairs if a != b)

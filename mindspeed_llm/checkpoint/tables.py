@@ -19,6 +19,7 @@ from mindspeed_llm.models.families.base import Kind, Stacked, Weight
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)\d+")
+EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+")
 LORA_NAME = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_[AB])\.weight$")
 WRAPPERS = re.compile(r"^(?:module\.|base_model\.model\.|base_model\.)+")
 
@@ -179,20 +180,28 @@ class WeightTable:
         return adapter_map(base, match["factor"])
 
 
-def logical_name(local_name: str, first_layer: int = 0, adapter: str = "default") -> str:
+def logical_name(local_name: str, first_layer: int = 0, adapter: str = "default", first_expert: int = 0) -> str:
     """The logical name of a parameter or file key.
 
-    Strips wrappers (`module.`, peft's `base_model.model.`), `.base_layer` and the adapter's name, and turns the stage's
-    own layer number into the global one.
+    Strips wrappers (`module.`, peft's `base_model.model.`), `.base_layer` and the adapter's name, and turns the rank's
+    own layer and expert numbers into the global ones.
 
     Args:
         local_name: as `named_parameters()` or a rank file spells it.
         first_layer: global number of the stage's layer 0.
         adapter: peft's adapter name.
+        first_expert: global number of the rank's expert 0.
     """
     name = WRAPPERS.sub("", local_name).replace(".base_layer.", ".")
     name = re.sub(rf"\.(lora_[AB])\.{re.escape(adapter)}\.", r".\1.", name)
+    name = EXPERT_NUMBER.sub(lambda match: str(int(match[0]) + first_expert), name)
     return LAYER_NUMBER.sub(lambda match: str(int(match[0]) + first_layer), name)
+
+
+def expert_number(name: str) -> int | None:
+    """The expert a logical name belongs to; None outside experts."""
+    match = EXPERT_NUMBER.search(name)
+    return int(match[0]) if match else None
 
 
 def is_lora(name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_llm.device import adapter, kernels, patches
+from mindspeed_llm.device import adapter, gloo, kernels, patches
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
 
 MISSING = "a CPU is always there"
@@ -49,7 +49,11 @@ class _Stream:
     def _nothing(self, *args: Any, **kwargs: Any) -> None:
         return None
 
-    wait_stream = wait_event = record = wait = synchronize = record_event = _nothing
+    wait_stream = wait_event = record = wait = synchronize = _nothing
+
+    def record_event(self, event: Any = None) -> "_Stream":
+        """An event that has happened."""
+        return _Stream()
 
     def query(self) -> bool:
         """Work on a CPU is always complete."""
@@ -119,7 +123,9 @@ def namespace() -> types.ModuleType:
 def create() -> Device:
     """Install the scoped view of torch and describe the CPU."""
     patches.apply_now("cpu")
-    adapter.install("megatron.core", {"cuda": namespace()}, WORDS, patches.by_module("cpu"))
+    distributed = adapter.ModuleView(torch.distributed, {"all_gather": gloo.all_gather})
+    replaced = {"cuda": namespace(), "distributed": distributed}
+    adapter.install("megatron.core", replaced, WORDS, patches.by_module("cpu"))
     return Device(
         name="cpu",
         backend="gloo",

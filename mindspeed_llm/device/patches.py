@@ -51,6 +51,11 @@ def _stay(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
     return tensor
 
 
+def _counts_on_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    """Token counts where the collectives want them: as numpy integers, or the tensor as it is."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
 PATCHES = (
     Patch(
         module="torch",
@@ -69,6 +74,15 @@ PATCHES = (
         reason="it is torch.compile: every decorated function would be compiled by a C++ compiler on first use, "
         "14-43 s per process, with no gain on a CPU",
         value=_identity,
+    ),
+    Patch(
+        module="megatron.core.transformer.moe.token_dispatcher",
+        attribute="maybe_move_tensor_to_cpu",
+        devices=("cpu",),
+        versions=">=0.16,<0.17",
+        reason="it turns the counts of tokens per rank into numpy integers only on their way from a GPU; all_to_all "
+        "raises TypeError for the tensors it leaves, so experts cannot be spread over processes",
+        value=_counts_on_host,
     ),
 )
 

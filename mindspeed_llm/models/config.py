@@ -13,7 +13,17 @@ from typing import Any
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.families import family as family_named
 from mindspeed_llm.models.families import family_of_architecture
-from mindspeed_llm.models.families.base import REQUIRED, Derived, Family, HfKey
+from mindspeed_llm.models.hf_config import check_required, flatten_hf_config, hf_value
+
+ROPE_KEYS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+"""The kinds of rope scaling `models.rope` computes, and the keys each needs."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,34 @@ class ModelConfig:
                 f"model config: num_attention_heads {self.num_attention_heads} is not a multiple of"
                 f" num_query_groups {self.num_query_groups}"
             )
+        self.check_layer_types()
+        self.check_rope_scaling()
+
+    def check_layer_types(self) -> None:
+        """Each layer is full or sliding, and sliding ones have a window (`InputError`)."""
+        strange = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if strange:
+            raise InputError(f"model config: layer_types has {strange}; only {list(LAYER_TYPES)} are supported")
+        if self.layer_types and len(self.layer_types) != self.num_layers:
+            raise InputError(f"model config: {len(self.layer_types)} layer_types for {self.num_layers} layers")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise InputError(f"model config: layers slide, but sliding_window is {self.sliding_window}")
+
+    def check_rope_scaling(self) -> None:
+        """The rope scaling is of a known kind and complete (`InputError`)."""
+        if self.rope_scaling is None:
+            return
+        kind = self.rope_scaling.get("rope_type")
+        if kind not in ROPE_KEYS:
+            raise InputError(f"model config: rope_scaling of type {kind!r} is not supported (known: {list(ROPE_KEYS)})")
+        missing = [key for key in ROPE_KEYS[kind] if self.rope_scaling.get(key) is None]
+        if missing:
+            raise InputError(f"model config: rope_scaling of type {kind} lacks {', '.join(missing)}")
+
+    def window(self, layer: int) -> int | None:
+        """Positions a layer sees, its own included; None for all before it."""
+        slides = bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if slides else None
 
     @property
     def multi_latent_attention(self) -> bool:
@@ -175,7 +213,10 @@ class ModelConfig:
         values: dict[str, Any] = dict(family.fixed)
         for name, origin in family.config.items():
             values[name] = hf_value(origin, flat, f"{where}: a {family.name} model")
-        return cls(family=family.name, hf_config=dict(raw), **values)
+        try:
+            return cls(family=family.name, hf_config=dict(raw), **values)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; `from_dict` reads it back."""
@@ -228,55 +269,6 @@ class ModelConfig:
         }
 
 
-def hf_value(origin: HfKey | Derived, flat: Mapping[str, Any], what: str) -> Any:
-    """One `ModelConfig` field from HF's config; `InputError` naming the key it lacks.
-
-    Args:
-        what: for the error, "<file>: a <family> model".
-    """
-    try:
-        if not isinstance(origin, HfKey):
-            return origin(flat)
-        value = flat.get(origin.key)
-        value = origin.default if value is None else value
-        if value is REQUIRED:
-            raise KeyError(origin.key)
-        return value
-    except KeyError as error:
-        raise InputError(f"{what} needs {error} in its config.json, which lacks it") from error
-
-
-def flatten_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """HF config keys in one spelling.
-
-    These are `dtype`, `rope_theta`, `rope_local_base_freq`, `partial_rotary_factor` and `rope_scaling`. Transformers 5
-    writes `dtype` for `torch_dtype` and one `rope_parameters` for all that concerns rotary positions, by layer type
-    where layer types differ; a `rope_scaling` of type "default" changes nothing and counts as none.
-    """
-    flat = dict(raw)
-    flat["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-    rope = dict(raw.get("rope_parameters") or {})
-    if "full_attention" in rope:
-        local = rope.get("sliding_attention") or {}
-        flat["rope_local_base_freq"] = local.get("rope_theta", raw.get("rope_local_base_freq"))
-        rope = dict(rope["full_attention"])
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in rope:
-            flat[key] = rope.pop(key)
-    scaling = dict(rope or raw.get("rope_scaling") or {})
-    kind = scaling.pop("type", None)
-    scaling.setdefault("rope_type", kind or "default")
-    flat["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
-    return flat
-
-
-def check_required(family: Family, flat: Mapping[str, Any], where: str) -> None:
-    """`InputError` when the config asks for a feature the family page cannot express: it must not vanish silently."""
-    for key, only in family.requires.items():
-        if flat.get(key, only) not in (only, None):
-            raise InputError(f"{where}: {key} is {flat[key]!r}; for {family.name} only {only!r} is supported")
-
-
 def architecture_values(config: ModelConfig) -> dict[str, Any]:
     """What each of upstream's architecture flags would have to say to describe this model."""
     return {
@@ -295,7 +287,7 @@ def architecture_values(config: ModelConfig) -> dict[str, Any]:
         "disable_bias_linear": not (config.add_proj_bias or config.add_mlp_bias),
         "true_vocab_size": config.vocab_size,
         "vocab_size": config.vocab_size,
-        "swiglu": True,
+        "swiglu": config.activation == "silu",
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
     }
@@ -304,15 +296,20 @@ def architecture_values(config: ModelConfig) -> dict[str, Any]:
 def check_family(config: ModelConfig, options: Any, where: str) -> None:
     """`UsageError` when --model-type-hf or --spec name another family than the model's, or none at all.
 
+    A name under which upstream converts the family is accepted; where that would lose the q/k/v biases, upstream's
+    --add-qkv-bias has to be there too.
+
     Args:
         options: any object; an attribute that is missing or None was not given.
         where: the model's folder.
     """
     named = getattr(options, "model_type_hf", None)
-    if named and family_named(named).name != config.family:
-        raise UsageError(f"--model-type-hf says {named}, {where} is {config.family}; leave it out")
-    spec = getattr(options, "spec", None)
     one = family_named(config.family)
+    stands_for = named in one.converted_as and (not config.add_qkv_bias or getattr(options, "add_qkv_bias", False))
+    if named and family_named(named).name != config.family and not stands_for:
+        remedy = "add --add-qkv-bias, or leave it out" if named in one.converted_as else "leave it out"
+        raise UsageError(f"--model-type-hf says {named}, {where} is {config.family}; {remedy}")
+    spec = getattr(options, "spec", None)
     if spec and spec[0].rpartition(".")[2].removesuffix("_spec") not in (one.name, *one.specs):
         raise UsageError(f"--spec says {spec[0]}, {where} is {config.family}; leave it out")
 

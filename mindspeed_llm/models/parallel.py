@@ -34,17 +34,28 @@ def connect(device: Device, timeout_minutes: int = 30) -> None:
 
 
 def start(
-    device: Device, tensor: int = 1, pipeline: int = 1, virtual: int | None = None, seed: int = 1234, timeout: int = 30
+    device: Device,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual: int | None = None,
+    seed: int = 1234,
+    timeout: int = 30,
+    expert: int = 1,
+    expert_tensor: int | None = None,
 ) -> None:
     """Create megatron-core's groups for TP x PP (x VPP); data parallelism takes the remaining processes.
+
+    In layers with experts the same processes are divided into ETP x EP x PP instead.
 
     Args:
         virtual: model chunks per pipeline stage, None without interleaving.
         seed: of the model-parallel generators.
         timeout: minutes until a collective that misses a rank fails.
+        expert: processes over which the experts are spread (EP).
+        expert_tensor: processes over which each expert is cut (ETP); None for as many as `tensor`.
 
     Raises:
-        UsageError: the processes do not divide into TP x PP.
+        UsageError: the processes do not divide into TP x PP, or not into ETP x EP x PP.
     """
     connect(device, timeout)
     world = torch.distributed.get_world_size()
@@ -53,14 +64,43 @@ def start(
             f"{world} processes cannot hold tensor-model-parallel-size {tensor} x pipeline-model-parallel-size "
             f"{pipeline}: start a multiple of {tensor * pipeline} (NPROC_PER_NODE x NNODES)"
         )
+    expert_tensor = expert_tensor or tensor
+    if world % (expert_tensor * expert * pipeline):
+        raise UsageError(
+            f"{world} processes cannot hold expert-tensor-parallel-size {expert_tensor} x expert-model-parallel-size "
+            f"{expert} x pipeline-model-parallel-size {pipeline}: start a multiple of "
+            f"{expert_tensor * expert * pipeline} (NPROC_PER_NODE x NNODES)"
+        )
     parallel_state.initialize_model_parallel(
         tensor,
         pipeline,
         virtual,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
         distributed_timeout_minutes=timeout,
         create_gloo_process_groups=device.backend != "gloo",
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def expert_place(num_experts: int) -> tuple[int, int, int, int]:
+    """(first expert, experts, ETP rank, ETP size) of this process, for a model of `num_experts`; all 0 or 1 without.
+
+    Raises:
+        UsageError: the experts do not divide over expert-model-parallel-size.
+    """
+    spread = parallel_state.get_expert_model_parallel_world_size()
+    if num_experts % spread:
+        raise UsageError(
+            f"--expert-model-parallel-size {spread} does not divide the model's {num_experts} experts;"
+            f" choose a divisor of {num_experts}"
+        )
+    own = num_experts // spread
+    rank, size = (
+        parallel_state.get_expert_tensor_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+    return parallel_state.get_expert_model_parallel_rank() * own, own, rank, size
 
 
 def stop() -> None:

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from mindspeed_llm.arguments.parser import to_dict
 from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.layout import Layout
-from mindspeed_llm.checkpoint.live import load_live
+from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata
 from mindspeed_llm.checkpoint.open import source_hash
 from mindspeed_llm.checkpoint.recorded import tokenizer_folder
@@ -115,7 +115,11 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
 
 
 def check_divides(options: PosttrainOptions, start: Start, layout: Layout) -> None:
-    """Refuse sizes that do not divide; `UsageError` naming both."""
+    """Refuse sizes that do not divide, and experts over processes; `UsageError` naming both."""
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        given, only = getattr(options.parallel, name), 1 if name.startswith("expert_model") else layout.tp
+        if given not in (None, only):
+            raise UsageError(f"--{name.replace('_', '-')} {given}: only {only} is supported in training yet")
     for entry in start.base.table.entries.values():
         entry.shard_map(layout.tp, None)
     data = options.data
@@ -264,14 +268,14 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
     chunks = build_chunks(start.base.config, engine, device)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     for chunk in chunks:
-        load_live(dict(chunk.named_parameters()), start.base, tp_rank, engine.tensor, chunk.first_layer)
+        load_live(live_tensors(chunk), start.base, tp_rank, engine.tensor, chunk.first_layer)
     if start.settings is not None:
         inject(chunks, start.settings, options.lora.lora_fusion, options.training.seed)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
     if start.adapter is not None:
         for chunk in chunks:
-            load_live(dict(chunk.named_parameters()), start.adapter.tensors, tp_rank, engine.tensor, chunk.first_layer)
+            load_live(live_tensors(chunk), start.adapter.tensors, tp_rank, engine.tensor, chunk.first_layer)
     cut = options.parallel
     return create_engine(
         chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather

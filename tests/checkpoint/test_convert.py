@@ -220,7 +220,7 @@ def test_a_lost_base_folder_needs_hf_cfg_dir_of_the_same_model(tmp_path: Path) -
         (["--target-tensor-parallel-size", "4"], "num_query_groups 2 is not divisible by tensor parallel size 4"),
         (["--target-pipeline-parallel-size", "3"], "4 layers are not divisible by pipeline parallel size 3"),
         (["--num-layers-per-virtual-pipeline-stage", "1"], "need a pipeline parallel size above 1"),
-        (["--target-expert-parallel-size", "2"], "only 1 is supported"),
+        (["--target-expert-parallel-size", "2"], "the model has no experts"),
         (["--add-qkv-bias"], "--add-qkv-bias says True, the model says False"),
         (["--spec", "mindspeed_llm.tasks.models.spec.llama_spec", "layer_spec"], "--spec says"),
     ],

@@ -11,7 +11,7 @@ from mindspeed_llm.checkpoint.formats.lazy import TensorSource, element_count, p
 from mindspeed_llm.checkpoint.kinds import AxisMap
 from mindspeed_llm.errors import InputError
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 2 << 20
 """Bytes read, changed and written at a time."""
 
 Progress = Callable[[int], None]

@@ -1,23 +1,24 @@
-"""Hugging Face model folders: config.json and safetensors, in one file or in shards with an index."""
+"""Hugging Face model folders: config.json and weights, read in any stored form and written as plain safetensors."""
 
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from mindspeed_llm.checkpoint.atomic import write_text
-from mindspeed_llm.checkpoint.formats.blocks import Progress, copy_part, no_progress
-from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, TensorSource, assemble, element_count
-from mindspeed_llm.checkpoint.formats.safetensors_file import SafetensorsWriter, read_safetensors
+from mindspeed_llm.checkpoint.formats.blocks import Progress, copy_part, no_progress, row_blocks
+from mindspeed_llm.checkpoint.formats.hf_folder import INDEX, SINGLE, read_folder
+from mindspeed_llm.checkpoint.formats.lazy import Readable, TensorSource, assemble, element_count
+from mindspeed_llm.checkpoint.formats.quantised import dequantised
+from mindspeed_llm.checkpoint.formats.safetensors_file import SafetensorsWriter
 from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.tables import EMBEDDING, HfPart, WeightTable
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 """Endings of tensors that older exports carry and that follow from the config."""
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
@@ -26,47 +27,79 @@ SHARD_BYTES = 5_000_000_000
 
 
 class HFSource:
-    """An HF folder as logical tensors (`TensorSource`)."""
+    """An HF folder as logical tensors (`TensorSource`).
 
-    def __init__(self, folder: str | Path) -> None:
+    Attributes:
+        notes: what was done to the weights that is not plain reading, one line each, for the program to say.
+    """
+
+    def __init__(self, folder: str | Path, ignore_unknown: bool = False) -> None:
         """Read config and headers, and hold them against the weight table.
 
+        Args:
+            ignore_unknown: tensors the table does not know are left out, and a note says so.
+
         Raises:
-            InputError: files missing, truncated or outside the folder; tensors missing, unknown or of a wrong shape.
+            InputError: files missing, truncated or outside the folder; tensors missing, stored twice, unknown, or of a
+                wrong shape or type.
         """
         self.path = Path(folder)
+        self.notes: list[str] = []
         config = ModelConfig.from_hf(self.path)
-        self.tensors = read_folder(self.path)
+        settings = config.hf_config.get("quantization_config")
+        self.tensors, note = dequantised(read_folder(self.path), settings, str(self.path))
+        if note:
+            self.notes.append(note)
+        config = stored_predictions(config, self.tensors)
         self.table = WeightTable(config)
-        self.check_names()
+        self.check_names(ignore_unknown)
+        self.check_types()
         # What the weights are wins over what config.json says they are: a cast must never happen unseen.
         stored = self.tensors[self.table.entry(EMBEDDING).hf[0].name].dtype
         self.config = dataclasses.replace(config, dtype=str(stored).removeprefix("torch."))
         self.table = WeightTable(self.config)
 
-    def check_names(self) -> None:
+    def check_names(self, ignore_unknown: bool = False) -> None:
         """Every tensor of the table is there with its shape, and no other."""
         expected = self.table.hf_names
         extra = {name for name in self.tensors if name not in expected and not name.endswith(NOT_WEIGHTS)}
         if self.table.config.tie_word_embeddings:
             extra -= self.tied_copies(extra)
         missing = sorted(set(expected) - set(self.tensors))
+        if extra and ignore_unknown:
+            self.notes.append(f"{self.path}: {len(extra)} unknown tensors are left out: {listed(extra)}")
+            extra = set()
         if missing or extra:
-            raise InputError(
-                f"{self.path}: {len(missing)} tensors are missing {missing[:5]}, {len(extra)} are unknown to a"
-                f" {self.table.config.family} model {sorted(extra)[:5]}"
-            )
+            wrong = [f"{len(missing)} tensors are missing {listed(missing)}"] if missing else []
+            if extra:
+                wrong.append(f"{len(extra)} are unknown to a {self.table.config.family} model {listed(extra)}")
+                wrong.append("--ignore-unknown leaves them out")
+            raise InputError(f"{self.path}: {'; '.join(wrong)}")
         for name, (entry, part) in expected.items():
             found, wanted = self.tensors[name].shape, entry.stored_shape(part)
             if found != wanted:
                 raise InputError(f"{self.path}: {name} has shape {list(found)}, config.json asks for {list(wanted)}")
 
+    def check_types(self) -> None:
+        """The HF tensors of one logical tensor have one floating-point type."""
+        for entry in self.table.entries.values():
+            first = entry.hf[0].name
+            for hf in entry.hf:
+                found, wanted = self.tensors[hf.name].dtype, self.tensors[first].dtype
+                if found != wanted:
+                    raise InputError(
+                        f"{self.path}: {hf.name} is {found}, {first} is {wanted}; they make up {entry.name} and need"
+                        " one type"
+                    )
+                if not found.is_floating_point or found.itemsize < 2:
+                    raise InputError(f"{self.path}: {hf.name} is {found}, expected bfloat16, float16 or float32")
+
     def tied_copies(self, extra: set[str]) -> set[str]:
         """Output layers of a tied model that are stored too; they have to equal the embedding."""
-        embedding = self.tensors[self.table.entry(EMBEDDING).hf[0].name]
+        embedding = self.tensors.get(self.table.entry(EMBEDDING).hf[0].name)
         copies = extra & {"lm_head.weight"}
         for name in copies:
-            if not torch.equal(self.tensors[name].read(), embedding.read()):
+            if embedding is not None and not same_values(self.tensors[name], embedding):
                 raise InputError(
                     f"{self.path}: config.json ties {name} to the embedding, but the file holds other values for it;"
                     " set tie_word_embeddings to false or remove the tensor"
@@ -90,47 +123,40 @@ class HFSource:
         entry = self.table.entry(name)
         return assemble([self.part(hf) for hf in entry.hf], entry.hf_map(), rows, columns)
 
-    def part(self, hf: HfPart) -> LazyTensor:
+    def part(self, hf: HfPart) -> Readable:
         """The stored values of one HF part."""
         tensor = self.tensors[hf.name]
         return tensor if hf.expert is None else tensor.expert(hf.expert, hf.transposed)
 
 
-def read_folder(folder: Path) -> dict[str, LazyTensor]:
-    """All tensors of a folder of safetensors, by name."""
-    index = folder / INDEX
-    if index.is_file():
-        return read_shards(folder, index)
-    if (folder / SINGLE).is_file():
-        return read_safetensors(folder / SINGLE)
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return read_safetensors(folder / found[0])
-    others = sorted(path.name for path in folder.glob("*.bin"))
-    hint = f"; {', '.join(others[:3])} would have to be saved as safetensors first" if others else ""
-    raise InputError(f"{folder}: neither {INDEX} nor {SINGLE}, {len(found)} other safetensors files{hint}")
+def stored_predictions(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """The config without prediction layers where the folder has none of their tensors.
+
+    transformers drops them when it saves a model, and leaves their number in config.json.
+    """
+    if not config.mtp_num_layers:
+        return config
+    of_layer = WeightTable(config).of_layer
+    layers = range(config.num_layers, config.num_layers + config.mtp_num_layers)
+    wanted = {hf.name for layer in layers for entry in of_layer.get(layer, []) for hf in entry.hf}
+    return config if wanted & set(names) else dataclasses.replace(config, mtp_num_layers=0)
 
 
-def read_shards(folder: Path, index: Path) -> dict[str, LazyTensor]:
-    """The tensors an index lists; every shard has to lie in the folder and hold what the index says."""
-    try:
-        where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{index}: broken index ({type(error).__name__}: {error})") from error
-    tensors: dict[str, LazyTensor] = {}
-    for shard in sorted(set(where.values())):
-        if Path(shard).name != shard:
-            raise InputError(f"{index}: shard {shard!r} lies outside the folder; refused")
-        if not (folder / shard).is_file():
-            raise InputError(f"{folder / shard}: no such file, but {INDEX} lists it; download it again")
-        for name, tensor in read_safetensors(folder / shard).items():
-            if name in tensors or where.get(name, shard) != shard:
-                raise InputError(f"{folder / shard}: {name} is stored twice (the index says {where.get(name)})")
-            tensors[name] = tensor
-    lost = sorted(set(where) - set(tensors))
-    if lost:
-        raise InputError(f"{folder}: {len(lost)} tensors of {INDEX} are in no shard: {lost[:5]}")
-    return tensors
+def listed(names: Iterable[str], count: int = 5) -> str:
+    """The first names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{names[:count]}{more}"
+
+
+def same_values(one: Readable, other: Readable) -> bool:
+    """Whether two tensors are equal, read block by block; the same place in the same file is not read at all."""
+    if one == other:
+        return True
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    blocks = row_blocks(one.shape, one.dtype.itemsize)
+    return all(torch.equal(one.read([block]), other.read([block])) for block in blocks)
 
 
 def plan_shards(source: TensorSource, shard_bytes: int) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -148,6 +174,11 @@ def plan_shards(source: TensorSource, shard_bytes: int) -> list[dict[str, tuple[
     return shards
 
 
+def shard_files(count: int) -> list[str]:
+    """File names of an HF folder's weights."""
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
 def write_hf(
     source: TensorSource,
     folder: Path,
@@ -162,8 +193,7 @@ def write_hf(
         progress: told the bytes of each block written.
     """
     shards = plan_shards(source, shard_bytes)
-    count = len(shards)
-    files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = shard_files(len(shards))
     writers = [SafetensorsWriter(folder / file, tensors) for file, tensors in zip(files, shards, strict=True)]
     where = {name: number for number, tensors in enumerate(shards) for name in tensors}
     for logical in source.names():
@@ -173,14 +203,16 @@ def write_hf(
             copy_part(source, logical, entry.hf_map(), part, place, progress)
     for writer in writers:
         writer.close()
-    if count > 1:
+    if len(shards) > 1:
         total = sum(writer.nbytes for writer in writers)
         index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in where.items()}}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def copy_companions(origin: Path, folder: Path, config: ModelConfig) -> list[str]:
-    """Copy config, tokenizer, chat template and generation config; config.json says the type of the weights written.
+    """Copy config, tokenizer, chat template and generation config.
+
+    config.json says the type of the weights written, and nothing of a quantisation: they are written plain.
 
     Returns:
         Names of the files copied.
@@ -194,7 +226,8 @@ def copy_companions(origin: Path, folder: Path, config: ModelConfig) -> list[str
             copied.append(path.name)
     raw = json.loads((origin / "config.json").read_text(encoding="utf-8"))
     spelling = "torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"
-    if raw.get(spelling) != config.dtype:
+    quantised = raw.pop("quantization_config", None)
+    if raw.get(spelling) != config.dtype or quantised is not None:
         raw[spelling] = config.dtype
         write_text(folder / "config.json", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
     return copied

@@ -6,7 +6,8 @@ name by the layer's and the expert's local number only. The others:
     local, latent attention  linear_qkv.weight = q (down) rows above kv down rows, on every rank whole
     local, grouped experts   mlp.experts.weight1 = for each local expert its fc1 transposed; weight2 its fc2
     transformer_engine       a norm is named after the linear layer that follows; experts are .weight0, .weight1 ...
-    prediction layers        mtp.final_layernorms.N; an embedding of their own on a last stage is the stage's embedding
+    prediction layers        mtp.final_layernorms.N, and the model's own norm is final_layernorm; an embedding of their
+                             own on a last stage is the stage's embedding
 """
 
 import re
@@ -38,6 +39,7 @@ Q_DOWN = (".self_attention.linear_q_down_proj.weight", ".self_attention.linear_q
 KV_DOWN = ".self_attention.linear_kv_down_proj.weight"
 PREDICTION_NORM = re.compile(r"^mtp\.layers\.(\d+)\.final_layernorm\.weight$")
 PREDICTION_NORM_KEY = re.compile(r"^mtp\.final_layernorms\.(\d+)\.weight$")
+FINAL_NORM = "decoder.final_layernorm.weight"
 OWN_EMBEDDING = "mtp.layers.0.embed_tokens.weight"
 ENGINE_NORMS = (
     (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
@@ -172,6 +174,8 @@ class FileNames:
             return self.local_expert(re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", key)), False
         if name == OWN_EMBEDDING and not self.first:
             return EMBEDDING, False
+        if name == FINAL_NORM and self.table.config.mtp_num_layers:
+            return FINAL_NORM.removeprefix("decoder."), False
         key = PREDICTION_NORM.sub(r"mtp.final_layernorms.\1.weight", key)
         if entry.expert is not None:
             return self.expert_key(key), False
@@ -180,7 +184,7 @@ class FileNames:
                 if key.endswith(suffix):
                     return key.removesuffix(suffix) + JOINED, True
             return key, False
-        return self.engine_norm(key, entry), False
+        return self.engine_norm(key), False
 
     def local_expert(self, key: str) -> str:
         """The key with the expert's local number."""
@@ -195,12 +199,14 @@ class FileNames:
         pattern = r"\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$"
         return re.sub(pattern, r".\2.\3\1", key) if self.dialect.grouped else key
 
-    def engine_norm(self, key: str, entry: Entry) -> str:
-        """The key under transformer_engine's names, where a norm belongs to the linear layer after it."""
-        latent, moe = self.table.config.multi_latent_attention, self.table.config.has("moe", entry.layer)
-        for number, (ours, theirs) in enumerate(ENGINE_NORMS):
-            follows = (not latent, not moe, latent, latent)[number]
-            if follows and key.endswith(ours):
+    def engine_norm(self, key: str) -> str:
+        """The key under transformer_engine's names, where a norm belongs to the linear layer after it.
+
+        The norm before the MLP keeps its name, as upstream's converter writes it; either is read.
+        """
+        latent = self.table.config.multi_latent_attention
+        for ours, theirs in ENGINE_NORMS[2:] if latent else ENGINE_NORMS[:1]:
+            if key.endswith(ours):
                 return key.removesuffix(ours) + theirs
         return key
 
@@ -214,6 +220,8 @@ class FileNames:
         name = re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name)
         name = LAYER_NUMBER.sub(lambda match: str(self.global_layer(int(match[0]), key)), name)
         name = EXPERT_NUMBER.sub(lambda match: str(int(match[0]) + self.experts.first), name)
+        if name == FINAL_NORM.removeprefix("decoder."):
+            name = FINAL_NORM
         name = PREDICTION_NORM_KEY.sub(r"mtp.layers.\1.final_layernorm.weight", name)
         if name == EMBEDDING and not self.first:
             name = OWN_EMBEDDING if self.table.config.mtp_num_layers else name

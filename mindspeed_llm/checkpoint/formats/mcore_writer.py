@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from mindspeed_llm.checkpoint.formats.blocks import Place, Progress, copy_part, no_progress
-from mindspeed_llm.checkpoint.formats.lazy import TensorSource, element_count, part_of
+from mindspeed_llm.checkpoint.formats.lazy import TensorSource, part_of
 from mindspeed_llm.checkpoint.formats.mcore_names import Dialect, FileTensor, file_tensors
 from mindspeed_llm.checkpoint.formats.torch_file import write_skeleton
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
-from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout, Rank
+from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout
 from mindspeed_llm.checkpoint.tables import OUTPUT_LAYER, WeightTable
 from mindspeed_llm.checkpoint.upstream_args import upstream_args
 from mindspeed_llm.models.families.base import Kind
@@ -91,16 +91,6 @@ def empty_chunk(source: TensorSource, tensors: list[FileTensor], last: bool) -> 
     if last:
         state[OUTPUT_LAYER.removesuffix("weight") + "_extra_state"] = None
     return state
-
-
-def rank_bytes(source: TensorSource, layout: Layout, rank: Rank, dialect: Dialect, padded_rows: int) -> int:
-    """Bytes of the tensors in one rank file: replicated tensors, padding and a tied output layer count as stored."""
-    return sum(
-        element_count(share.shape) * source.dtype(share.name).itemsize
-        for vp_rank in range(layout.vp)
-        for tensor in file_tensors(source.table, layout, rank, vp_rank, dialect, padded_rows)
-        for share in tensor.shares
-    )
 
 
 def local_share(source: TensorSource, name: str, tp: int, tp_rank: int, padded_rows: int | None) -> torch.Tensor:

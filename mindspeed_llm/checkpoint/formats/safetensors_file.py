@@ -18,7 +18,8 @@ from mindspeed_llm.errors import InputError
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PRODUCER = {"format": "pt", "producer": "mindspeed_llm"}
@@ -35,15 +36,14 @@ def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
     """
     path = Path(path)
     header, start, size = read_header(path)
-    found: dict[str, LazyTensor] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        found[name] = tensor_of(path, name, entry, start)
-        if found[name].offset + found[name].nbytes > size:
-            raise InputError(
-                f"{path}: {name} ends at byte {start + entry['data_offsets'][1]} of {size}; truncated file"
-            )
+    found = {name: tensor_of(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
+    position, last = start, "the header"
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset < position:
+            raise InputError(f"{path}: {name} begins at byte {tensor.offset}, inside {last}; broken file")
+        position, last = tensor.offset + tensor.nbytes, name
+    if position > size:
+        raise InputError(f"{path}: {last} ends at byte {position} of {size}; truncated file")
     return found
 
 
@@ -55,14 +55,23 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, HEADER_LIMIT):
                 raise InputError(f"{path}: header of {length} bytes in a file of {size}; truncated or not safetensors")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=without_duplicates)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: broken safetensors header ({error})") from error
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is not an object; broken file")
     return header, 8 + length, size
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; `ValueError` when it names something twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is stored twice")
+    return found
 
 
 def is_export(folder: str | Path) -> bool:
@@ -77,10 +86,12 @@ def tensor_of(path: Path, name: str, entry: Mapping, start: int) -> LazyTensor:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {name}: broken header entry {entry!r:.100}") from error
+    if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
+        raise InputError(f"{path}: {name}: broken header entry {entry!r:.100}")
     if dtype not in DTYPES:
         raise InputError(f"{path}: {name}: type {dtype} is not supported (known: {', '.join(DTYPES)})")
     tensor = LazyTensor(path, start + begin, DTYPES[dtype], shape)
-    if end - begin != tensor.nbytes or begin < 0:
+    if end - begin != tensor.nbytes:
         raise InputError(
             f"{path}: {name}: {dtype} {list(shape)} needs {tensor.nbytes} bytes, the header says {end - begin}"
         )

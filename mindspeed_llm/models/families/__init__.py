@@ -2,9 +2,45 @@
 
 from mindspeed_llm.errors import InputError, lookup
 from mindspeed_llm.models.families.base import Family
+from mindspeed_llm.models.families.deepseek_v2 import DEEPSEEK_V2
+from mindspeed_llm.models.families.deepseek_v3 import DEEPSEEK_V3
+from mindspeed_llm.models.families.gemma2 import GEMMA2
+from mindspeed_llm.models.families.gemma3 import GEMMA3
+from mindspeed_llm.models.families.glm4 import GLM4
+from mindspeed_llm.models.families.glm4_moe import GLM4_MOE
+from mindspeed_llm.models.families.gpt_oss import GPT_OSS
+from mindspeed_llm.models.families.internlm2 import INTERNLM2
+from mindspeed_llm.models.families.internlm3 import INTERNLM3
+from mindspeed_llm.models.families.llama import LLAMA
+from mindspeed_llm.models.families.mistral import MISTRAL
+from mindspeed_llm.models.families.mixtral import MIXTRAL
+from mindspeed_llm.models.families.phi3 import PHI3
+from mindspeed_llm.models.families.qwen2 import QWEN2
+from mindspeed_llm.models.families.qwen2_moe import QWEN2_MOE
 from mindspeed_llm.models.families.qwen3 import QWEN3
+from mindspeed_llm.models.families.qwen3_moe import QWEN3_MOE
+from mindspeed_llm.models.families.seed_oss import SEED_OSS
 
-FAMILIES: tuple[Family, ...] = (QWEN3,)
+FAMILIES: tuple[Family, ...] = (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GEMMA2,
+    GEMMA3,
+    GLM4,
+    GLM4_MOE,
+    GPT_OSS,
+    INTERNLM2,
+    INTERNLM3,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    PHI3,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    SEED_OSS,
+)
 
 
 def family(name: str) -> Family:

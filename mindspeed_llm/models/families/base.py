@@ -117,6 +117,7 @@ class Family:
         weights: the table.
         aliases: other names `--model-type-hf` may use.
         specs: names of upstream's `--spec` modules for it, without `_spec`; its own name always counts.
+        converted_as: other families' names under which upstream converts it (Qwen2.5 as "llama2").
     """
 
     name: str
@@ -127,3 +128,4 @@ class Family:
     weights: tuple[Weight, ...]
     aliases: tuple[str, ...] = field(default=())
     specs: tuple[str, ...] = field(default=())
+    converted_as: tuple[str, ...] = field(default=())

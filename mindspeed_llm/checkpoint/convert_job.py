@@ -1,0 +1,239 @@
+"""A conversion with everything opened and checked, before anything is written."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mindspeed_llm.arguments.convert import ConvertOptions
+from mindspeed_llm.checkpoint.atomic import TRACKER, iteration_folder
+from mindspeed_llm.checkpoint.formats.hf import HFSource
+from mindspeed_llm.checkpoint.formats.lazy import TensorSource
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, is_megatron
+from mindspeed_llm.checkpoint.formats.mcore_names import Dialect
+from mindspeed_llm.checkpoint.formats.safetensors_file import is_export
+from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
+from mindspeed_llm.checkpoint.layout import Layout
+from mindspeed_llm.checkpoint.merge import MergedSource
+from mindspeed_llm.checkpoint.open import (
+    BaseSource,
+    LoraSource,
+    adapter_of,
+    check_base,
+    config_differences,
+    open_lora,
+)
+from mindspeed_llm.checkpoint.sizes import parse_size
+from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, Target, TorchDist
+from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ITERATION = 1
+"""The iteration number of a conversion, as upstream writes it."""
+HF_SUBFOLDER = "mg2hg"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion, everything checked.
+
+    Attributes:
+        source: what to write, merged and cast.
+        base: the source as it lies in its folder.
+        lora: the adapter merged in.
+        origin: the HF folder that gives config and tokenizer; None when none is known.
+        final: the folder that will appear.
+        target: how it is written.
+    """
+
+    source: TensorSource
+    base: BaseSource
+    lora: LoraSource | None
+    origin: Path | None
+    final: Path
+    target: Target
+
+
+def prepare(options: ConvertOptions) -> Job:
+    """Open and check everything.
+
+    Raises:
+        UsageError: flags that contradict each other, the model or the adapter.
+        InputError: a source that is missing, damaged or does not fit.
+    """
+    options = with_formats(options)
+    check_flags(options)
+    base, lora = open_source(options)
+    final = result_folder(options, recorded_folders(base, lora))
+    check_architecture_flags(base.config, options, options.load_dir)
+    if lora is not None:
+        check_base(lora, base, options.load_dir)
+    dtype = DTYPES[options.params_dtype] if options.params_dtype else None
+    source = base if lora is None and dtype is None else MergedSource(base, lora, dtype)
+    origin = companion_origin(options, base, lora)
+    if origin is not None:
+        differing = config_differences(ModelConfig.from_hf(origin), base.config)
+        if differing:
+            raise InputError(f"{origin}: config.json is of another model than {options.load_dir}: {differing}")
+    elif options.save_model_type == "hf":
+        raise InputError(
+            f"{options.load_dir}: records no HF folder that still exists, so the result would have no config and"
+            " tokenizer; give it with --hf-cfg-dir"
+        )
+    target = target_of(options, base.config)
+    target.check(source)
+    return Job(source, base, lora, origin, final, target)
+
+
+def with_formats(options: ConvertOptions) -> ConvertOptions:
+    """The options with both formats named: the source's as its files show, the result's the other one."""
+    folder = Path(options.load_dir)
+    if not folder.is_dir():
+        raise InputError(f"--load-dir {folder}: no such folder")
+    loaded = options.load_model_type or ("mg" if is_megatron(folder) else "hf")
+    saved = options.save_model_type or ("hf" if loaded == "mg" or options.save_lora_to_hf else "mg")
+    return dataclasses.replace(options, load_model_type=loaded, save_model_type=saved)
+
+
+def check_flags(options: ConvertOptions) -> None:
+    """`UsageError` for flags that cannot be meant together."""
+    layout = {
+        "--target-tensor-parallel-size": options.target_tensor_parallel_size != 1,
+        "--target-pipeline-parallel-size": options.target_pipeline_parallel_size != 1,
+        "--target-expert-parallel-size": options.target_expert_parallel_size != 1,
+        "--num-layers-per-virtual-pipeline-stage": options.num_layers_per_virtual_pipeline_stage,
+        "--num-layer-list": options.num_layer_list,
+        "--noop-layers": options.noop_layers,
+    }
+    wrong = [flag for flag, given in layout.items() if given]
+    if wrong and options.save_model_type == "hf":
+        raise UsageError(f"--save-model-type hf is not split over ranks; leave {', '.join(wrong)} out")
+    if wrong and options.ckpt_format == "torch_dist":
+        raise UsageError(f"--ckpt-format torch_dist loads at every layout; leave {', '.join(wrong)} out")
+    if (
+        options.load_model_type == options.save_model_type == "hf"
+        and not options.lora_load
+        and not options.params_dtype
+    ):
+        raise UsageError("hf to hf without --lora-load or --params-dtype changes nothing; copy the folder instead")
+    if Path(options.load_dir).resolve() == Path(options.save_dir).resolve() and "mg" in (
+        options.load_model_type,
+        options.save_model_type,
+    ):
+        raise UsageError(f"--save-dir is --load-dir ({options.load_dir}); choose another folder")
+
+
+def numbers(text: str | None, flag: str) -> list[int] | None:
+    """The numbers of "4,8"; `UsageError` naming the flag for anything else."""
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}: expected numbers separated by commas, as 4,8") from error
+
+
+def target_of(options: ConvertOptions, config: ModelConfig) -> Target:
+    """How the result is written."""
+    if options.save_model_type == "hf":
+        return HfFolder(parse_size(options.max_shard_size, "--max-shard-size"))
+    if options.ckpt_format == "torch_dist":
+        return TorchDist(ITERATION)
+    layout = Layout.create(
+        config.num_layers,
+        options.target_tensor_parallel_size,
+        options.target_pipeline_parallel_size,
+        options.num_layers_per_virtual_pipeline_stage,
+        stage_layers=numbers(options.num_layer_list, "--num-layer-list"),
+        noop_layers=numbers(options.noop_layers, "--noop-layers") or (),
+        ep=options.target_expert_parallel_size,
+        etp=options.expert_tensor_parallel_size,
+        tp_extends_ep=options.moe_tp_extend_ep,
+        v_shaped=options.schedules_method == "dualpipev",
+    )
+    dialect = Dialect(options.transformer_impl, options.moe_grouped_gemm)
+    return RankFiles(layout, dialect, options.make_vocab_size_divisible_by, ITERATION)
+
+
+def open_source(options: ConvertOptions) -> tuple[BaseSource, LoraSource | None]:
+    """The base, and the adapter to merge: that of `--lora-load`, or the one inside the source."""
+    folder = Path(options.load_dir)
+    settings = (options.lora_r, options.lora_alpha, options.lora_target_modules)
+    if options.load_model_type == "hf":
+        if is_megatron(folder):
+            raise UsageError(f"--load-dir {folder} is a Megatron checkpoint; give --load-model-type mg")
+        base: BaseSource = HFSource(folder, options.ignore_unknown)
+        inside = None
+    else:
+        if not is_megatron(folder) and (folder / "config.json").is_file():
+            raise UsageError(f"--load-dir {folder} is an HF folder; give --load-model-type hf")
+        given = given_origin(options)
+        config = ModelConfig.from_hf(given) if given else None
+        if is_torch_dist(folder):
+            base, inside = TorchDistSource(folder, config, options.model_type_hf, options.ignore_unknown), None
+        else:
+            inside = MegatronCheckpoint(folder, options.model_type_hf, config)
+            base = inside.base()
+    if options.lora_load:
+        if inside is not None and inside.lora_names:
+            raise UsageError(
+                f"--load-dir {folder} holds LoRA weights itself; leave --lora-load {options.lora_load} out"
+            )
+        return base, open_lora(options.lora_load[0], *settings, family_name=options.model_type_hf)
+    if inside is not None and inside.lora_names:
+        return base, adapter_of(inside, *settings)
+    if any(settings):
+        raise UsageError("--lora-r, --lora-alpha and --lora-target-modules need --lora-load, which is not given")
+    return base, None
+
+
+def given_origin(options: ConvertOptions) -> Path | None:
+    """The HF folder named on the command line: `--hf-cfg-dir`, or a `--save-dir` that already holds the model."""
+    if options.hf_cfg_dir:
+        return Path(options.hf_cfg_dir)
+    saved = Path(options.save_dir)
+    return saved if options.save_model_type == "hf" and (saved / "config.json").is_file() else None
+
+
+def recorded_folders(base: BaseSource, lora: LoraSource | None) -> list[Path]:
+    """The folders that the source and the adapter record as their base, those that still are HF folders."""
+    described = [None if isinstance(base, HFSource) else base.metadata, lora and lora.metadata]
+    folders = [Path(metadata.base.path) for metadata in described if metadata and metadata.base]
+    return [folder for folder in folders if (folder / "config.json").is_file()]
+
+
+def companion_origin(options: ConvertOptions, base: BaseSource, lora: LoraSource | None) -> Path | None:
+    """The HF folder config and tokenizer come from: given, or the source itself, or the one recorded."""
+    if given := given_origin(options):
+        return given
+    if isinstance(base, HFSource):
+        return base.path
+    return next(iter(recorded_folders(base, lora)), None)
+
+
+def result_folder(options: ConvertOptions, bases: list[Path]) -> Path:
+    """Where the result goes.
+
+    An hf result goes into a subfolder of a `--save-dir` that holds a model: the original, as upstream's scripts have
+    it. An export of ours that nothing records as its base is no original but an earlier result.
+
+    Raises:
+        UsageError: a result lies there and `--overwrite` is not given.
+    """
+    saved = Path(options.save_dir)
+    if saved.exists() and not saved.is_dir():
+        raise InputError(f"--save-dir {saved} is a file; choose a folder")
+    if options.save_model_type == "hf":
+        original = (saved / "config.json").is_file()
+        if original and is_export(saved):
+            original = saved.resolve() in [base.resolve() for base in (*bases, Path(options.load_dir))]
+        final = saved / HF_SUBFOLDER if original else saved
+        exists = any(final.glob("*.safetensors"))
+    else:
+        final = saved / iteration_folder(ITERATION)
+        exists = final.exists() or (saved / TRACKER).exists()
+    if exists and not options.overwrite:
+        raise UsageError(f"{final}: a result is there already; give --overwrite to replace it, or another --save-dir")
+    return final

@@ -1,0 +1,142 @@
+"""Layers with experts: megatron-core's MoE layer, dispatcher and sequential experts, with a router of our own.
+
+megatron-core's routing differs from the models' in the order of scaling, in the scoring of groups and in what it
+refuses (a correction without sigmoid); `choose_experts` says what `ModelConfig` asks for, in a few lines.
+
+Shapes: t tokens, h hidden, e experts, k experts per token, g groups; `/t` = divided by expert tensor parallelism.
+"""
+
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.linear import PartialSumLinear, with_bias
+
+
+def moe_options(model: ModelConfig) -> dict[str, Any]:
+    """Fields of megatron-core's configuration that describe the experts; none for a dense model."""
+    if not model.num_experts:
+        return {}
+    options: dict[str, Any] = {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
+        "moe_router_topk": model.moe_router_topk,
+        # The router here chooses by itself; these two only say which scores its auxiliary loss balances.
+        "moe_router_score_function": "sigmoid" if model.moe_router_score == "sigmoid" else "softmax",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+    }
+    return options
+
+
+def expert_mlp_spec(model: ModelConfig) -> ModuleSpec:
+    """The MLP of a layer with experts."""
+    row = PartialSumLinear if model.add_mlp_bias else RowParallelLinear
+    experts = MLPSubmodules(
+        linear_fc1=with_bias(ColumnParallelLinear, model.add_mlp_bias), linear_fc2=with_bias(row, model.add_mlp_bias)
+    )
+    shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            router=partial(Router, model=model),
+            experts=ModuleSpec(module=SequentialMLP, submodules=experts),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
+        ),
+    )
+
+
+def choose_experts(logits: Tensor, correction: Tensor | None, model: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Which experts each token goes to, and how much each counts.
+
+    Args:
+        logits: [t, e] fp32.
+        correction: [e] added to the scores for choosing only; None without.
+
+    Returns:
+        (weights [t, k] fp32, experts [t, k]).
+    """
+    if model.moe_router_score == "softmax_topk":
+        best, chosen = logits.topk(model.moe_router_topk, dim=-1)
+        return best.softmax(dim=-1), chosen
+    scores = logits.sigmoid() if model.moe_router_score == "sigmoid" else logits.softmax(dim=-1)
+    ranking = scores if correction is None else scores + correction
+    if model.moe_router_groups > 1:
+        ranking = within_best_groups(ranking, model)
+    chosen = ranking.topk(model.moe_router_topk, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    if model.moe_router_norm_topk:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all round to 0
+    return weights * model.moe_router_scale, chosen
+
+
+def within_best_groups(ranking: Tensor, model: ModelConfig) -> Tensor:
+    """[t, e] with -inf outside each token's best groups; a group counts as its best expert or its two best."""
+    groups = ranking.view(ranking.size(0), model.moe_router_groups, -1)  # [t, g, e / g]
+    if model.moe_router_group_score == "max":
+        score = groups.amax(dim=-1)
+    else:
+        score = groups.topk(2, dim=-1).values.sum(dim=-1)
+    best = score.topk(model.moe_router_group_topk, dim=-1).indices
+    outside = torch.ones_like(score, dtype=torch.bool).scatter_(1, best, False)
+    return groups.masked_fill(outside.unsqueeze(-1), -torch.inf).view_as(ranking)
+
+
+class Router(TopKRouter):
+    """megatron-core's router (parameters, auxiliary losses) that chooses experts as `ModelConfig` says.
+
+    Logits are computed in float32 whatever the type of the weights. The correction is a buffer in float32 that training
+    leaves as it is.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, *, model: ModelConfig) -> None:
+        config = copy(config)
+        config.add_bias_linear = model.moe_router_bias  # megatron-core's one switch; the other modules do not see it
+        super().__init__(config, pg_collection)
+        self.model = model
+        if model.moe_expert_bias:
+            del self.expert_bias  # megatron-core's is one that every step moves, and for sigmoid scores only
+            self.register_buffer("expert_bias", torch.zeros(model.num_experts, dtype=torch.float32))
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [s, b, e] fp32 of hidden states [s, b, h]."""
+        bias = None if self.bias is None else self.bias.float()
+        return linear(input.float(), self.weight.float(), bias)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [s, b, e] -> (weights [t, e], 0 where not chosen; chosen [t, e])."""
+        length, rows = logits.shape[:2]
+        logits = logits.reshape(-1, logits.size(-1))
+        padding_mask = None if padding_mask is None else padding_mask.reshape(-1)
+        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
+        weights, experts = choose_experts(logits, self.expert_bias, self.model)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, experts, True)
+        probs = torch.zeros_like(logits).scatter(1, experts, weights)
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            probs = self.balanced(probs, logits, length, rows, padding_mask)
+        return probs, chosen
+
+    def balanced(self, probs: Tensor, logits: Tensor, length: int, rows: int, padding_mask: Tensor | None) -> Tensor:
+        """`probs`, to whose backward pass the auxiliary losses' gradients are attached."""
+        chosen, scores = compute_routing_scores_for_aux_loss(
+            logits, self.topk, self.score_function, padding_mask=padding_mask
+        )
+        masked = padding_mask is not None
+        probs = self._apply_aux_loss(probs, scores, chosen, with_padding_mask=masked)
+        probs = self._apply_seq_aux_loss(probs, scores, chosen, length, rows, with_padding_mask=masked)
+        return self._apply_global_aux_loss(probs, scores, chosen, with_padding_mask=masked)
