@@ -16,7 +16,7 @@ TOKENS = torch.tensor([[3, 7, 11, 19, 2, 5, 30, 23], [1, 36, 9, 9, 14, 22, 8, 4]
 
 
 def redraw(model: torch.nn.Module, seed: int, only: tuple[str, ...] = ()) -> None:
-    """Draw every parameter and persistent buffer, or those whose names hold one of `only`: norms around 1, none zero."""
+    """Draw every parameter and persistent buffer, or those with one of `only` in their names; norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     state = model.state_dict()
     for name in sorted(state):

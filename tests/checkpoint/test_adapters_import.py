@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.merge import MergedSource
