@@ -34,11 +34,12 @@ class Rank(NamedTuple):
 
 
 class ExpertShare(NamedTuple):
-    """The experts a rank holds: `count` from `first`, and which of the `etp` cuts of each."""
+    """The experts a rank holds: `count` from `first`, and which of the `parts` (ETP) cuts of each."""
 
     first: int
     count: int
-    part: int
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,9 @@ class Layout:
         """The experts of a rank."""
         if self.tp_extends_ep:
             count = num_experts // (self.ep * self.tp)
-            return ExpertShare((ep_rank * self.tp + tp_rank) * count, count, 0)
+            return ExpertShare((ep_rank * self.tp + tp_rank) * count, count)
         count = num_experts // self.ep
-        return ExpertShare(ep_rank * count, count, tp_rank % self.etp)
+        return ExpertShare(ep_rank * count, count, tp_rank % self.etp, self.etp)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; `from_dict` reads it back."""

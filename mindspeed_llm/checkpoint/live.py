@@ -9,6 +9,7 @@ import torch
 from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource, assemble, part_of
 from mindspeed_llm.checkpoint.formats.mcore_names import local_shape
 from mindspeed_llm.checkpoint.kinds import AxisMap
+from mindspeed_llm.checkpoint.layout import ExpertShare
 from mindspeed_llm.checkpoint.tables import (
     EMBEDDING,
     LAYER_NUMBER,
@@ -29,21 +30,6 @@ class Loaded:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class ExpertPlace:
-    """Which experts a rank holds, and which share of each.
-
-    Attributes:
-        first, count: global number of its first expert, and how many it holds.
-        tp_rank, tp_size: place in expert tensor parallelism.
-    """
-
-    first: int
-    count: int
-    tp_rank: int = 0
-    tp_size: int = 1
-
-
 def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers of a live module by name: what a checkpoint holds of it."""
     tensors: dict[str, torch.Tensor] = dict(module.named_parameters())
@@ -61,7 +47,7 @@ def load_live(
     tp_size: int = 1,
     first_layer: int = 0,
     adapter: str = "default",
-    experts: ExpertPlace | None = None,
+    experts: ExpertShare | None = None,
 ) -> Loaded:
     """Copy this rank's share of every tensor into a live model's parameters.
 
@@ -78,7 +64,7 @@ def load_live(
             differ; nothing is copied then.
     """
     wants_lora = any(is_lora(name) for name in source.names())
-    experts = experts or ExpertPlace(0, source.config.num_experts, tp_rank, tp_size)
+    experts = experts or ExpertShare(0, source.config.num_experts, tp_rank, tp_size)
     live = {logical_name(name, first_layer, adapter, experts.first): one for name, one in named_tensors.items()}
     live = {name: tensor for name, tensor in live.items() if is_lora(name) == wants_lora}
     axes: dict[str, AxisMap] = {}
@@ -89,7 +75,7 @@ def load_live(
         if source.table.resolve(name) not in stored:
             continue
         of_expert = expert_number(name) is not None
-        ranks[name], size = (experts.tp_rank, experts.tp_size) if of_expert else (tp_rank, tp_size)
+        ranks[name], size = (experts.part, experts.parts) if of_expert else (tp_rank, tp_size)
         axes[name] = live_axis(source.table, name, tensor, size)
         share = local_shape(source.shape(name), axes[name], ranks[name])
         if tuple(tensor.shape) != share:
@@ -106,7 +92,7 @@ def load_live(
     return Loaded(len(live), sum(tensor.nbytes for tensor in live.values()))
 
 
-def names_that_differ(live: Mapping[str, torch.Tensor], source: TensorSource, experts: ExpertPlace) -> list[str]:
+def names_that_differ(live: Mapping[str, torch.Tensor], source: TensorSource, experts: ExpertShare) -> list[str]:
     """Messages for parameters the source lacks and for tensors of the live layers that the model lacks.
 
     Experts of other ranks and prediction layers, which the live model does not have, are not missed.

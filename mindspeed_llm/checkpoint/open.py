@@ -171,7 +171,11 @@ def check_base(lora: LoraSource, base: TensorSource, base_path: str | Path) -> N
 
 
 def config_differences(one: ModelConfig, other: ModelConfig) -> str:
-    """The fields in which two models differ, their dtype aside: "hidden_size 64 and 128"; empty when they agree."""
-    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.compare and field.name != "dtype"]
+    """The fields in which two models differ: "hidden_size 64 and 128"; empty when they agree.
+
+    Their dtype aside, and their prediction layers: transformers saves models without those and leaves config.json so.
+    """
+    aside = ("dtype", "mtp_num_layers")
+    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.compare and field.name not in aside]
     pairs = [(name, getattr(one, name), getattr(other, name)) for name in fields]
     return ", ".join(f"{name} {a} and {b}" for name, a, b in pairs if a != b)

@@ -10,8 +10,8 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from mindspeed_llm.arguments.programs import LiveProgram
-from mindspeed_llm.checkpoint.layout import Layout
-from mindspeed_llm.checkpoint.live import ExpertPlace, live_tensors, load_live
+from mindspeed_llm.checkpoint.layout import ExpertShare, Layout
+from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, check_base, open_base, open_lora
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import UsageError
@@ -175,7 +175,7 @@ def load_model(options: LiveProgram, sources: Sources, device: Device) -> LiveMo
     engine = EngineOptions(tensor=tensor, pipeline=pipeline, dtype=live_dtype(options, sources))
     chunks = build_chunks(config, engine, device)
     rank = parallel_state.get_tensor_model_parallel_rank()
-    experts = ExpertPlace(*parallel.expert_place(config.num_experts))
+    experts = ExpertShare(*parallel.expert_place(config.num_experts))
     first = chunks[0].first_layer
     load_live(live_tensors(chunks[0]), sources.base, rank, tensor, first, experts=experts)
     if sources.adapter is not None:

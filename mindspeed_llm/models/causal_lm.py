@@ -1,4 +1,4 @@
-"""GPTModel with a head that does no work for positions without a label.
+"""GPTModel with our rotary embedding, and a head that does no work for positions without a label.
 
 Shapes: s sequence, b batch, h hidden, v vocabulary, m labelled positions; `/t` = divided by TP.
 """
@@ -10,13 +10,22 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
 from torch import Tensor
 
+from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.head import frozen_head_loss
+from mindspeed_llm.models.rope import Rotary
 
 IGNORE = -100  # label of a position that is not trained
 
 
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding at this TP: the vocabulary rounded up to a multiple of TP."""
+    return -(-vocab_size // tensor) * tensor
+
+
 class CausalLM(GPTModel):
     """megatron-core's GPTModel whose loss runs over the labelled positions only.
+
+    Where the model has them, the embedding's output is scaled and the logits are capped.
 
     Attributes:
         first_layer: global number of this chunk's first decoder layer.
@@ -27,6 +36,45 @@ class CausalLM(GPTModel):
     first_layer: int = 0
     vocabulary: int = 0
     answers_logits: bool = False
+    embedding_scale: float | None = None
+    logit_softcap: float | None = None
+
+    def __init__(
+        self, model: ModelConfig, config: Any, layers: Any, place: torch.device, first: bool, last: bool, vp_stage: Any
+    ) -> None:
+        """Build one stage.
+
+        Args:
+            config: megatron-core's configuration of the model.
+            layers: the block's specification (`models.layer`).
+            place: where it will run.
+            first, last: whether it holds the embedding, and the output layer.
+            vp_stage: its number under interleaving.
+        """
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layers,
+            vocab_size=padded_vocab_size(model.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        if not model.multi_latent_attention:  # latent attention has its own embedding, within each layer
+            self.rotary_pos_emb = Rotary(model, place, self.pg_collection.cp)
+        self.vocabulary, self.logit_softcap = model.vocab_size, model.logit_softcap
+        if model.embedding_scale is not None:  # rounded to the model's type, as transformers does
+            self.embedding_scale = torch.tensor(model.embedding_scale, dtype=config.params_dtype).item()
+
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
+    ) -> tuple:
+        """megatron-core's, on the scaled embedding where the model scales it."""
+        if self.embedding_scale is not None and self.pre_process and decoder_input is None:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids) * self.embedding_scale
+        return super()._preprocess(input_ids, position_ids, decoder_input=decoder_input, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Hidden states between stages; on the last one the losses [m] (or logits [m, v]) of labelled positions.
@@ -38,7 +86,8 @@ class CausalLM(GPTModel):
             labels: [b, s], IGNORE where nothing is to be predicted.
         """
         if not self.post_process or labels is None:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            out = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            return self.cap(out) if self.post_process else out
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
         flat = labels.transpose(0, 1).reshape(-1)
@@ -48,7 +97,7 @@ class CausalLM(GPTModel):
             return self.head_logits(hidden, gather=True).squeeze(1)[:, : self.vocabulary]
         targets = flat.index_select(0, chosen)
         weight = self.head_weight
-        if not weight.requires_grad and chosen.numel():
+        if not weight.requires_grad and chosen.numel() and self.logit_softcap is None:
             reduce = not self.config.sequence_parallel
             return frozen_head_loss(hidden.squeeze(1), weight, targets, self.vocabulary, reduce, self.pg_collection.tp)
         logits = self.mask_padding_rows(self.head_logits(hidden, gather=False))
@@ -71,7 +120,13 @@ class CausalLM(GPTModel):
             logits, _ = head(hidden, weight=self.head_weight, runtime_gather_output=gather)
         finally:
             head.sequence_parallel, head.disable_grad_reduce = kept
-        return logits
+        return self.cap(logits)
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """c * tanh(logits / c) where the model caps them, else the logits."""
+        if self.logit_softcap is None:
+            return logits
+        return torch.tanh(logits / self.logit_softcap) * self.logit_softcap
 
     def mask_padding_rows(self, logits: Tensor) -> Tensor:
         """Logits [..., v/t] with the vocabulary's padding rows at -inf, so that they take no probability."""

@@ -213,7 +213,10 @@ class ModelConfig:
         values: dict[str, Any] = dict(family.fixed)
         for name, origin in family.config.items():
             values[name] = hf_value(origin, flat, f"{where}: a {family.name} model")
-        return cls(family=family.name, hf_config=dict(raw), **values)
+        try:
+            return cls(family=family.name, hf_config=dict(raw), **values)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; `from_dict` reads it back."""

@@ -5,28 +5,45 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.activations import quick_gelu
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 from mindspeed_llm.device.base import Device
-from mindspeed_llm.models.attention import CoreAttention
 from mindspeed_llm.models.causal_lm import CausalLM
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.moe import activation_options, mlp_spec, moe_options
+from mindspeed_llm.models.layer import layer_spec
+from mindspeed_llm.models.linear import PartialSumLinear
+from mindspeed_llm.models.mla import latent_options
+from mindspeed_llm.models.moe import moe_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Gemma)."""
+    return gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "silu": {"activation_func": silu},
+    "gelu_tanh": {"activation_func": gelu_tanh},
+    "clamped_swiglu": {  # (up + 1) x gate x sigmoid(1.702 gate), both clamped at 7 (gpt-oss)
+        "activation_func": quick_gelu,
+        "activation_func_clamp_value": 7.0,
+        "glu_linear_offset": 1.0,
+    },
+}
+"""`ModelConfig.activation` -> the fields of megatron-core's configuration that make it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,8 @@ class EngineOptions:
 def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device) -> TransformerConfig:
     """megatron-core's configuration of `model`; parameters are left uninitialised, a checkpoint always follows."""
     virtual = engine.virtual_stages(model.num_layers)
-    return TransformerConfig(
+    latent = latent_options(model) if model.multi_latent_attention else {}
+    return (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -84,9 +102,10 @@ def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
         qk_layernorm=model.qk_layernorm,
-        add_bias_linear=False,
-        add_qkv_bias=model.add_qkv_bias,
+        layernorm_zero_centered_gamma=model.zero_centered_norm,
+        add_bias_linear=False,  # the layer's spec says which linear layer has a bias
         gated_linear_unit=True,
+        **ACTIVATIONS[model.activation],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=engine.tensor,
@@ -112,48 +131,10 @@ def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device
         moe_aux_loss_coeff=engine.moe_aux_loss,
         moe_router_load_balancing_type=engine.moe_aux_loss_type,
         moe_z_loss_coeff=engine.moe_z_loss,
-        **activation_options(model),
+        **latent,
         **moe_options(model),
         **device.engine_config,
     )
-
-
-def layer_spec(model: ModelConfig, layer: int, device: Device) -> ModuleSpec:
-    """Decoder layer number `layer`: RMSNorm, attention with our core, gated MLP or experts."""
-    norm = device.rms_norm
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=ModuleSpec(module=CoreAttention, params={"device": device}),
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=norm if model.qk_layernorm else IdentityOp,
-                    k_layernorm=norm if model.qk_layernorm else IdentityOp,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=mlp_spec(model) if model.has("moe", layer) else dense_mlp_spec(),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-
-
-def dense_mlp_spec() -> ModuleSpec:
-    """A gated MLP."""
-    return ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
-
-
-def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding at this TP: the vocabulary rounded up to a multiple of TP."""
-    return -(-vocab_size // tensor) * tensor
 
 
 def build_chunks(model: ModelConfig, engine: EngineOptions, device: Device) -> list[CausalLM]:
@@ -179,22 +160,11 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, device: Device, 
         layer_specs=[layer_spec(model, first_layer + layer, device) for layer in range(layers)],
         layer_norm=device.rms_norm,
     )
-    chunk = CausalLM(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=padded_vocab_size(model.vocab_size, config.tensor_model_parallel_size),
-        max_sequence_length=model.max_position_embeddings,
-        pre_process=first,
-        post_process=last,
-        share_embeddings_and_output_weights=model.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
-        vp_stage=vp_stage,
-    )
-    chunk.vocabulary = model.vocab_size
+    place = device.torch_device(torch.distributed.get_node_local_rank(0))
+    chunk = CausalLM(model, config, spec, place, first=first, last=last, vp_stage=vp_stage)
     chunk.first_layer = first_layer
     mark_split_weights(chunk)
-    return chunk.to(device.torch_device(torch.distributed.get_node_local_rank(0)))
+    return chunk.to(place)
 
 
 def mark_split_weights(chunk: torch.nn.Module) -> None:
@@ -202,7 +172,7 @@ def mark_split_weights(chunk: torch.nn.Module) -> None:
 
     megatron-core sets it while initialising weights, which is skipped here because a checkpoint always follows.
     """
-    split = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    split = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1, PartialSumLinear: 1}
     for module in chunk.modules():
         weight = getattr(module, "weight", None)
         if type(module) in split and weight is not None and not hasattr(weight, "tensor_model_parallel"):

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.activations import quick_gelu
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -21,12 +20,10 @@ from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_a
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 from mindspeed_llm.models.config import ModelConfig
-
-SWIGLU_LIMIT = 7.0
-"""gpt-oss clamps what enters its activation; `quick_gelu` is x sigmoid(1.702 x), its alpha."""
+from mindspeed_llm.models.linear import PartialSumLinear, with_bias
 
 
 def moe_options(model: ModelConfig) -> dict[str, Any]:
@@ -47,67 +44,21 @@ def moe_options(model: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def activation_options(model: ModelConfig) -> dict[str, Any]:
-    """Fields of megatron-core's configuration for a clamped gated activation, (up + 1) x gate x sigmoid(1.702 gate)."""
-    if model.activation != "clamped_swiglu":
-        return {"activation_func": silu}
-    return {
-        "activation_func": quick_gelu,
-        "activation_func_clamp_value": SWIGLU_LIMIT,
-        "glu_linear_offset": 1.0,
-    }
-
-
-def mlp_spec(model: ModelConfig) -> ModuleSpec:
+def expert_mlp_spec(model: ModelConfig) -> ModuleSpec:
     """The MLP of a layer with experts."""
-    split = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = (
-        MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=PartialSumLinear) if model.add_mlp_bias else split
+    row = PartialSumLinear if model.add_mlp_bias else RowParallelLinear
+    experts = MLPSubmodules(
+        linear_fc1=with_bias(ColumnParallelLinear, model.add_mlp_bias), linear_fc2=with_bias(row, model.add_mlp_bias)
     )
+    shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
             router=partial(Router, model=model),
-            experts=ModuleSpec(module=Experts, submodules=experts, params={"bias": model.add_mlp_bias}),
-            shared_experts=ModuleSpec(module=SharedExperts, submodules=split),
+            experts=ModuleSpec(module=SequentialMLP, submodules=experts),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
         ),
     )
-
-
-def with_bias(config: TransformerConfig, bias: bool) -> TransformerConfig:
-    """The configuration of one module whose linear layers have a bias, or have none."""
-    config = copy(config)
-    config.add_bias_linear = bias
-    return config
-
-
-class Experts(SequentialMLP):
-    """megatron-core's experts, one after another, whose bias does not depend on the attention's."""
-
-    def __init__(
-        self, num_local_experts: int, config: TransformerConfig, submodules: MLPSubmodules, bias: bool, **groups: Any
-    ) -> None:
-        super().__init__(num_local_experts, with_bias(config, bias), submodules, **groups)
-
-
-class SharedExperts(SharedExpertMLP):
-    """megatron-core's shared experts, which never have a bias."""
-
-    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, **other: Any) -> None:
-        super().__init__(with_bias(config, False), submodules, **other)
-
-
-class PartialSumLinear(RowParallelLinear):
-    """An expert's second linear layer with a bias.
-
-    Ranks hold partial sums that the dispatcher adds up afterwards, and each adds the bias to its own: every rank gives
-    1 / t of it. (megatron-core refuses experts with a bias under expert tensor parallelism for this.)
-    """
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[t, f/t] -> ([t, h] partial sum, [h] this rank's part of the bias)."""
-        out, bias = super().forward(input_)
-        return out, None if bias is None else bias / self.world_size
 
 
 def choose_experts(logits: Tensor, correction: Tensor | None, model: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -154,7 +105,9 @@ class Router(TopKRouter):
     """
 
     def __init__(self, config: TransformerConfig, pg_collection: Any = None, *, model: ModelConfig) -> None:
-        super().__init__(with_bias(config, model.moe_router_bias), pg_collection)
+        config = copy(config)
+        config.add_bias_linear = model.moe_router_bias  # megatron-core's one switch; the other modules do not see it
+        super().__init__(config, pg_collection)
         self.model = model
         if model.moe_expert_bias:
             del self.expert_bias  # megatron-core's is one that every step moves, and for sigmoid scores only

@@ -57,8 +57,10 @@ def test_a_block_after_a_prefix_gives_what_the_whole_gives() -> None:
         assert torch.allclose(rest, whole[:, :, start:], rtol=0, atol=1e-13)
 
 
-def config(sequence_parallel: bool) -> SimpleNamespace:
-    return SimpleNamespace(sequence_parallel=sequence_parallel, params_dtype=torch.float64)
+def config(sequence_parallel: bool, zero_centered: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        sequence_parallel=sequence_parallel, params_dtype=torch.float64, layernorm_zero_centered_gamma=zero_centered
+    )
 
 
 def test_rms_norm_equals_its_definition_and_its_gradient_autograds() -> None:

@@ -58,15 +58,19 @@ def test_keys_left_out_have_the_defaults_of_transformers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("attention_bias", True),
-        ("use_sliding_window", True),
         ("hidden_act", "gelu"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-        ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        ("partial_rotary_factor", 0.5),
+        ("rope_scaling", {"rope_type": "mystery", "factor": 4.0}),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_parameters", {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}),
+        ("layer_types", ["sliding_attention"] * 4),
+        ("layer_types", ["sliding_attention", "chunked_attention"] * 2),
     ],
 )
 def test_a_feature_the_family_cannot_express_is_refused_by_name(key: str, value: object, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="hidden_act|attention_bias|use_sliding_window|rope_scaling") as error:
+    with pytest.raises(
+        InputError, match="hidden_act|partial_rotary|mystery|low_freq|local_base|slide|chunked"
+    ) as error:
         ModelConfig.from_hf(write_config(tmp_path, **{key: value}))
     assert str(tmp_path) in str(error.value)
 

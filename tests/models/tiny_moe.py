@@ -79,6 +79,14 @@ def tiny(name: str, config_class: str, *parts: dict[str, Any], **values: Any) ->
 
 QWEN3_MOE = tiny("qwen3-moe", "Qwen3MoeConfig", ATTENTION, QWEN_MOE, norm_topk_prob=True)
 DEEPSEEK_V3 = tiny("deepseek-v3", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16)
+DEEPSEEK_V3_YARN = tiny(
+    "deepseek-v3-yarn", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16, rope_parameters=YARN
+)
+DEEPSEEK_V2_LITE = tiny(
+    "deepseek-v2-lite", "DeepseekV2Config", LATENT, SIGMOID_MOE, q_lora_rank=None, n_group=1, topk_group=1
+)
+QWEN2_MOE = tiny("qwen2-moe", "Qwen2MoeConfig", ATTENTION, SHARED_MOE)
+GPT_OSS = tiny("gpt-oss", "GptOssConfig", ATTENTION, num_local_experts=6, num_experts_per_tok=3, sliding_window=5)
 
 WITHOUT_LATENT = (
     QWEN3_MOE,
@@ -93,14 +101,14 @@ WITHOUT_LATENT = (
     tiny("mixtral-window", "MixtralConfig", ATTENTION, num_local_experts=4, num_experts_per_tok=1, sliding_window=5),
     tiny("glm4-moe", "Glm4MoeConfig", ATTENTION, SIGMOID_MOE, use_qk_norm=True, attention_bias=True),
     tiny("glm4-moe-ungrouped", "Glm4MoeConfig", ATTENTION, SIGMOID_MOE, n_group=1, topk_group=1, norm_topk_prob=False),
-    tiny("gpt-oss", "GptOssConfig", ATTENTION, num_local_experts=6, num_experts_per_tok=3, sliding_window=5),
+    GPT_OSS,
 )
 WITH_LATENT = (
     DEEPSEEK_V3,
     tiny("deepseek-v3-plain-q", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=None, norm_topk_prob=False),
-    tiny("deepseek-v3-yarn", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16, rope_parameters=YARN),
+    DEEPSEEK_V3_YARN,
     tiny("deepseek-v3-halves", "DeepseekV3Config", LATENT, SIGMOID_MOE, q_lora_rank=16, rope_interleave=False),
-    tiny("deepseek-v2-lite", "DeepseekV2Config", LATENT, SIGMOID_MOE, q_lora_rank=None, n_group=1, topk_group=1),
+    DEEPSEEK_V2_LITE,
     tiny(
         "deepseek-v2",
         "DeepseekV2Config",

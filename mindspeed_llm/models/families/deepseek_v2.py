@@ -62,5 +62,5 @@ DEEPSEEK_V2 = Family(
             shared_expert_rows("mlp.shared_experts"),
         )
     ),
-    aliases=("deepseek2", "deepseek-v2", "deepseek2-lite"),
+    aliases=("deepseek2", "deepseek2-lite"),
 )

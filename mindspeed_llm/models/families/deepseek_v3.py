@@ -51,5 +51,5 @@ DEEPSEEK_V3 = Family(
         "topk_method": "noaux_tc",
     },
     weights=network_rows(LAYER_ROWS, prediction_rows(LAYER_ROWS)),
-    aliases=("deepseek3", "deepseek-v3", "deepseek_r1"),
+    aliases=("deepseek3",),
 )

@@ -47,5 +47,5 @@ GLM4_MOE = Family(
     fixed={"moe_router_score": "sigmoid", "moe_expert_bias": True},
     requires={"hidden_act": "silu", "rope_local_base_freq": None},
     weights=network_rows(LAYER_ROWS, prediction_rows(LAYER_ROWS)),
-    aliases=("glm45-moe", "glm4.5"),
+    aliases=("glm45-moe",),
 )

@@ -1,0 +1,73 @@
+"""Our side of the parity tests: a saved folder, live on megatron-core. Imports megatron-core."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import parallel_state
+
+from mindspeed_llm import device
+from mindspeed_llm.checkpoint.formats.hf import HFSource
+from mindspeed_llm.checkpoint.live import load_live
+from mindspeed_llm.inference.live import LiveModel
+from mindspeed_llm.models import parallel
+from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
+from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.gpt import EngineOptions, build_chunks
+
+
+@contextmanager
+def live(folder: Path, **engine: Any) -> Iterator[tuple[CausalLM, ModelConfig]]:
+    """The model of an HF folder with its weights, for evaluation; the process groups end with the block."""
+    chosen, options = device.select("cpu"), EngineOptions(**engine)
+    parallel.start(chosen, options.tensor, options.pipeline)
+    try:
+        source = HFSource(folder)
+        (chunk,) = build_chunks(source.config, options, chosen)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        load_live(dict(chunk.named_parameters()), source, rank, options.tensor, chunk.first_layer)
+        chunk.eval()
+        yield chunk, source.config
+    finally:
+        parallel.stop()
+
+
+@torch.no_grad()
+def logits(rank: int, folder: Path, tokens: numpy.ndarray, **engine: Any) -> numpy.ndarray:
+    """Logits [rows, length, vocabulary] of whole rows."""
+    with live(folder, **engine) as (chunk, model):
+        found = chunk(torch.from_numpy(tokens), None, None, runtime_gather_output=True)
+        return found[..., : model.vocab_size].numpy()
+
+
+def cached_logits(rank: int, folder: Path, tokens: numpy.ndarray, cuts: Sequence[int], **engine: Any) -> list[Any]:
+    """Logits [rows, vocabulary] behind each piece of the rows, which are given to a cache piece by piece."""
+    with live(folder, **engine) as (chunk, model):
+        running = LiveModel(chunk, model, torch.device("cpu"))
+        cache, found = running.cache(*tokens.shape), []
+        for start, stop in zip((0, *cuts), (*cuts, tokens.shape[1]), strict=True):
+            found.append(running.next_logits(torch.from_numpy(tokens[:, start:stop]), cache).numpy())
+        return found
+
+
+def losses_and_gradients(
+    rank: int, folder: Path, tokens: numpy.ndarray, frozen: Sequence[str] = (), **engine: Any
+) -> tuple[numpy.ndarray, dict[str, numpy.ndarray]]:
+    """Loss of each next token, in the order [position, row], and the gradient of its mean for each parameter.
+
+    Args:
+        frozen: parameters that need no gradient.
+    """
+    with live(folder, **engine) as (chunk, _):
+        chunk.train()
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        rows = torch.from_numpy(tokens)
+        labels = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], IGNORE)], 1)
+        found = chunk(rows, None, None, labels=labels)
+        found.mean().backward()
+        grads = {name: p.grad.numpy().copy() for name, p in chunk.named_parameters() if p.grad is not None}
+        return found.detach().numpy(), grads
