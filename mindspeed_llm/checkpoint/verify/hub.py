@@ -108,7 +108,9 @@ class HubTensors:
 
         if scales.dtype == torch.uint8:  # exponents of 2, plus 127
             scales = torch.exp2(scales.float() - 127)
-        block = list(values.shape[-2:]) if scales.numel() == 1 else self.config["quantization_config"]["weight_block_size"]
+        block = (
+            list(values.shape[-2:]) if scales.numel() == 1 else self.config["quantization_config"]["weight_block_size"]
+        )
         grid = scales.float().reshape(1, 1) if scales.numel() == 1 else scales.float()
         return _dequantize_fp8_weight(values, grid, block, torch.float32).to(torch.bfloat16)
 
@@ -149,4 +151,3 @@ def headers(file: Path) -> dict[str, Stored]:
             dtype = DTYPES.get(part.get_dtype(), torch.uint8)
             found[name] = Stored(file, tuple(part.get_shape()), dtype)
     return found
-

@@ -1,4 +1,4 @@
-"""The network as transformers computes it, from HF tensors, in float32 and on the CPU.
+"""The network as transformers computes it, from HF tensors, on the CPU.
 
 Whole, it is loaded as any user loads a model. Streamed, its modules are built without values and filled from the same
 tensors just before they run, one decoder layer at a time, by transformers' own conversion of checkpoint names.
@@ -153,12 +153,13 @@ def model_class(folder: Path, tensors: HfTensors) -> tuple[type, Any, HfTensors]
 class Reference:
     """transformers' network over given HF tensors."""
 
-    def __init__(self, folder: Path, tensors: HfTensors, streamed: bool) -> None:
+    def __init__(self, folder: Path, tensors: HfTensors, streamed: bool, dtype: torch.dtype = torch.float32) -> None:
         """Load it, or build it without values.
 
         Args:
             folder: gives the configuration.
             streamed: keep one decoder layer in memory at a time.
+            dtype: of weights and activations.
 
         Raises:
             NoReference: transformers has no class for it.
@@ -171,7 +172,7 @@ class Reference:
         for name in names:
             match = LAYER.match(name)
             self.by_stage.setdefault(int(match[1]) if match else None, []).append(name)
-        self.config, self.streamed = config, streamed
+        self.config, self.streamed, self.dtype = config, streamed, dtype
         with quiet():
             self.model = self.empty(made) if streamed else self.loaded(made, folder, names)
         self.model.eval()
@@ -180,7 +181,7 @@ class Reference:
         """The model with its values, as any user loads one."""
         state = {name: Lazy(self.tensors, name) for name in names}
         model, info = made.from_pretrained(
-            None, config=self.config, state_dict=state, dtype=torch.float32, output_loading_info=True
+            None, config=self.config, state_dict=state, dtype=self.dtype, output_loading_info=True
         )
         missing = sorted(info["missing_keys"]) + [str(one[0]) for one in info["mismatched_keys"]]
         if missing:
@@ -193,14 +194,14 @@ class Reference:
         from transformers.modeling_utils import LoadStateDictConfig
 
         with torch.device("meta"):
-            model = made._from_config(self.config, dtype=torch.float32)
+            model = made._from_config(self.config, dtype=self.dtype)
         for module in model.modules():
             derived = [name for name in module._buffers if name in module._non_persistent_buffers_set]
             for name in derived:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
             if derived:
                 model._init_weights(module)
-        self.loading = LoadStateDictConfig(dtype=torch.float32, weight_mapping=get_model_conversion_mapping(model))
+        self.loading = LoadStateDictConfig(dtype=self.dtype, weight_mapping=get_model_conversion_mapping(model))
         return model
 
     def fill(self, names: list[str], module: nn.Module) -> None:
@@ -253,7 +254,7 @@ class Reference:
 
         def before(one: nn.Module, args: Any) -> None:
             if tied:
-                one.weight = nn.Parameter(self.tensors.read(EMBEDDING).float(), requires_grad=False)
+                one.weight = nn.Parameter(self.tensors.read(EMBEDDING).to(self.dtype), requires_grad=False)
             else:
                 self.fill(names, one)
 

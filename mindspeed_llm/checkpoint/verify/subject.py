@@ -1,4 +1,4 @@
-"""Our side: the live megatron-core network over logical tensors, in float32, on the CPU, in this one process.
+"""Our side: the live megatron-core network over logical tensors, on the CPU, in this one process.
 
 Whole, it is built and loaded as for inference. Streamed, each decoder layer is built alone when its turn comes, filled
 from the source, and dropped; embedding and head have their values only while they run.
@@ -75,19 +75,29 @@ class Streamed(nn.Module):
 class Subject:
     """The live network over a source; with an adapter, that runs beside the base, unmerged."""
 
-    def __init__(self, source: TensorSource, device: Device, streamed: bool, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        device: Device,
+        streamed: bool,
+        dtype: torch.dtype = torch.float32,
+        adapter: Adapter | None = None,
+    ) -> None:
         """Build it; `engine` has to be active.
 
         Args:
             streamed: keep one decoder layer in memory at a time.
+            dtype: of weights and activations.
+            adapter: runs beside the base.
         """
+        self.options = EngineOptions(dtype=dtype)
         self.source, self.device, self.streamed, self.adapter = source, device, streamed, adapter
         self.truth: Trace | None = None
         self.trace = Trace()
         if streamed:
             self.chunk = self.empty()
         else:
-            (self.chunk,) = build_chunks(source.config, EngineOptions(), device)
+            (self.chunk,) = build_chunks(source.config, self.options, device)
             load_live(live_tensors(self.chunk), source)
             for number, layer in enumerate(self.chunk.decoder.layers):
                 self.adapt(layer, number)
@@ -97,7 +107,7 @@ class Subject:
     def empty(self) -> CausalLM:
         """The network with layers still to be built, and an embedding and a head without values."""
         model = self.source.config
-        config = transformer_config(model, EngineOptions(), self.device)
+        config = transformer_config(model, self.options, self.device)
         specs = [
             ModuleSpec(module=Streamed, params={"spec": layer_spec(model, number, self.device), "make": self.make})
             for number in range(model.num_layers)
@@ -115,7 +125,7 @@ class Subject:
         parameter.data = torch.empty(0)
 
         def before(one: nn.Module, args: Any) -> None:
-            parameter.data = self.source.read(name).float()
+            parameter.data = self.source.read(name).to(self.options.dtype)
 
         def after(one: nn.Module, args: Any, out: Any) -> None:
             parameter.data = torch.empty(0)
@@ -145,7 +155,9 @@ class Subject:
             if match and match["factor"] == "lora_A" and name.startswith(prefix):
                 module = match["module"]
                 factors = self.adapter.factors(f"{module}.weight")
-                layer.get_submodule(module.removeprefix(prefix)).register_forward_hook(beside(*factors))
+                layer.get_submodule(module.removeprefix(prefix)).register_forward_hook(
+                    beside(*factors, self.options.dtype)
+                )
 
     def watch(self, number: int) -> Callable[..., None]:
         """A hook that runs a layer once more, on the truth's input, and keeps what goes in and out where asked."""
@@ -168,17 +180,18 @@ class Subject:
         """The run over `ids` [1, s]; its layers are held against `truth`'s, or kept where there is none."""
         self.truth, self.trace = truth, Trace()
         out = self.chunk(ids, None, None, runtime_gather_output=True)
-        self.trace.logits = out[0, :, : self.source.config.vocab_size].float().clone()
+        self.trace.logits = out[0, :, : self.source.config.vocab_size].clone()
         return self.trace
 
 
-def beside(a: Tensor, b: Tensor, scaling: float) -> Callable[..., Any]:
+def beside(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Callable[..., Any]:
     """A hook that adds scaling * B A x to what a linear module of megatron-core gives.
 
     Args:
         a: [r, in].
         b: [out, r].
     """
+    a, b = a.to(dtype), b.to(dtype)
 
     def after(module: nn.Module, args: tuple, out: Any) -> Any:
         delta = nn.functional.linear(nn.functional.linear(args[0], a), b) * scaling

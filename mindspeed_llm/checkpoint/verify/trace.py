@@ -37,6 +37,7 @@ class Agreement:
 
     Attributes:
         truth, subject: what was run, for people.
+        dtype: of weights and activations.
         largest: of |difference of logits|.
         std: of the truth's logits.
         allowed: the difference that is allowed.
@@ -48,6 +49,7 @@ class Agreement:
 
     truth: str
     subject: str
+    dtype: str
     largest: float
     std: float
     allowed: float
@@ -73,7 +75,7 @@ def layer_difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
     return float((found - wanted).abs().max()), float(wanted.abs().max())
 
 
-def compare(truth: Trace, subject: Trace, truth_name: str, subject_name: str) -> Agreement:
+def compare(truth: Trace, subject: Trace, truth_name: str, subject_name: str, dtype: str = "float32") -> Agreement:
     """Hold the logits of two runs, and where there are any the layers' differences, against each other."""
     wanted, found = truth.logits, subject.logits
     std = float(wanted.std())
@@ -91,7 +93,7 @@ def compare(truth: Trace, subject: Trace, truth_name: str, subject_name: str) ->
         same, flips = same + int(agree.sum()), flips + int((~agree & clear).sum())
     top1 = same / wanted.size(0)
     worst = worst_layer(subject.layer_differences)
-    return Agreement(truth_name, subject_name, largest, std, allowed, top1, flips, *worst)
+    return Agreement(truth_name, subject_name, dtype, largest, std, allowed, top1, flips, *worst)
 
 
 def worst_layer(differences: list[tuple[float, float]]) -> tuple[int | None, float, float]:

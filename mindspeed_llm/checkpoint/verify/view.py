@@ -159,4 +159,3 @@ class Wanted:
         if name not in self.found_names or torch.equal(right.low, right.high):
             return right.nearest
         return right.among(self.found.read(name, start, stop))
-
