@@ -23,7 +23,14 @@ class ParallelOptions:
         False, help="Cut the sequence over the TP processes outside the matrix products; has no effect at TP 1."
     )
     context_parallel_size: int = option(1, help="Processes over which a sequence is cut (CP); only 1 yet.")
-    expert_model_parallel_size: int = option(1, help="Processes over which experts are spread (EP); only 1 yet.")
+    expert_model_parallel_size: int = option(
+        1, help="Processes over which experts are spread (EP); only 1 in training yet.", unit="processes"
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None,
+        help="Processes over which each expert is cut (ETP); left out, the tensor-parallel size.",
+        unit="processes",
+    )
     use_distributed_optimizer: bool = option(
         False, help="Spread the optimizer's state over the data-parallel processes; same numbers, less memory."
     )
@@ -34,12 +41,12 @@ class ParallelOptions:
 
     def check(self) -> None:
         """Raise UsageError for sizes that are not supported and options that need another one."""
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) < 1:
+        sizes = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+        for name in (f"{one}_parallel_size" for one in sizes):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("context_parallel_size", "expert_model_parallel_size"):
-            if getattr(self, name) != 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: only 1 is supported yet")
+        if self.context_parallel_size != 1:
+            raise UsageError(f"--context-parallel-size {self.context_parallel_size}: only 1 is supported yet")
         layers = self.num_layers_per_virtual_pipeline_stage
         if layers is not None and self.pipeline_model_parallel_size < 2:
             raise UsageError(

@@ -6,6 +6,7 @@ The source's own layout, sizes and adapter settings are read from its files; fla
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,10 +20,12 @@ from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_tracker
 from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource, copy_companions
+from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource
+from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata, write_metadata
 from mindspeed_llm.checkpoint.open import source_hash
 from mindspeed_llm.checkpoint.sizes import check_space, free_space, human, progress_bar
-from mindspeed_llm.checkpoint.targets import RankFiles, peak_memory
+from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, peak_memory
 from mindspeed_llm.errors import InputError
 
 HF_SUBFOLDER_ALIAS = "mg2hf"
@@ -44,7 +47,9 @@ def main(argv: list[str]) -> int:
         return 0
     total = sum(row.nbytes for row in job.target.rows(job.source))
     check_space(job.final, total)
-    write = to_megatron if isinstance(job.target, RankFiles) else to_hf
+    for note in getattr(job.base, "notes", ()):
+        print(note, file=sys.stderr)
+    write = to_hf if isinstance(job.target, HfFolder) else to_megatron
     with one_thread():
         write(job, total)
     report(job, total, time.monotonic() - started)
@@ -91,6 +96,8 @@ def origin_names(job: Job, logical: str) -> list[str]:
     """Names of what a logical tensor is read from."""
     if isinstance(job.base, HFSource):
         return [str(hf) for hf in job.source.table.entry(logical).hf]
+    if isinstance(job.base, TorchDistSource):
+        return [logical]
     return [f"{part.path.parent.name}:{logical}" for part in job.base.stored(logical).parts]
 
 
@@ -130,7 +137,9 @@ def describe(job: Job, hashed: "Future[str]") -> Metadata:
         recorded = BaseRecord(str(job.base.path.resolve()), hashed.result() if unchanged else source_hash(job.base))
     elif recorded is None and job.origin is not None:
         recorded = BaseRecord(str(job.origin.resolve()), None)
-    return Metadata(job.source.config, job.target.layout, ITERATION, hashed.result(), recorded)
+    config = job.source.config
+    layout = job.target.layout if isinstance(job.target, RankFiles) else Layout.create(config.num_layers)
+    return Metadata(config, layout, ITERATION, hashed.result(), recorded)
 
 
 def to_hf(job: Job, total: int) -> None:
@@ -159,17 +168,18 @@ def report(job: Job, nbytes: int, seconds: float) -> None:
     """One summary line, and the command that comes next."""
     config, target = job.source.config, job.target
     merged = f" + LoRA r {job.lora.settings.r} alpha {job.lora.settings.alpha:g}" if job.lora else ""
-    megatron = isinstance(target, RankFiles)
+    megatron = not isinstance(target, HfFolder)
+    layout = target.layout if isinstance(target, RankFiles) else Layout.create(config.num_layers)
+    told = f"mg {layout}" if isinstance(target, RankFiles) else "mg torch_dist" if megatron else "hf"
     origin = "hf" if isinstance(job.base, HFSource) else "mg"
     print(
         f"converted {config.family} ({config.num_layers} layers, {config.dtype}){merged}: {origin} ->"
-        f" {f'mg {target.layout}' if megatron else 'hf'}, {human(nbytes)} in {seconds:.1f} s: {job.final}"
+        f" {told}, {human(nbytes)} in {seconds:.1f} s: {job.final}"
     )
     tokenizer = job.final if not megatron else job.origin or "TOKENIZER_DIR"
     if not megatron:
         print(f'next: python inference.py --load {job.final} --tokenizer-name-or-path {tokenizer} --prompt "..."')
         return
-    layout = target.layout
     print(
         f"next: torchrun --nproc_per_node {layout.tp * layout.pp} posttrain_gpt.py --stage sft --finetune"
         f" --load {job.final.parent} --save SAVE_DIR --data-path DATA_PREFIX --tokenizer-name-or-path {tokenizer}"

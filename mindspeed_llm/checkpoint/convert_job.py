@@ -13,6 +13,7 @@ from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, is_megatron
 from mindspeed_llm.checkpoint.formats.mcore_names import Dialect
 from mindspeed_llm.checkpoint.formats.safetensors_file import is_export
+from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.merge import MergedSource
 from mindspeed_llm.checkpoint.open import (
@@ -24,7 +25,7 @@ from mindspeed_llm.checkpoint.open import (
     open_lora,
 )
 from mindspeed_llm.checkpoint.sizes import parse_size
-from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, Target
+from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, Target, TorchDist
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 
@@ -98,18 +99,19 @@ def with_formats(options: ConvertOptions) -> ConvertOptions:
 
 def check_flags(options: ConvertOptions) -> None:
     """`UsageError` for flags that cannot be meant together."""
-    if options.save_model_type == "hf":
-        only_mg = {
-            "--target-tensor-parallel-size": options.target_tensor_parallel_size != 1,
-            "--target-pipeline-parallel-size": options.target_pipeline_parallel_size != 1,
-            "--target-expert-parallel-size": options.target_expert_parallel_size != 1,
-            "--num-layers-per-virtual-pipeline-stage": options.num_layers_per_virtual_pipeline_stage,
-            "--num-layer-list": options.num_layer_list,
-            "--ckpt-format torch_dist": options.ckpt_format != "torch",
-        }
-        wrong = [flag for flag, given in only_mg.items() if given]
-        if wrong:
-            raise UsageError(f"--save-model-type hf is not split over ranks; leave {', '.join(wrong)} out")
+    layout = {
+        "--target-tensor-parallel-size": options.target_tensor_parallel_size != 1,
+        "--target-pipeline-parallel-size": options.target_pipeline_parallel_size != 1,
+        "--target-expert-parallel-size": options.target_expert_parallel_size != 1,
+        "--num-layers-per-virtual-pipeline-stage": options.num_layers_per_virtual_pipeline_stage,
+        "--num-layer-list": options.num_layer_list,
+        "--noop-layers": options.noop_layers,
+    }
+    wrong = [flag for flag, given in layout.items() if given]
+    if wrong and options.save_model_type == "hf":
+        raise UsageError(f"--save-model-type hf is not split over ranks; leave {', '.join(wrong)} out")
+    if wrong and options.ckpt_format == "torch_dist":
+        raise UsageError(f"--ckpt-format torch_dist loads at every layout; leave {', '.join(wrong)} out")
     if (
         options.load_model_type == options.save_model_type == "hf"
         and not options.lora_load
@@ -137,6 +139,8 @@ def target_of(options: ConvertOptions, config: ModelConfig) -> Target:
     """How the result is written."""
     if options.save_model_type == "hf":
         return HfFolder(parse_size(options.max_shard_size, "--max-shard-size"))
+    if options.ckpt_format == "torch_dist":
+        return TorchDist(ITERATION)
     layout = Layout.create(
         config.num_layers,
         options.target_tensor_parallel_size,
@@ -160,15 +164,18 @@ def open_source(options: ConvertOptions) -> tuple[BaseSource, LoraSource | None]
     if options.load_model_type == "hf":
         if is_megatron(folder):
             raise UsageError(f"--load-dir {folder} is a Megatron checkpoint; give --load-model-type mg")
-        base: BaseSource = HFSource(folder)
+        base: BaseSource = HFSource(folder, options.ignore_unknown)
         inside = None
     else:
         if not is_megatron(folder) and (folder / "config.json").is_file():
             raise UsageError(f"--load-dir {folder} is an HF folder; give --load-model-type hf")
         given = given_origin(options)
         config = ModelConfig.from_hf(given) if given else None
-        inside = MegatronCheckpoint(folder, options.model_type_hf, config)
-        base = inside.base()
+        if is_torch_dist(folder):
+            base, inside = TorchDistSource(folder, config, options.model_type_hf, options.ignore_unknown), None
+        else:
+            inside = MegatronCheckpoint(folder, options.model_type_hf, config)
+            base = inside.base()
     if options.lora_load:
         if inside is not None and inside.lora_names:
             raise UsageError(

@@ -9,12 +9,13 @@ from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource, is_megatron
+from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
 from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings, Metadata
 from mindspeed_llm.checkpoint.tables import LORA_NAME
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
 
-BaseSource = HFSource | ShardedSource
+BaseSource = HFSource | ShardedSource | TorchDistSource
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def open_base(
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give an HF model folder or a Megatron checkpoint")
+    if is_torch_dist(folder):
+        return TorchDistSource(folder, config, family_name)
     if is_megatron(folder):
         checkpoint = MegatronCheckpoint(folder, family_name, config)
         if checkpoint.lora_names and not checkpoint.missing_base and not with_adapter:

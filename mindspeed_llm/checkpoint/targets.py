@@ -12,6 +12,7 @@ from mindspeed_llm.checkpoint.formats.hf import plan_shards, shard_files, write_
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource, element_count
 from mindspeed_llm.checkpoint.formats.mcore_names import Dialect, file_tensors
 from mindspeed_llm.checkpoint.formats.mcore_writer import check_layout, write_mcore
+from mindspeed_llm.checkpoint.formats.torch_dist_writer import write_torch_dist
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
 from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout
 
@@ -114,6 +115,25 @@ class RankFiles:
     def write(self, source: TensorSource, folder: Path, progress: Progress) -> None:
         """Write the rank files."""
         write_mcore(source, folder, self.layout, self.iteration, self.divisible_by, progress, self.dialect)
+
+
+@dataclass(frozen=True)
+class TorchDist:
+    """megatron-core's reshardable format; `iteration` is stored in it."""
+
+    iteration: int
+
+    def check(self, source: TensorSource) -> None:
+        """Every model fits: there is no layout."""
+
+    def rows(self, source: TensorSource) -> Iterator[Row]:
+        """Every logical tensor, whole."""
+        for name in source.names():
+            yield Row((name,), "*.distcp", name, source.table.shape(name), source.dtype(name))
+
+    def write(self, source: TensorSource, folder: Path, progress: Progress) -> None:
+        """Write its files."""
+        write_torch_dist(source, folder, progress, self.iteration)
 
 
 PROCESS_BYTES = 320 << 20

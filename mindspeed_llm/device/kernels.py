@@ -132,7 +132,7 @@ def _capped_attention(
     scores = torch.matmul(grouped, key.unsqueeze(2).transpose(-1, -2)).mul(scale / softcap).tanh().mul(softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     weights = functional.dropout(weights, dropout)
     return torch.matmul(weights, value.unsqueeze(2)).view(b, n, q, -1)
 

@@ -20,6 +20,7 @@ from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
+from mindspeed_llm.models.rope import switches_between
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,22 @@ def open_sources(options: LiveProgram) -> Sources:
     if options.parallel.num_layers_per_virtual_pipeline_stage is not None:
         raise UsageError("--num-layers-per-virtual-pipeline-stage is for training only; leave it out")
     return Sources(base, path, adapter)
+
+
+class Cache(StaticInferenceContext):
+    """megatron-core's cache of keys and values, which also knows the tokens it was made from.
+
+    Attributes:
+        tokens: [b, s], None while empty.
+    """
+
+    tokens: Tensor | None = None
+
+    def swap_key_value_dict(self, batch_idx: Sequence[int]) -> None:
+        """Row i becomes what row `batch_idx[i]` is."""
+        super().swap_key_value_dict(batch_idx)
+        if self.tokens is not None:
+            self.tokens = self.tokens[list(batch_idx)]
 
 
 class LiveModel:
@@ -90,17 +107,24 @@ class LiveModel:
             torch.distributed.broadcast(values, source, group=self.pipeline)
         return values
 
-    def cache(self, rows: int, length: int) -> StaticInferenceContext:
+    def cache(self, rows: int, length: int) -> Cache:
         """An empty key-value cache for `rows` sequences of at most `length` tokens."""
-        return StaticInferenceContext(rows, length)
+        return Cache(rows, length)
 
     @torch.no_grad()
-    def next_logits(self, tokens: Tensor, cache: StaticInferenceContext | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         """Logits [b, v] fp32 behind the last token of each row.
 
         Args:
             tokens: [b, s], what follows the cached tokens, or whole rows without a cache.
         """
+        if cache is not None:
+            before = cache.sequence_len_offset
+            whole = tokens if cache.tokens is None else torch.cat([cache.tokens, tokens], 1)
+            if before and switches_between(self.config, before, whole.size(1)):
+                cache.reset()  # longer than the short frequencies are for: start again with the long ones
+                tokens = whole
+            cache.tokens = whole
         logits = torch.empty(tokens.size(0), self.config.vocab_size, device=self.device)
         out = self._stage(tokens, inference_context=cache)
         if self.last:
@@ -168,11 +192,16 @@ def load_model(options: LiveProgram, sources: Sources, device: Device) -> LiveMo
     """Build this rank's stage and load base and adapter into it; the process groups are created here."""
     config, cut = sources.base.config, options.parallel
     tensor, pipeline = cut.tensor_model_parallel_size, cut.pipeline_model_parallel_size
-    Layout.even(config.num_layers, tensor, pipeline)  # refuses what does not divide
+    expert, expert_tensor = cut.expert_model_parallel_size, cut.expert_tensor_parallel_size
+    layout = Layout.create(config.num_layers, tensor, pipeline, ep=expert, etp=expert_tensor)  # refuses what is odd
+    layout.check_experts(config.num_experts)
     for entry in sources.base.table.entries.values():
-        entry.shard_map(tensor, None)
-    parallel.start(device, tensor, pipeline, None, options.seed, options.device.distributed_timeout_minutes)
-    engine = EngineOptions(tensor=tensor, pipeline=pipeline, dtype=live_dtype(options, sources))
+        entry.shard_map(tensor if entry.expert is None else layout.etp, None)
+    minutes = options.device.distributed_timeout_minutes
+    parallel.start(device, tensor, pipeline, None, options.seed, minutes, expert, expert_tensor)
+    engine = EngineOptions(
+        tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor, dtype=live_dtype(options, sources)
+    )
     chunks = build_chunks(config, engine, device)
     rank = parallel_state.get_tensor_model_parallel_rank()
     experts = ExpertShare(*parallel.expert_place(config.num_experts))

@@ -99,6 +99,16 @@ def longrope_attention_factor(scaling: Mapping[str, Any], positions: int) -> flo
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
+def switches_between(model: ModelConfig, before: int, after: int) -> bool:
+    """Whether a sequence that grows from one length to another gets other frequencies for all its positions (longrope).
+
+    What was cached before is then that of another sequence. Dynamic scaling changes with every token beyond the model's
+    length; there the keys are turned anew, and the states below them are kept, as transformers keeps them.
+    """
+    scaling = model.rope_scaling or {}
+    return scaling.get("rope_type") == "longrope" and before <= scaling["original_max_position_embeddings"] < after
+
+
 class Rotary(nn.Module):
     """Cosines and sines for megatron-core's GPTModel, in place of its RotaryEmbedding.
 

@@ -115,7 +115,11 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
 
 
 def check_divides(options: PosttrainOptions, start: Start, layout: Layout) -> None:
-    """Refuse sizes that do not divide; `UsageError` naming both."""
+    """Refuse sizes that do not divide, and experts over processes; `UsageError` naming both."""
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        given, only = getattr(options.parallel, name), 1 if name.startswith("expert_model") else layout.tp
+        if given not in (None, only):
+            raise UsageError(f"--{name.replace('_', '-')} {given}: only {only} is supported in training yet")
     for entry in start.base.table.entries.values():
         entry.shard_map(layout.tp, None)
     data = options.data

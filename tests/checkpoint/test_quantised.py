@@ -235,6 +235,11 @@ def test_transformers_loads_the_same_experts_from_an_mxfp4_gpt_oss_folder(tmp_pa
     assert theirs.keys() == found.keys()
     for name, parameter in theirs.items():
         assert same_bits(found[name].read(), parameter.detach()), name
+    (tmp_path / "plain").mkdir()
+    plain = {name: parameter.detach().clone() for name, parameter in theirs.items()}
+    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(raw))
+    assert content_hash(HFSource(tmp_path)) == content_hash(HFSource(tmp_path / "plain"))
 
 
 def test_what_cannot_be_dequantised_is_refused_with_names(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Attention and normalisation against their definitions, in double precision."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,65 @@ def test_a_block_after_a_prefix_gives_what_the_whole_gives() -> None:
         assert torch.allclose(rest, whole[:, :, start:], rtol=0, atol=1e-13)
 
 
+def featured(query: Tensor, key: Tensor, value: Tensor, window: int | None, cap: float | None, sinks: Any) -> Tensor:
+    """The definition with a window, capped scores and sinks; scale 0.3, causal."""
+    before, rows = key.size(2) - query.size(2), []
+    for i in range(query.size(2)):
+        last = before + i + 1
+        first = 0 if window is None else max(0, last - window)
+        seen_keys, seen_values = (one[:, :, first:last].repeat_interleave(N // G, 1) for one in (key, value))
+        scores = 0.3 * torch.einsum("bnd,bnkd->bnk", query[:, :, i], seen_keys)
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        weights = scores.exp()
+        total = weights.sum(-1) + (0 if sinks is None else sinks.exp())
+        rows.append(torch.einsum("bnk,bnkd->bnd", weights, seen_values) / total.unsqueeze(-1))
+    return torch.stack(rows, 2)
+
+
+FEATURES = {
+    "window": {"window": 3},
+    "window-of-one": {"window": 1},
+    "window-wider-than-the-keys": {"window": 20},
+    "cap": {"softcap": 0.4},
+    "cap-and-window": {"softcap": 0.4, "window": 2},
+    "sinks": {"sinks": torch.linspace(-2, 3, N, dtype=torch.float64)},
+    "sinks-and-window": {"sinks": torch.linspace(-2, 3, N, dtype=torch.float64), "window": 4},
+}
+
+
+@pytest.mark.parametrize("block", [1024, 3], ids=["one-block", "blocks-of-3"])
+@pytest.mark.parametrize(("queries", "keys"), [(8, 8), (3, 8), (1, 8), (1, 1)])
+@pytest.mark.parametrize("name", FEATURES)
+def test_windows_caps_and_sinks_equal_their_definition_with_their_gradients(
+    name: str, queries: int, keys: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "BLOCK", block)
+    features = FEATURES[name]
+    leaves = [one.requires_grad_() for one in tensors(queries, keys)]
+    if "sinks" in features:
+        leaves.append(features["sinks"].clone().requires_grad_())
+        features = {**features, "sinks": leaves[-1]}
+    found = kernels.sdpa(*leaves[:3], causal=True, scale=0.3, **features)
+    wanted = featured(*leaves[:3], features.get("window"), features.get("softcap"), features.get("sinks"))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-13)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    grads, sought = (torch.autograd.grad((out * weight).sum(), leaves) for out in (found, wanted))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(grads, sought, strict=True))
+
+
+def test_capped_scores_are_not_kept_for_the_backward_pass() -> None:
+    query, key, value = (one.requires_grad_() for one in tensors(40, 40))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.numel()) or one, lambda one: one):
+        kernels.sdpa(query, key, value, causal=True, scale=0.3, softcap=0.4)
+    assert max(kept, default=0) < B * N * 40 * 40
+
+
+def test_caps_with_sinks_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="no model has both"):
+        kernels.sdpa(*tensors(2, 2), causal=True, scale=0.3, softcap=1.0, sinks=torch.zeros(N))
+
+
 def config(sequence_parallel: bool, zero_centered: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
         sequence_parallel=sequence_parallel, params_dtype=torch.float64, layernorm_zero_centered_gamma=zero_centered
@@ -74,6 +134,16 @@ def test_rms_norm_equals_its_definition_and_its_gradient_autograds() -> None:
     sought = torch.autograd.grad(expected.sum(), [x, norm.weight])
     found = torch.autograd.grad(norm(x).sum(), [x, norm.weight])
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found, sought, strict=True))
+
+
+def test_a_zero_centred_norm_multiplies_by_one_plus_its_weight_in_float32() -> None:
+    norm = kernels.RMSNorm(config(False, zero_centered=True), 9, eps=0.1).bfloat16()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-0.5, 0.7, 9))
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(2)).bfloat16()
+    wide = x.float()
+    expected = wide * (wide.pow(2).mean(-1, keepdim=True) + 0.1).rsqrt() * (1 + norm.weight.float())
+    assert norm(x).dtype == torch.bfloat16 and torch.equal(norm(x), expected.bfloat16())
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])

@@ -25,6 +25,8 @@ for module, attribute in json.loads(sys.argv[1]):
         target = getattr(target, part, None)
     facts[module + "." + attribute] = [getattr(target, "__module__", None), getattr(target, "__name__", None)]
 import torch
+from megatron.core.transformer.moe.token_dispatcher import maybe_move_tensor_to_cpu
+facts["counts"] = type(maybe_move_tensor_to_cpu(torch.ones(1), as_numpy=True)).__name__
 try:
     torch.zeros(1).cuda()
     facts["cuda"] = "works"
@@ -65,8 +67,17 @@ def test_a_patch_says_why_and_where(patch: Patch) -> None:
 
 def test_the_patches_are_still_needed(unpatched: dict) -> None:
     assert unpatched["megatron.core.jit.jit_fuser"] == ["torch", "compile"]
+    assert unpatched["counts"] == "Tensor"
     if not torch.cuda.is_available():
         assert unpatched["cuda"] in ("AssertionError", "RuntimeError")
+
+
+def test_token_counts_reach_the_collectives_as_numpy_integers() -> None:
+    (patch,) = (one for one in PATCHES if one.attribute == "maybe_move_tensor_to_cpu")
+    counts = torch.tensor([3, 4])
+    assert patch.value(counts, as_numpy=True, record_stream=False).tolist() == [3, 4]
+    assert not isinstance(patch.value(counts, as_numpy=True), torch.Tensor)
+    assert patch.value(counts) is counts and patch.value(None, as_numpy=True) is None
 
 
 def test_a_target_that_is_gone_is_an_error_that_names_it() -> None:

@@ -43,13 +43,24 @@ def logits(rank: int, folder: Path, tokens: numpy.ndarray, **engine: Any) -> num
         return found[..., : model.vocab_size].numpy()
 
 
-def cached_logits(rank: int, folder: Path, tokens: numpy.ndarray, cuts: Sequence[int], **engine: Any) -> list[Any]:
-    """Logits [rows, vocabulary] behind each piece of the rows, which are given to a cache piece by piece."""
+def cached_logits(
+    rank: int, folder: Path, tokens: numpy.ndarray, cuts: Sequence[int], swap_at: int = 0, **engine: Any
+) -> list[Any]:
+    """Logits [rows, vocabulary] behind each piece of the rows, which are given to a cache piece by piece.
+
+    Args:
+        cuts: where pieces end.
+        swap_at: the piece before which the cache's rows are put in the opposite order (as beams are); 0 for never.
+    """
     with live(folder, **engine) as (chunk, model):
         running = LiveModel(chunk, model, torch.device("cpu"))
         cache, found = running.cache(*tokens.shape), []
-        for start, stop in zip((0, *cuts), (*cuts, tokens.shape[1]), strict=True):
-            found.append(running.next_logits(torch.from_numpy(tokens[:, start:stop]), cache).numpy())
+        for piece, (start, stop) in enumerate(zip((0, *cuts), (*cuts, tokens.shape[1]), strict=True)):
+            if swap_at and piece == swap_at:
+                cache.swap_key_value_dict(range(len(tokens))[::-1])
+                tokens = tokens[::-1].copy()
+            logits = running.next_logits(torch.from_numpy(tokens[:, start:stop]), cache).numpy()
+            found.append(logits[::-1] if swap_at and piece >= swap_at else logits)
         return found
 
 

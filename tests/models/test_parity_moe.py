@@ -92,3 +92,20 @@ def test_a_cache_gives_the_logits_of_whole_sequences(one: Tiny, layout: dict[str
     arguments = {"folder": saved(one), "ids": ids.numpy(), "prompt": prompt, **layout}
     for share in pool(world).run("tests.models.moe_worker:cached_logits", **arguments):
         check(torch.from_numpy(share), reference(one, ids)[:, prompt - 1 :])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ["--expert-model-parallel-size", "2"],
+        ["--tensor-model-parallel-size", "2"],
+        ["--tensor-model-parallel-size", "2", "--ep", "2", "--expert-tensor-parallel-size", "1"],
+    ],
+    ids=["EP2", "TP2", "TP2-EP2-ETP1"],
+)
+def test_a_command_line_spreads_experts(sizes: list[str]) -> None:
+    ids = tokens()
+    argv = ["--load", str(saved(QWEN3_MOE)), "--fp32", *sizes]
+    for share in pool(2).run("tests.models.moe_worker:program_logits", argv=argv, ids=ids.numpy()):
+        check(torch.from_numpy(share), reference(QWEN3_MOE, ids)[:, -1])

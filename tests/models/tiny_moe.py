@@ -85,6 +85,8 @@ DEEPSEEK_V3_YARN = tiny(
 DEEPSEEK_V2_LITE = tiny(
     "deepseek-v2-lite", "DeepseekV2Config", LATENT, SIGMOID_MOE, q_lora_rank=None, n_group=1, topk_group=1
 )
+MIXTRAL = tiny("mixtral", "MixtralConfig", ATTENTION, num_local_experts=6, num_experts_per_tok=2)
+GLM4_MOE = tiny("glm4-moe", "Glm4MoeConfig", ATTENTION, SIGMOID_MOE, use_qk_norm=True, attention_bias=True)
 QWEN2_MOE = tiny("qwen2-moe", "Qwen2MoeConfig", ATTENTION, SHARED_MOE)
 GPT_OSS = tiny("gpt-oss", "GptOssConfig", ATTENTION, num_local_experts=6, num_experts_per_tok=3, sliding_window=5)
 
@@ -97,9 +99,9 @@ WITHOUT_LATENT = (
     tiny(
         "qwen2-moe-no-bias", "Qwen2MoeConfig", ATTENTION, QWEN_MOE, shared_expert_intermediate_size=22, qkv_bias=False
     ),
-    tiny("mixtral", "MixtralConfig", ATTENTION, num_local_experts=6, num_experts_per_tok=2),
+    MIXTRAL,
     tiny("mixtral-window", "MixtralConfig", ATTENTION, num_local_experts=4, num_experts_per_tok=1, sliding_window=5),
-    tiny("glm4-moe", "Glm4MoeConfig", ATTENTION, SIGMOID_MOE, use_qk_norm=True, attention_bias=True),
+    GLM4_MOE,
     tiny("glm4-moe-ungrouped", "Glm4MoeConfig", ATTENTION, SIGMOID_MOE, n_group=1, topk_group=1, norm_topk_prob=False),
     GPT_OSS,
 )

@@ -43,9 +43,9 @@ MODEL_KEY = re.compile(r"^model\d*$")
 
 
 def is_megatron(folder: str | Path) -> bool:
-    """Whether a folder looks like a Megatron checkpoint: a tracker, or rank folders."""
+    """Whether a folder looks like a Megatron checkpoint: a tracker, rank folders, or torch_dist's files."""
     folder = Path(folder)
-    return (folder / TRACKER).is_file() or any(folder.glob("mp_rank_*"))
+    return (folder / TRACKER).is_file() or any(folder.glob("mp_rank_*")) or (folder / "metadata.json").is_file()
 
 
 def resolve(folder: str | Path) -> Path:

@@ -6,8 +6,8 @@ name by the layer's and the expert's local number only. The others:
     local, latent attention  linear_qkv.weight = q (down) rows above kv down rows, on every rank whole
     local, grouped experts   mlp.experts.weight1 = for each local expert its fc1 transposed; weight2 its fc2
     transformer_engine       a norm is named after the linear layer that follows; experts are .weight0, .weight1 ...
-    prediction layers        mtp.final_layernorms.N, and the model's own is final_layernorm; an embedding of their own on
-                             a last stage is the stage's embedding
+    prediction layers        mtp.final_layernorms.N, and the model's own norm is final_layernorm; an embedding of their
+                             own on a last stage is the stage's embedding
 """
 
 import re

@@ -20,6 +20,7 @@ MIXTRAL = Family(
     config=llama_keys(
         positions=131072,
         epsilon=1e-5,
+        theta=1000000.0,
         num_query_groups=HfKey("num_key_value_heads", 8),
         num_experts=HfKey("num_local_experts", 8),
         moe_layers=every_layer,
