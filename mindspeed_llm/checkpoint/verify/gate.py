@@ -27,7 +27,7 @@ from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.open import open_base
 from mindspeed_llm.checkpoint.sizes import human, parse_size
-from mindspeed_llm.checkpoint.targets import HfFolder
+from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles
 from mindspeed_llm.checkpoint.verify.copies import wrong_copies
 from mindspeed_llm.checkpoint.verify.exact import Adapter, ExactSource
 from mindspeed_llm.checkpoint.verify.hub import HubTensors, has_weights
@@ -56,7 +56,8 @@ class Sides:
         truth: the HF folder that holds the source's weights; None when there is none, and `why_not` says so.
         result: what was written, by logical name.
         result_folder: where it lies.
-        checkpoint: the result's rank files; None for an HF folder.
+        to_hf: the result is an HF folder.
+        checkpoint: the result's rank files, where it is made of such.
     """
 
     base: TensorSource
@@ -66,12 +67,8 @@ class Sides:
     why_not: str
     result: TensorSource
     result_folder: Path
+    to_hf: bool
     checkpoint: MegatronCheckpoint | None
-
-    @property
-    def to_hf(self) -> bool:
-        """Whether the result is an HF folder."""
-        return self.checkpoint is None
 
     def result_tensors(self) -> HfTensors:
         """The result under HF names."""
@@ -114,10 +111,11 @@ def open_sides(job: Job, options: ConvertOptions) -> Sides:
     """Open the result as anybody would; `InputError` when it cannot be."""
     dtype = DTYPES[options.params_dtype] if options.params_dtype else None
     adapter = Adapter(job.lora) if job.lora else None
-    checkpoint = None if isinstance(job.target, HfFolder) else MegatronCheckpoint(job.final)
+    checkpoint = MegatronCheckpoint(job.final) if isinstance(job.target, RankFiles) else None
     result = open_base(job.final) if checkpoint is None else checkpoint.base()
-    truth, why_not = truth_folder(job, checkpoint is None)
-    return Sides(job.base, adapter, dtype, truth, why_not, result, job.final, checkpoint)
+    to_hf = isinstance(job.target, HfFolder)
+    truth, why_not = truth_folder(job, to_hf)
+    return Sides(job.base, adapter, dtype, truth, why_not, result, job.final, to_hf, checkpoint)
 
 
 def truth_folder(job: Job, to_hf: bool) -> tuple[Path | None, str]:
@@ -128,7 +126,11 @@ def truth_folder(job: Job, to_hf: bool) -> tuple[Path | None, str]:
         return None, NO_HF_FOLDER
     metadata = job.base.metadata
     own = (metadata.content_hash if metadata else None) or content_hash(job.base)
-    if content_hash(HFSource(job.origin)) != own:
+    try:
+        same = content_hash(HFSource(job.origin)) == own
+    except InputError as error:
+        return None, str(error)
+    if not same:
         return None, DIFFERENT_MODEL
     return job.origin, ""
 

@@ -6,7 +6,6 @@ Shapes: s tokens, h hidden, v vocabulary.
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 TOLERANCE = 1e-5
