@@ -34,7 +34,7 @@ HF_SUBFOLDER_ALIAS = "mg2hf"
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit status 0.
+    """Run the command line; returns the exit status: 0, or 1 when the result was compared and is not the same model.
 
     Raises:
         UsageError: flags that contradict each other, the model or the adapter.
@@ -54,7 +54,14 @@ def main(argv: list[str]) -> int:
     with one_thread():
         write(job, total)
     report(job, total, time.monotonic() - started)
-    return 0
+    return compare(job, options) if options.test_convert_precision else 0
+
+
+def compare(job: Job, options: ConvertOptions) -> int:
+    """The gate (`--test-convert-precision true`): the exit status is 0 only when every check was made and passed."""
+    from mindspeed_llm.checkpoint.verify.gate import run_gate  # transformers and megatron-core: only when asked for
+
+    return 0 if run_gate(job, options).status == "PASS" else 1
 
 
 @contextlib.contextmanager
