@@ -85,6 +85,23 @@ def test_a_frozen_output_layer_gives_the_same_losses_and_gradients(name: str) ->
         assert numpy.linalg.norm(gradient - grads[entry]) <= 1e-5 * numpy.linalg.norm(grads[entry]), entry
 
 
+RECOMPUTE = {
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective"},
+}
+
+
+@pytest.mark.parametrize("how", RECOMPUTE)
+@pytest.mark.parametrize("name", ["gemma2 small caps, untied", "gemma3"])
+def test_recomputed_activations_give_the_same_gradients(name: str, how: str) -> None:
+    tiny = BY_NAME[name]
+    losses, grads = ours(tiny, "losses_and_gradients")[0]
+    again, found = ours(tiny, "losses_and_gradients", **RECOMPUTE[how])[0]
+    assert numpy.array_equal(again, losses) and set(found) == set(grads)
+    for entry, gradient in grads.items():
+        assert numpy.linalg.norm(found[entry] - gradient) <= 1e-6 * numpy.linalg.norm(gradient), entry
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", SPLIT)
 def test_logits_equal_transformers_at_tensor_parallel_2(name: str) -> None:
