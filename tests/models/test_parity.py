@@ -1,5 +1,7 @@
 """Every dense family, live on megatron-core, against transformers: logits, generation with a cache, training, TP."""
 
+import copy
+
 import numpy
 import pytest
 import torch
@@ -83,6 +85,17 @@ def test_a_frozen_output_layer_gives_the_same_losses_and_gradients(name: str) ->
     assert numpy.abs(again - losses).max() <= 1e-5
     for entry, gradient in some.items():
         assert numpy.linalg.norm(gradient - grads[entry]) <= 1e-5 * numpy.linalg.norm(grads[entry]), entry
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2 small caps, untied", "gemma3", "glm4", "phi3 longrope beyond", "llama biases"]
+)
+def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name: str) -> None:
+    tiny = BY_NAME[name]
+    with torch.no_grad():
+        theirs = copy.deepcopy(model_of(tiny)).bfloat16()(torch.from_numpy(tokens(tiny)), use_cache=False).logits
+    errors = [numpy.abs(one - reference(tiny)).mean() for one in (ours(tiny, "logits_bf16")[0], theirs.float().numpy())]
+    assert 0 < errors[0] <= 1.2 * errors[1]
 
 
 RECOMPUTE = {
