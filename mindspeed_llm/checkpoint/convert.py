@@ -17,6 +17,9 @@ import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
+from mindspeed_llm.checkpoint.adapters.export import write_into
+from mindspeed_llm.checkpoint.adapters.peft_folder import write_base_record
+from mindspeed_llm.checkpoint.adapters.servers import describe_servers
 from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource, copy_companions
@@ -26,14 +29,14 @@ from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata, write_metada
 from mindspeed_llm.checkpoint.open import source_hash
 from mindspeed_llm.checkpoint.result import ended_by_signals, staged
 from mindspeed_llm.checkpoint.sizes import check_space, free_space, human, progress_bar
-from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, peak_memory
+from mindspeed_llm.checkpoint.targets import HfFolder, PeftFolder, RankFiles, peak_memory
 
 HF_SUBFOLDER_ALIAS = "mg2hf"
 """Upstream's documents and scripts say mg2hg, its program wrote mg2hf; the second is a link to the first."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit status 0.
+    """Run the command line; returns the exit status: 0, or 1 when the result was compared and is not the same model.
 
     Raises:
         UsageError: flags that contradict each other, the model or the adapter.
@@ -49,11 +52,18 @@ def main(argv: list[str]) -> int:
     check_space(job.final, total)
     for note in getattr(job.base, "notes", ()):
         print(note, file=sys.stderr)
-    write = to_hf if isinstance(job.target, HfFolder) else to_megatron
+    write = {HfFolder: to_hf, PeftFolder: to_peft}.get(type(job.target), to_megatron)
     with one_thread(), ended_by_signals():
         write(job, total)
     report(job, total, time.monotonic() - started)
-    return 0
+    return compare(job, options) if options.test_convert_precision else 0
+
+
+def compare(job: Job, options: ConvertOptions) -> int:
+    """The gate (`--test-convert-precision true`): the exit status is 0 only when every check was made and passed."""
+    from mindspeed_llm.checkpoint.verify.gate import run_gate  # transformers and megatron-core: only when asked for
+
+    return 0 if run_gate(job, options).status == "PASS" else 1
 
 
 @contextlib.contextmanager
@@ -87,6 +97,8 @@ def show_plan(job: Job) -> None:
 
 def origin_names(job: Job, logical: str) -> list[str]:
     """Names of what a logical tensor is read from."""
+    if job.adapter_only:
+        return [f"{job.lora.path}: {logical}"]
     if isinstance(job.base, HFSource):
         return [str(hf) for hf in job.source.table.entry(logical).hf]
     if isinstance(job.base, TorchDistSource):
@@ -100,7 +112,8 @@ def to_megatron(job: Job, total: int) -> None:
     def write(folder: Path) -> None:
         stop = threading.Event()
         with ThreadPoolExecutor(1) as pool, progress_bar(total) as bar:
-            hashed = pool.submit(content_hash, job.source, stopped=stop.is_set)
+            hash_of = source_hash if job.adapter_only else content_hash
+            hashed = pool.submit(hash_of, job.base if job.adapter_only else job.source, stopped=stop.is_set)
             try:
                 job.target.write(job.source, folder, bar.update)
                 write_metadata(folder, describe(job, hashed))
@@ -112,6 +125,10 @@ def to_megatron(job: Job, total: int) -> None:
 
 def describe(job: Job, hashed: "Future[str]") -> Metadata:
     """The args.json of a conversion: an unchanged model's base is the HF folder it came from."""
+    if job.adapter_only:
+        base, about = BaseRecord(str(job.base.path.resolve()), hashed.result()), job.lora.metadata
+        told = (about.template, about.enable_thinking) if about else (None, None)
+        return Metadata(job.base.config, job.target.layout, ITERATION, None, base, job.lora.settings, *told)
     recorded = job.base.metadata.base if not isinstance(job.base, HFSource) and job.base.metadata else None
     if isinstance(job.base, HFSource):
         unchanged = job.source is job.base
@@ -137,10 +154,27 @@ def to_hf(job: Job, total: int) -> None:
             (job.final.parent / HF_SUBFOLDER_ALIAS).symlink_to(HF_SUBFOLDER)
 
 
+def to_peft(job: Job, total: int) -> None:
+    """Write a PEFT folder, and say which servers take it."""
+
+    def write(folder: Path) -> None:
+        print(describe_servers(write_into(job.lora, folder, job.target.base_path)))
+        write_base_record(folder, BaseRecord(job.target.base_path, source_hash(job.base)))
+
+    staged(job.final, False, job.overwrite, write)
+
+
 def report(job: Job, nbytes: int, seconds: float) -> None:
     """One summary line, and the command that comes next."""
     config, target = job.source.config, job.target
     merged = f" + LoRA r {job.lora.settings.r} alpha {job.lora.settings.alpha:g}" if job.lora else ""
+    if job.adapter_only:
+        kind = "PEFT" if isinstance(target, PeftFolder) else f"mg {target.layout}"
+        print(
+            f"converted a LoRA adapter of {config.family} (r {job.lora.settings.r} alpha {job.lora.settings.alpha:g}):"
+            f" {job.lora.path} -> {kind}, {human(nbytes)} in {seconds:.1f} s: {job.final}"
+        )
+        return
     megatron = not isinstance(target, HfFolder)
     layout = target.layout if isinstance(target, RankFiles) else Layout.create(config.num_layers)
     told = f"mg {layout}" if isinstance(target, RankFiles) else "mg torch_dist" if megatron else "hf"

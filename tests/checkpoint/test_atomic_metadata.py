@@ -145,7 +145,7 @@ def test_metadata_survives_its_file(tmp_path: Path) -> None:
     write_metadata(tmp_path, metadata)
     found = read_metadata(tmp_path)
     assert found == metadata and found.model.hf_config == metadata.model.hf_config
-    assert found.lora.scaling == 2.0
+    assert found.lora.scaling("decoder.layers.1.mlp.linear_fc2") == 2.0
 
 
 @pytest.mark.parametrize(

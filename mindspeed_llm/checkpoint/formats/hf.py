@@ -23,6 +23,8 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 """Endings of tensors that older exports carry and that follow from the config."""
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 """What belongs to a model besides its weights: config, tokenizer, chat template, generation config, remote code."""
+NOT_COMPANIONS = ("args.json", "precision_report.json")
+"""What we write about a model, which is not true of another one made from it."""
 SHARD_BYTES = 5_000_000_000
 
 
@@ -212,7 +214,8 @@ def write_hf(
 def copy_companions(origin: Path, folder: Path, config: ModelConfig) -> list[str]:
     """Copy config, tokenizer, chat template and generation config.
 
-    config.json says the type of the weights written, and nothing of a quantisation: they are written plain.
+    config.json says the type of the weights written, whether the output layer is the embedding (an adapter can end
+    that), and nothing of a quantisation: they are written plain.
 
     Returns:
         Names of the files copied.
@@ -220,14 +223,17 @@ def copy_companions(origin: Path, folder: Path, config: ModelConfig) -> list[str
     copied = []
     for pattern in COMPANIONS:
         for path in sorted(origin.glob(pattern)):
-            if path.name.endswith(".index.json") or path.name == "args.json" or not path.is_file():
+            if path.name.endswith(".index.json") or path.name in NOT_COMPANIONS or not path.is_file():
                 continue
             shutil.copyfile(path, folder / path.name)
             copied.append(path.name)
     raw = json.loads((origin / "config.json").read_text(encoding="utf-8"))
     spelling = "torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"
     quantised = raw.pop("quantization_config", None)
-    if raw.get(spelling) != config.dtype or quantised is not None:
+    tied = ModelConfig.from_hf_dict(raw, str(origin / "config.json")).tie_word_embeddings
+    if (raw.get(spelling), tied) != (config.dtype, config.tie_word_embeddings) or quantised is not None:
         raw[spelling] = config.dtype
+        if tied != config.tie_word_embeddings:
+            raw["tie_word_embeddings"] = config.tie_word_embeddings
         write_text(folder / "config.json", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
     return copied
