@@ -75,7 +75,8 @@ class MergedSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of the values `read` returns."""
-        return self.result_dtype or self.base.dtype(name)
+        kept = self.table.entry(name).row.keep_dtype
+        return self.base.dtype(name) if kept else self.result_dtype or self.base.dtype(name)
 
     def read(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> torch.Tensor:
         """The logical tensor, or a box of it."""
