@@ -7,8 +7,9 @@ The source's own layout, sizes and adapter settings are read from its files; fla
 
 import contextlib
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,11 @@ import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
+<<<<<<< HEAD
+from mindspeed_llm.checkpoint.adapters.export import write_peft
 from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_tracker
+=======
+>>>>>>> bad
 from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource, copy_companions
@@ -24,9 +29,14 @@ from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata, write_metadata
 from mindspeed_llm.checkpoint.open import source_hash
+from mindspeed_llm.checkpoint.result import ended_by_signals, staged
 from mindspeed_llm.checkpoint.sizes import check_space, free_space, human, progress_bar
-from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, peak_memory
+<<<<<<< HEAD
+from mindspeed_llm.checkpoint.targets import HfFolder, PeftFolder, RankFiles, peak_memory
 from mindspeed_llm.errors import InputError
+=======
+from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, peak_memory
+>>>>>>> bad
 
 HF_SUBFOLDER_ALIAS = "mg2hf"
 """Upstream's documents and scripts say mg2hg, its program wrote mg2hf; the second is a link to the first."""
@@ -49,8 +59,13 @@ def main(argv: list[str]) -> int:
     check_space(job.final, total)
     for note in getattr(job.base, "notes", ()):
         print(note, file=sys.stderr)
-    write = to_hf if isinstance(job.target, HfFolder) else to_megatron
+<<<<<<< HEAD
+    write = {HfFolder: to_hf, PeftFolder: to_peft}.get(type(job.target), to_megatron)
     with one_thread():
+=======
+    write = to_hf if isinstance(job.target, HfFolder) else to_megatron
+    with one_thread(), ended_by_signals():
+>>>>>>> bad
         write(job, total)
     report(job, total, time.monotonic() - started)
     return compare(job, options) if options.test_convert_precision else 0
@@ -94,6 +109,8 @@ def show_plan(job: Job) -> None:
 
 def origin_names(job: Job, logical: str) -> list[str]:
     """Names of what a logical tensor is read from."""
+    if job.adapter_only:
+        return [f"{job.lora.path}: {logical}"]
     if isinstance(job.base, HFSource):
         return [str(hf) for hf in job.source.table.entry(logical).hf]
     if isinstance(job.base, TorchDistSource):
@@ -101,36 +118,35 @@ def origin_names(job: Job, logical: str) -> list[str]:
     return [f"{part.path.parent.name}:{logical}" for part in job.base.stored(logical).parts]
 
 
-def staged(folder: Path, write: Callable[[StagedDirectory], None]) -> None:
-    """Write through a staged folder; on any failure nothing becomes visible."""
-    stage = StagedDirectory(folder)
-    stage.create()
-    try:
-        write(stage)
-    except OSError as error:
-        stage.discard()
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); nothing was left behind") from error
-    except BaseException:
-        stage.discard()
-        raise
-
-
 def to_megatron(job: Job, total: int) -> None:
     """Write a Megatron checkpoint and point the tracker at it."""
 
-    def write(stage: StagedDirectory) -> None:
+    def write(folder: Path) -> None:
+        stop = threading.Event()
         with ThreadPoolExecutor(1) as pool, progress_bar(total) as bar:
-            hashed = pool.submit(content_hash, job.source)
+<<<<<<< HEAD
+            hashed = pool.submit(source_hash, job.base) if job.adapter_only else pool.submit(content_hash, job.source)
             job.target.write(job.source, stage.path, bar.update)
             write_metadata(stage.path, describe(job, hashed))
         stage.publish()
+=======
+            hashed = pool.submit(content_hash, job.source, stopped=stop.is_set)
+            try:
+                job.target.write(job.source, folder, bar.update)
+                write_metadata(folder, describe(job, hashed))
+            finally:
+                stop.set()
+>>>>>>> bad
 
-    staged(job.final, write)
-    write_tracker(job.final.parent, ITERATION)
+    staged(job.final, True, job.overwrite, write, ITERATION)
 
 
 def describe(job: Job, hashed: "Future[str]") -> Metadata:
     """The args.json of a conversion: an unchanged model's base is the HF folder it came from."""
+    if job.adapter_only:
+        base, about = BaseRecord(str(job.base.path.resolve()), hashed.result()), job.lora.metadata
+        told = (about.template, about.enable_thinking) if about else (None, None)
+        return Metadata(job.base.config, job.target.layout, ITERATION, None, base, job.lora.settings, *told)
     recorded = job.base.metadata.base if not isinstance(job.base, HFSource) and job.base.metadata else None
     if isinstance(job.base, HFSource):
         unchanged = job.source is job.base
@@ -143,31 +159,36 @@ def describe(job: Job, hashed: "Future[str]") -> Metadata:
 
 
 def to_hf(job: Job, total: int) -> None:
-    """Write an HF folder with config, tokenizer and chat template."""
+    """Write an HF folder with config, tokenizer and chat template; other files that lie there stay."""
 
-    def write(stage: StagedDirectory) -> None:
+    def write(folder: Path) -> None:
         with progress_bar(total) as bar:
-            job.target.write(job.source, stage.path, bar.update)
-        copy_companions(job.origin, stage.path, job.source.config)
-        if not job.final.is_dir() or not any(job.final.iterdir()):
-            stage.publish()
-            return
-        # Other files of the user lie there: without its config.json the folder is no model until all is in place.
-        (job.final / "config.json").unlink(missing_ok=True)
-        for old in [*job.final.glob("*.safetensors"), *job.final.glob("*.safetensors.index.json")]:
-            old.unlink()
-        stage.publish_into("config.json")
+            job.target.write(job.source, folder, bar.update)
+        copy_companions(job.origin, folder, job.source.config)
 
-    staged(job.final, write)
+    staged(job.final, False, job.overwrite, write)
     if job.final.name == HF_SUBFOLDER and not (job.final.parent / HF_SUBFOLDER_ALIAS).exists():
         with contextlib.suppress(OSError):  # a file system without links: the result itself is complete
             (job.final.parent / HF_SUBFOLDER_ALIAS).symlink_to(HF_SUBFOLDER)
+
+
+def to_peft(job: Job, total: int) -> None:
+    """Write a PEFT folder, and say which servers take it."""
+    record = BaseRecord(job.target.base_path, source_hash(job.base))
+    print(write_peft(job.lora, job.final, job.target.base_path, record))
 
 
 def report(job: Job, nbytes: int, seconds: float) -> None:
     """One summary line, and the command that comes next."""
     config, target = job.source.config, job.target
     merged = f" + LoRA r {job.lora.settings.r} alpha {job.lora.settings.alpha:g}" if job.lora else ""
+    if job.adapter_only:
+        kind = "PEFT" if isinstance(target, PeftFolder) else f"mg {target.layout}"
+        print(
+            f"converted a LoRA adapter of {config.family} (r {job.lora.settings.r} alpha {job.lora.settings.alpha:g}):"
+            f" {job.lora.path} -> {kind}, {human(nbytes)} in {seconds:.1f} s: {job.final}"
+        )
+        return
     megatron = not isinstance(target, HfFolder)
     layout = target.layout if isinstance(target, RankFiles) else Layout.create(config.num_layers)
     told = f"mg {layout}" if isinstance(target, RankFiles) else "mg torch_dist" if megatron else "hf"

@@ -2,18 +2,30 @@
 
     W' = W + alpha / r * B @ A        in float32, rounded once to the type of the result
 
-(Upstream rounds B @ A, its scaling and the sum; up to 2 bf16 steps away from this.)
+(Upstream rounds B @ A, its scaling and the sum; up to 2 bf16 steps away from this. peft rounds B @ A and the sum.)
+
+A merged tensor is computed tile by tile. The tiles lie at fixed places of the logical tensor, so its values do not
+depend on the box, the layout or the thread that asks for it, and memory holds a few tiles, not the tensor.
 """
 
 import dataclasses
 import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from mindspeed_llm.checkpoint.formats.lazy import TensorSource, narrow
+from mindspeed_llm.checkpoint.adapters.source import LoraSource
+from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.kinds import Ranges
-from mindspeed_llm.checkpoint.open import LoraSource
+from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.errors import InputError
+
+TILE_COLUMNS = 2048
+TILE_ELEMENTS = 1 << 20
+"""4 MiB of float32."""
+KEPT_TILES = 8
+"""Tiles remembered, in the result's type: neighbouring boxes share them."""
 
 
 def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -34,23 +46,28 @@ class MergedSource:
         """Wrap `base`.
 
         Args:
-            lora: the adapter; None to change the type only.
+            lora: the adapter; None to change the type only. Several are `combine`d into one first.
             dtype: of every tensor read; None keeps each tensor's own.
         """
         self.base = base
         self.lora = lora
         self.result_dtype = dtype
-        self.table = base.table
         self.config = base.config
+        self.table = base.table
+        if lora is not None and lora.unties:
+            raw = {**base.config.hf_config, "tie_word_embeddings": False} if base.config.hf_config else {}
+            self.config = dataclasses.replace(base.config, tie_word_embeddings=False, hf_config=raw)
+            self.table = WeightTable(self.config)
         if dtype is not None:
-            self.config = dataclasses.replace(base.config, dtype=str(dtype).removeprefix("torch."))
-        self.adapted = set(lora.tensors.names()) if lora else set()
+            self.config = dataclasses.replace(self.config, dtype=str(dtype).removeprefix("torch."))
+        self.replaced = set(lora.whole()) if lora else set()
+        self.adapted = {f"{module}.weight" for module in lora.modules()} if lora else set()
         self.lock = threading.Lock()
-        self.last: tuple[str, torch.Tensor] | None = None
+        self.tiles: OrderedDict[tuple[str, int, int], torch.Tensor] = OrderedDict()
 
     def names(self) -> list[str]:
-        """Logical names, those of the base."""
-        return self.base.names()
+        """Logical names: those of the base, and the output layer where the adapter unties it."""
+        return list(self.table.entries) if self.table is not self.base.table else self.base.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical shape."""
@@ -58,25 +75,61 @@ class MergedSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of the values `read` returns."""
-        return self.result_dtype or self.base.dtype(name)
+        kept = self.table.entry(name).row.keep_dtype
+        return self.base.dtype(name) if kept else self.result_dtype or self.base.dtype(name)
 
     def read(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> torch.Tensor:
-        """The logical tensor, or a box of it.
+        """The logical tensor, or a box of it."""
+        name = self.table.resolve(name)
+        if name not in self.adapted:
+            return self.rounded(name, self.unmerged(name, rows, columns))
+        height, width = self.shape(name)
+        rows = [(0, height)] if rows is None else rows
+        columns = [(0, width)] if columns is None else columns
+        values = torch.empty(total(rows), total(columns), dtype=self.dtype(name))
+        tile_rows, tile_columns = self.tile_shape(name)
+        for across in pieces(columns, tile_columns):
+            for down in pieces(rows, tile_rows):
+                tile = self.tile(name, down.tile, across.tile)
+                values[down.target, across.target] = tile[down.within, across.within]
+        return values
 
-        A merged tensor is computed whole and then cut: its values must not depend on the layout that asks.
-        """
-        module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" not in self.adapted:
-            return self.rounded(name, self.base.read(name, rows, columns))
+    def unmerged(self, name: str, rows: Ranges | None, columns: Ranges | None) -> torch.Tensor:
+        """A box of the tensor the adapter's factors are added to."""
+        source = self.lora.tensors if name in self.replaced else self.base
+        return source.read(name, rows, columns)
+
+    def tile_shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of a tile; DoRA needs whole rows."""
+        width = self.shape(name)[1]
+        columns = width if name.removesuffix(".weight") in self.lora.magnitudes else min(width, TILE_COLUMNS)
+        return max(1, TILE_ELEMENTS // max(1, columns)), columns
+
+    def tile(self, name: str, down: int, across: int) -> torch.Tensor:
+        """One merged tile, rounded; computed unless it is among the last ones."""
+        key = (name, down, across)
         with self.lock:
-            kept = self.last
-        if kept is None or kept[0] != name:
-            a, b = (self.lora.tensors.read(f"{module}.{factor}.weight") for factor in ("lora_A", "lora_B"))
-            merged = merged_weight(self.base.read(name), a, b, self.lora.settings.scaling)
-            kept = (name, self.rounded(name, merged))
-            with self.lock:
-                self.last = kept
-        return narrow(kept[1], rows, columns)
+            if key in self.tiles:
+                self.tiles.move_to_end(key)
+                return self.tiles[key]
+        shape, step = self.shape(name), self.tile_shape(name)
+        rows, columns = (
+            [(number * size, min(whole, (number + 1) * size))]
+            for number, size, whole in zip((down, across), step, shape, strict=True)
+        )
+        module = name.removesuffix(".weight")
+        a = self.lora.tensors.read(f"{module}.lora_A.weight", None, columns)
+        b = self.lora.tensors.read(f"{module}.lora_B.weight", rows)
+        merged = merged_weight(self.unmerged(name, rows, columns), a, b, self.lora.settings.scaling(module))
+        if module in self.lora.magnitudes:
+            merged = with_magnitudes(merged, self.lora.magnitudes[module].read(rows))
+            # Rows that DoRA leaves alone have no pair either: their product is zero.
+        tile = self.rounded(name, merged)
+        with self.lock:
+            self.tiles[key] = tile
+            while len(self.tiles) > KEPT_TILES:
+                self.tiles.popitem(last=False)
+        return tile
 
     def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """`values` in the result's type; `InputError` when a finite value would become infinite."""
@@ -87,3 +140,42 @@ class MergedSource:
                 f"{name}: {largest:g} does not fit float16 (at most 65504); choose --params-dtype bf16 or fp32"
             )
         return result
+
+
+def with_magnitudes(merged: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
+    """DoRA: each row of W + scaling * B @ A brought to its length (Liu et al., arXiv 2402.09353); NaN keeps a row."""
+    factors = magnitudes.float() / merged.norm(dim=1)
+    return torch.where(magnitudes.isnan()[:, None], merged, merged * factors[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Places along one dimension that a box takes from one tile.
+
+    Attributes:
+        tile: its number.
+        within: the places within the tile.
+        target: where they go in the box.
+    """
+
+    tile: int
+    within: slice
+    target: slice
+
+
+def pieces(ranges: Ranges, size: int) -> Iterator[Piece]:
+    """The pieces that ranges are cut into by tiles of `size`, in the box's order."""
+    position = 0
+    for start, stop in ranges:
+        while start < stop:
+            number = start // size
+            end = min(stop, (number + 1) * size)
+            count = end - start
+            within = slice(start - number * size, end - number * size)
+            yield Piece(number, within, slice(position, position + count))
+            position, start = position + count, end
+
+
+def total(ranges: Sequence[tuple[int, int]]) -> int:
+    """Places in all ranges."""
+    return sum(stop - start for start, stop in ranges)

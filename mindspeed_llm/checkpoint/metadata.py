@@ -5,6 +5,7 @@ the base and the adapter's settings are recorded, so that they need not be typed
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,50 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What an adapter was trained with. It is scaled by `alpha / r`; modules by megatron-core's short names."""
+    """What an adapter was trained with: W + alpha / r * B @ A, per module. `use_rslora` is folded into alpha.
+
+    Attributes:
+        r: rank of modules that `rank_pattern` does not name.
+        alpha: of modules that `alpha_pattern` does not name.
+        target_modules: megatron-core's short names (`linear_qkv`: in every layer), or whole logical names
+            (`decoder.layers.3.mlp.linear_fc1`) where not every layer is adapted.
+        dropout: on the adapters' input while training.
+        rank_pattern: whole logical or short module name -> rank; a whole name wins.
+        alpha_pattern: the same for alpha.
+    """
 
     r: int
     alpha: float
     target_modules: tuple[str, ...]
     dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def scaling(self) -> float:
-        """The factor of B @ A."""
-        return self.alpha / self.r
+    def rank(self, module: str) -> int:
+        """Rank of a module, named logically in whole (`decoder.layers.0.mlp.linear_fc1`)."""
+        return self.rank_pattern.get(module, self.rank_pattern.get(short_name(module), self.r))
+
+    def alpha_of(self, module: str) -> float:
+        """Alpha of a module, named logically in whole."""
+        return self.alpha_pattern.get(module, self.alpha_pattern.get(short_name(module), self.alpha))
+
+    def scaling(self, module: str) -> float:
+        """The factor of B @ A of a module, named logically in whole."""
+        return self.alpha_of(module) / self.rank(module)
+
+    def adapts(self, module: str) -> bool:
+        """Whether a module, named logically in whole, is a target."""
+        return module in self.target_modules or short_name(module) in self.target_modules
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LoraSettings":
+        """The settings as args.json has them; those written before there were patterns have none."""
+        return cls(**{**values, "target_modules": tuple(values["target_modules"])})
+
+
+def short_name(module: str) -> str:
+    """megatron-core's own name of a module: `linear_fc1` of `decoder.layers.0.mlp.linear_fc1`."""
+    return module.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -84,8 +118,7 @@ class Metadata:
             if rest.get("base"):
                 rest["base"] = BaseRecord(**rest["base"])
             if rest.get("lora"):
-                lora = dict(rest["lora"])
-                rest["lora"] = LoraSettings(**{**lora, "target_modules": tuple(lora["target_modules"])})
+                rest["lora"] = LoraSettings.from_dict(rest["lora"])
             return cls(**rest)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{where}: does not describe a checkpoint ({type(error).__name__}: {error})") from error

@@ -2,39 +2,23 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from mindspeed_llm.checkpoint.adapters.import_ import open_peft
+from mindspeed_llm.checkpoint.adapters.peft_folder import is_peft
+from mindspeed_llm.checkpoint.adapters.settings import module_entries, resolve_targets, settings_of, short_targets
+from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource, is_megatron
 from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
-from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings, Metadata
+from mindspeed_llm.checkpoint.metadata import BaseRecord
 from mindspeed_llm.checkpoint.tables import LORA_NAME
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
 
 BaseSource = HFSource | ShardedSource | TorchDistSource
-
-
-@dataclass(frozen=True)
-class LoraSource:
-    """An adapter: its factors as logical tensors `X.lora_A.weight`, `X.lora_B.weight`, and its settings.
-
-    Attributes:
-        tensors: the factors (`TensorSource`).
-        settings: rank, alpha, targets.
-        base: the model it was trained on, as far as the checkpoint records it.
-        metadata: of its checkpoint; None when another program wrote it.
-        checkpoint: the opened folder, which may hold base weights and optimizer state too.
-    """
-
-    tensors: ShardedSource
-    settings: LoraSettings
-    base: BaseRecord | None
-    metadata: Metadata | None
-    checkpoint: MegatronCheckpoint
 
 
 def open_base(
@@ -75,17 +59,29 @@ def open_lora(
     alpha: float | None = None,
     target_modules: Sequence[str] | None = None,
     family_name: str | None = None,
+    base: TensorSource | None = None,
 ) -> LoraSource:
-    """The adapter in a run or iteration folder.
+    """The adapter in a run or iteration folder, or in a PEFT folder.
 
-    Settings come from its args.json; flags that contradict them are refused. For a checkpoint of another program the
-    rank and the targets follow from the tensors, and `alpha` has to be given.
+    Settings come from its args.json or adapter_config.json; flags that contradict them are refused. For a checkpoint of
+    another program the ranks and the targets follow from the tensors, and `alpha` has to be given.
+
+    Args:
+        r, alpha, target_modules: flags to check.
+        family_name: `--model-type-hf`, for Megatron checkpoints that do not say their family.
+        base: the model a PEFT adapter is to be used with.
 
     Raises:
         InputError: no LoRA weights there, or alpha is recorded nowhere.
         UsageError: a flag contradicts the adapter.
     """
-    return adapter_of(MegatronCheckpoint(path, family_name), r, alpha, target_modules)
+    if not is_peft(path):
+        return adapter_of(MegatronCheckpoint(path, family_name), r, alpha, target_modules)
+    if base is None:
+        raise InputError(f"{path}: a PEFT adapter does not describe its base; open the base first and give it too")
+    lora = open_peft(path, base)
+    check_flags(lora, r, alpha, target_modules)
+    return lora
 
 
 def adapter_of(
@@ -96,53 +92,68 @@ def adapter_of(
 ) -> LoraSource:
     """The adapter of an opened checkpoint; see `open_lora`."""
     tensors = checkpoint.lora()
-    seen = shown_settings(tensors)
+    ranks = stored_ranks(tensors)
     metadata = checkpoint.metadata
-    recorded = metadata.lora if metadata else None
-    if recorded and recorded.r != seen.r:
-        raise InputError(f"{checkpoint.folder}: args.json says rank {recorded.r}, the tensors have {seen.r}; damaged")
-    settings = recorded or seen
-    if recorded is None and alpha is None:
+    settings = metadata.lora if metadata else None
+    if settings is None and alpha is None:
         raise InputError(f"{checkpoint.folder}: does not record its LoRA alpha; give --lora-alpha as in training")
-    if recorded is None:
-        settings = dataclasses.replace(seen, alpha=float(alpha))
-    flags = (
-        ("--lora-r", r, settings.r),
-        ("--lora-alpha", alpha, settings.alpha),
-        ("--lora-target-modules", target_modules and sorted(target_modules), sorted(settings.target_modules)),
-    )
-    wrong = [
-        f"{flag} says {given}, the adapter says {value}" for flag, given, value in flags if given and given != value
-    ]
-    if wrong:
-        raise UsageError(f"{'; '.join(wrong)} ({checkpoint.folder}); leave these flags out")
+    if settings is None:
+        one = {module: float(alpha) / rank for module, rank in ranks.items()}
+        settings = settings_of(ranks, one, tensors.table)
+    for module, rank in ranks.items():
+        if settings.rank(module) != rank or not settings.adapts(module):
+            said = f"rank {settings.rank(module)}" if settings.adapts(module) else "no adapter"
+            raise InputError(
+                f"{checkpoint.folder}: args.json says {said} for {module}, the tensors have rank {rank}; damaged"
+            )
     base = metadata.base if metadata else None
     if base is None and not checkpoint.missing_base:
         base = BaseRecord(str(checkpoint.folder), content_hash(checkpoint.base()))
-    return LoraSource(tensors, settings, base, metadata, checkpoint)
+    lora = LoraSource(tensors, settings, base, metadata, checkpoint)
+    check_flags(lora, r, alpha, target_modules)
+    return lora
 
 
-def shown_settings(tensors: ShardedSource) -> LoraSettings:
-    """Rank and targets as the factors show them; alpha is not in them and stays 0.
+def check_flags(lora: LoraSource, r: int | None, alpha: float | None, target_modules: Sequence[str] | None) -> None:
+    """`UsageError` when flags contradict the adapter. Targets may be named as megatron-core or as HF names them."""
+    settings, table = lora.settings, lora.tensors.table
+    wrong = [
+        f"{flag} says {given:g}, the adapter says {value:g}"
+        for flag, given, value in (("--lora-r", r, settings.r), ("--lora-alpha", alpha, settings.alpha))
+        if given and given != value
+    ]
+    if target_modules:
+        given = resolve_targets(target_modules, table, partly=True)
+        if set(given) != set(short_targets(lora.modules(), module_entries(table))):
+            wrong.append(
+                f"--lora-target-modules says {' '.join(sorted(target_modules))}, the adapter says"
+                f" {' '.join(sorted(settings.target_modules))}"
+            )
+    if wrong:
+        raise UsageError(f"{'; '.join(wrong)} ({lora.path}); leave these flags out")
+
+
+def stored_ranks(tensors: TensorSource) -> dict[str, int]:
+    """Each adapted module's rank as its factors show it.
 
     Raises:
-        InputError: factors of different ranks, or one without its partner.
+        InputError: a factor without its partner, or one of another rank.
     """
-    ranks: dict[str, set[int]] = {}
-    factors: dict[str, set[str]] = {}
+    ranks: dict[str, dict[str, int]] = {}
     for name in tensors.names():
         match = LORA_NAME.match(name)
         shape = tensors.shape(name)
-        ranks.setdefault(match["module"], set()).add(shape[0] if match["factor"] == "lora_A" else shape[1])
-        factors.setdefault(match["module"], set()).add(match["factor"])
-    found = set().union(*ranks.values())
-    if len(found) != 1:
-        raise InputError(f"{tensors.path}: LoRA factors of different ranks {sorted(found)} are not supported")
-    alone = sorted(module for module, both in factors.items() if len(both) != 2)
-    if alone:
-        raise InputError(f"{tensors.path}: {alone[0]} has only one of lora_A and lora_B; the checkpoint is damaged")
-    targets = tuple(sorted({module.rpartition(".")[2] for module in ranks}))
-    return LoraSettings(found.pop(), 0.0, targets)
+        rank = shape[0] if match["factor"] == "lora_A" else shape[1]
+        ranks.setdefault(match["module"], {})[match["factor"]] = rank
+    for module, own in ranks.items():
+        if len(own) != 2:
+            raise InputError(f"{tensors.path}: {module} has only one of lora_A and lora_B; the checkpoint is damaged")
+        if own["lora_A"] != own["lora_B"]:
+            raise InputError(
+                f"{tensors.path}: {module} has rank {own['lora_A']} in lora_A and {own['lora_B']} in lora_B; the"
+                " checkpoint is damaged"
+            )
+    return {module: own["lora_A"] for module, own in ranks.items()}
 
 
 def source_hash(source: TensorSource) -> str:
@@ -162,13 +173,13 @@ def check_base(lora: LoraSource, base: TensorSource, base_path: str | Path) -> N
     """
     differing = config_differences(lora.tensors.config, base.config)
     if differing:
-        raise InputError(f"{lora.tensors.path}: adapter of another model than {base_path}: {differing}")
+        raise InputError(f"{lora.path}: adapter of another model than {base_path}: {differing}")
     if lora.base is None or lora.base.hash is None:
         return
     found = source_hash(base)
     if lora.base.hash != found:
         raise InputError(
-            f"{lora.tensors.path}: trained on the base {lora.base.path} (content {lora.base.hash[:12]}), but"
+            f"{lora.path}: trained on the base {lora.base.path} (content {lora.base.hash[:12]}), but"
             f" {base_path} has content {found[:12]}; give that base"
         )
 

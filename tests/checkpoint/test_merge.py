@@ -129,7 +129,7 @@ def test_recorded_merges_lie_within_two_bf16_steps(name: str, base_folder: str, 
         if f"{module}.lora_A.weight" in lora.tensors.names():
             a, b = (lora.tensors.read(f"{module}.{factor}.weight") for factor in ("lora_A", "lora_B"))
             delta = (b.float() @ a.float()).to(weight.dtype)[torch.cat([torch.arange(*one) for one in ranges])]
-            scaled = delta * lora.settings.scaling
+            scaled = delta * lora.settings.scaling(module)
             theirs, largest = weight + scaled, torch.maximum(largest, scaled.float().abs())
         step = 2.0 ** (torch.frexp(largest).exponent - 8)
         assert ((ours.float() - theirs.float()).abs() <= 2 * step).all(), hf

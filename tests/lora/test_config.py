@@ -14,14 +14,14 @@ def test_no_targets_mean_no_adapter() -> None:
 def test_rank_and_alpha_have_upstreams_defaults() -> None:
     settings = settings_from_options(LoraOptions(lora_target_modules=["linear_qkv"]))
     assert (settings.r, settings.alpha, settings.target_modules) == (16, 32, ("linear_qkv",))
-    assert settings.scaling == 2.0
+    assert settings.scaling("decoder.layers.0.mlp.linear_fc1") == 2.0
 
 
 def test_given_values_are_kept_and_repeated_targets_count_once() -> None:
     options = LoraOptions(lora_r=3, lora_alpha=7, lora_target_modules=["linear_fc2", "linear_qkv", "linear_fc2"])
     settings = settings_from_options(options)
     assert (settings.r, settings.alpha, settings.target_modules) == (3, 7, ("linear_fc2", "linear_qkv"))
-    assert settings.scaling == 7 / 3
+    assert settings.scaling("decoder.layers.0.mlp.linear_fc1") == 7 / 3
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Our side of the parity tests: a saved folder, live on megatron-core. Imports megatron-core."""
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
@@ -13,7 +15,7 @@ from mindspeed_llm import device
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.live import load_live
 from mindspeed_llm.inference.live import LiveModel
-from mindspeed_llm.models import parallel
+from mindspeed_llm.models import families, parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.gpt import EngineOptions, build_chunks
@@ -41,6 +43,22 @@ def logits(rank: int, folder: Path, tokens: numpy.ndarray, **engine: Any) -> num
     with live(folder, **engine) as (chunk, model):
         found = chunk(torch.from_numpy(tokens), None, None, runtime_gather_output=True)
         return found[..., : model.vocab_size].numpy()
+
+
+def logits_bf16(rank: int, folder: Path, tokens: numpy.ndarray) -> numpy.ndarray:
+    """The same with parameters and activations in bfloat16, as fp32 numbers."""
+    with torch.no_grad(), live(folder, dtype=torch.bfloat16) as (chunk, model):
+        found = chunk(torch.from_numpy(tokens), None, None, runtime_gather_output=True)
+        return found[..., : model.vocab_size].float().numpy()
+
+
+def logits_of_a_new_family(rank: int, folder: Path, tokens: numpy.ndarray, page: Path, family: str) -> numpy.ndarray:
+    """The same with a family page that is not in the registry: the object `family` of the file `page`."""
+    spec = importlib.util.spec_from_file_location(page.stem, page)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with mock.patch.object(families, "FAMILIES", (*families.FAMILIES, getattr(module, family))):
+        return logits(rank, folder, tokens)
 
 
 def cached_logits(

@@ -136,3 +136,115 @@ def test_every_row_of_every_family_uses_known_dimensions_and_fields() -> None:
         for row in one.weights:
             assert set(row.shape) <= set(config.dimensions())
             assert all(isinstance(config.has(feature, 0), bool) for feature in row.when)
+
+
+REQUIRED = (
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+CLASSES = {
+    "qwen3": "Qwen3Config", "qwen2": "Qwen2Config", "llama": "LlamaConfig", "mistral": "MistralConfig",
+    "gemma2": "Gemma2Config", "gemma3": "Gemma3TextConfig", "glm4": "Glm4Config", "phi3": "Phi3Config",
+    "seed_oss": "SeedOssConfig", "internlm3": "InternLM3Config",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_config_of_dimensions_alone_means_what_transformers_defaults_mean(name: str) -> None:
+    import transformers
+
+    defaults = getattr(transformers, CLASSES[name])(dtype="float32").to_dict()
+    full = {**defaults, "architectures": list(family(name).architectures)}
+    short = {key: full[key] for key in REQUIRED}
+    assert ModelConfig.from_hf_dict(short, "short") == ModelConfig.from_hf_dict(full, "full")
+
+
+RELEASED: dict[str, tuple[dict, dict]] = {
+    "gemma3": (
+        {
+            "num_hidden_layers": 7, "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1e6,
+            "rope_local_base_freq": 10000, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "query_pre_attn_scalar": 64,
+        },
+        {
+            "layer_types": ("sliding_attention",) * 5 + ("full_attention", "sliding_attention"),
+            "rotary_base_local": 10000, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "attention_scale": 0.125, "tie_word_embeddings": True,
+        },
+    ),
+    "mistral": ({"sliding_window": None}, {"layer_types": (), "sliding_window": None}),
+    "phi3": (
+        {
+            "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 262144,
+            "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0]},
+        },
+        {
+            "rope_scaling": {
+                "rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0],
+                "original_max_position_embeddings": 4096,
+            },
+            "sliding_window": 262144,
+        },
+    ),
+    "internlm2": (
+        {"bias": False, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"add_qkv_bias": False, "add_proj_bias": False, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    ),
+    "internlm3": (
+        {"bias": False, "qkv_bias": True}, {"add_qkv_bias": True, "add_proj_bias": False, "add_mlp_bias": False}
+    ),
+    "llama": (
+        {
+            "torch_dtype": "bfloat16",
+            "rope_scaling": {
+                "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        {"dtype": "bfloat16"},
+    ),
+    "qwen2": ({"use_sliding_window": False, "sliding_window": 131072}, {"sliding_window": None, "layer_types": ()}),
+    "gemma2": ({"attn_logit_softcapping": None, "num_hidden_layers": 3}, {
+        "attention_softcap": None, "logit_softcap": 30.0,
+        "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_keys_as_the_hubs_configs_spell_them_are_understood(name: str) -> None:
+    changes, wanted = RELEASED[name]
+    raw = {**hf_config(), "head_dim": None, "architectures": list(family(name).architectures)}
+    raw.pop("tie_word_embeddings")
+    config = ModelConfig.from_hf_dict({**raw, **changes}, "here")
+    assert {field: getattr(config, field) for field in wanted} == wanted
+
+
+def named(name: str, model_type: str, **flags: object) -> None:
+    """Hold --model-type-hf against a model of the family `name`."""
+    raw = {**hf_config(), "architectures": list(family(name).architectures)}
+    if name == "mistral":
+        raw["sliding_window"] = None
+    check_architecture_flags(ModelConfig.from_hf_dict(raw, "here"), SimpleNamespace(model_type_hf=model_type, **flags))
+
+
+def test_upstreams_names_of_families_are_accepted() -> None:
+    for name, known in {
+        "llama": "llama2", "mistral": "llama2", "internlm3": "llama2", "qwen2": "qwen25", "seed_oss": "seed-oss",
+        "phi3": "phi3.5", "internlm2": "internlm2", "gemma2": "gemma2", "glm4": "glm4", "qwen3": "qwen3",
+    }.items():  # fmt: skip
+        named(name, known)
+    named("qwen2", "llama2", add_qkv_bias=True)
+
+
+def test_a_name_that_would_lose_the_biases_needs_the_flag_upstream_needs() -> None:
+    with pytest.raises(UsageError, match="says llama2, the model is qwen2; add --add-qkv-bias"):
+        named("qwen2", "llama2")
+    with pytest.raises(UsageError, match="says mistral, the model is qwen2; leave it out"):
+        named("qwen2", "mistral", add_qkv_bias=True)
+    with pytest.raises(UsageError, match="says llama2, the model is qwen3"):
+        named("qwen3", "llama2", add_qkv_bias=None)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, element_count
+from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, TensorSource, element_count
 from mindspeed_llm.checkpoint.kinds import AxisMap, whole_copies
 from mindspeed_llm.checkpoint.layout import Layout, Rank, Slots
 from mindspeed_llm.checkpoint.tables import (
@@ -134,6 +134,23 @@ def file_tensors(
         axis = whole_copies(parts) if whole else table.shard_map(name, parts, padded_rows)
         groups.setdefault(key, []).append(Share(name, axis, part, local_shape(entry.shape, axis, part)))
     return [joined(key, shares) for key, shares in groups.items()]
+
+
+def factor_tensors(source: TensorSource, layout: Layout, rank: Rank, vp_rank: int) -> list[FileTensor]:
+    """The LoRA factors of one chunk of one rank file, which have names of their own in either dialect."""
+    table, names = source.table, FileNames(source.table, layout, rank, vp_rank)
+    held = {name for name, _ in chunk_entries(table, layout, rank, vp_rank)}
+    found = []
+    for name in source.names():
+        entry = table.entry(LORA_NAME.match(name)["module"] + ".weight")
+        if entry.name not in held:
+            continue
+        parts = layout.tp if entry.expert is None else layout.etp
+        part = rank.tp if entry.expert is None else names.experts.part
+        axis = table.shard_map(name, parts)
+        shape = local_shape(source.shape(name), axis, part)
+        found.append(FileTensor(names.key(name, entry)[0], shape, (Share(name, axis, part, shape),)))
+    return found
 
 
 def joined(key: str, shares: list[Share]) -> FileTensor:

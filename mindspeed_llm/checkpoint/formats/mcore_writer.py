@@ -10,11 +10,11 @@ import torch
 
 from mindspeed_llm.checkpoint.formats.blocks import Place, Progress, copy_part, no_progress
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource, part_of
-from mindspeed_llm.checkpoint.formats.mcore_names import Dialect, FileTensor, file_tensors
+from mindspeed_llm.checkpoint.formats.mcore_names import Dialect, FileTensor, factor_tensors, file_tensors
 from mindspeed_llm.checkpoint.formats.torch_file import write_skeleton
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
-from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout
-from mindspeed_llm.checkpoint.tables import OUTPUT_LAYER, WeightTable
+from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout, Rank
+from mindspeed_llm.checkpoint.tables import OUTPUT_LAYER, WeightTable, is_lora
 from mindspeed_llm.checkpoint.upstream_args import upstream_args
 from mindspeed_llm.models.families.base import Kind
 
@@ -55,20 +55,52 @@ def write_mcore(
     args = upstream_args(source.config, layout, padded, iteration, dialect)
     for rank in layout.ranks():
         chunks = [file_tensors(source.table, layout, rank, vp_rank, dialect, padded) for vp_rank in range(layout.vp)]
-        path = folder / layout.rank_folder(*rank) / CHECKPOINT_FILE
-        path.parent.mkdir()
-        content: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
-        for vp_rank, key in enumerate(layout.model_keys()):
-            content[key] = empty_chunk(source, chunks[vp_rank], layout.is_last(rank.pp, vp_rank))
-        places = write_skeleton(path, content)
-        descriptor = os.open(path, os.O_WRONLY)
-        try:
-            for key, tensors in zip(layout.model_keys(), chunks, strict=True):
-                for tensor in tensors:
-                    copy_tensor(source, tensor, descriptor, places[key][tensor.key].offset, progress)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_rank(source, folder, layout, rank, chunks, {"args": args, "iteration": iteration}, progress)
+
+
+def write_factors(
+    source: TensorSource, folder: Path, layout: Layout, iteration: int = 1, progress: Progress = no_progress
+) -> None:
+    """Write the LoRA factors of an adapter as rank files, as training with `--lora-ckpt-filter` saves them.
+
+    Args:
+        source: factors `X.lora_A.weight`, `X.lora_B.weight` by logical name.
+
+    Raises:
+        UsageError: the model does not divide into this layout.
+    """
+    check_layout(source.table, layout)
+    padded = padded_vocabulary(source.config.vocab_size, layout.tp)
+    args = upstream_args(source.config, layout, padded, iteration)
+    for rank in layout.ranks():
+        chunks = [factor_tensors(source, layout, rank, vp_rank) for vp_rank in range(layout.vp)]
+        write_rank(source, folder, layout, rank, chunks, {"args": args, "iteration": iteration}, progress)
+
+
+def write_rank(
+    source: TensorSource,
+    folder: Path,
+    layout: Layout,
+    rank: Rank,
+    chunks: list[list[FileTensor]],
+    about: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Write one rank's file: `about`, and the tensors of its chunks."""
+    path = folder / layout.rank_folder(*rank) / CHECKPOINT_FILE
+    path.parent.mkdir()
+    content: dict[str, Any] = {**about, "checkpoint_version": 3.0}
+    for vp_rank, key in enumerate(layout.model_keys()):
+        content[key] = empty_chunk(source, chunks[vp_rank], layout.is_last(rank.pp, vp_rank))
+    places = write_skeleton(path, content)
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        for key, tensors in zip(layout.model_keys(), chunks, strict=True):
+            for tensor in tensors:
+                copy_tensor(source, tensor, descriptor, places[key][tensor.key].offset, progress)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def copy_tensor(source: TensorSource, tensor: FileTensor, descriptor: int, offset: int, progress: Progress) -> None:
@@ -85,10 +117,12 @@ def empty_chunk(source: TensorSource, tensors: list[FileTensor], last: bool) -> 
     for tensor in tensors:
         name = tensor.shares[0].name
         state[tensor.key] = torch.empty(tensor.shape, dtype=source.dtype(name))
+        if is_lora(name):
+            continue
         linear = name != OUTPUT_LAYER and source.table.entry(name).kind in LINEAR
         if linear and len(tensor.shares) == 1 and tensor.key.endswith(".weight"):
             state[tensor.key.removesuffix("weight") + "_extra_state"] = None
-    if last:
+    if last and not any(is_lora(tensor.shares[0].name) for tensor in tensors):
         state[OUTPUT_LAYER.removesuffix("weight") + "_extra_state"] = None
     return state
 

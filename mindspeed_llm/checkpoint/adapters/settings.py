@@ -1,0 +1,119 @@
+"""Which modules an adapter adapts: names of both worlds to logical modules, and settings as short as they can be."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
+from mindspeed_llm.checkpoint.tables import Entry, WeightTable
+from mindspeed_llm.errors import UsageError, unknown
+
+ALL_LINEAR = "all-linear"
+T = TypeVar("T", int, float)
+
+
+def module_entries(table: WeightTable) -> dict[str, Entry]:
+    """The entries of all matrices, by logical module name: what LoRA can adapt."""
+    return {
+        name.removesuffix(".weight"): entry
+        for name, entry in table.entries.items()
+        if name.endswith(".weight") and len(entry.shape) == 2
+    }
+
+
+def hf_module(name: str) -> str:
+    """The HF module of a weight: `model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
+    return name.removesuffix(".weight")
+
+
+def resolve_targets(names: Sequence[str], table: WeightTable, partly: bool = False) -> tuple[str, ...]:
+    """The modules that target names stand for, as `LoraSettings.target_modules` spells them.
+
+    Args:
+        names: megatron-core's (`linear_qkv`), HF's (`q_proj`), whole names of either, or `all-linear`: all linear
+            layers within the decoder's layers, routers excepted.
+        partly: a name may stand for a part of a module's rows, as `q_proj` alone does.
+
+    Raises:
+        UsageError: a name matches nothing, or only a part of a module that is adapted as one.
+    """
+    modules = module_entries(table)
+    chosen: dict[str, set[int]] = {}
+    for name in names:
+        found = [
+            (module, part)
+            for module, entry in modules.items()
+            for part, hf in enumerate(entry.hf)
+            if is_named(name, module, hf_module(hf.name))
+        ]
+        if not found:
+            known = {short_name(module) for module in modules} | {ALL_LINEAR}
+            hf_names = {short_name(hf_module(hf.name)) for entry in modules.values() for hf in entry.hf}
+            raise unknown("--lora-target-modules entry", name, known | hf_names)
+        for module, part in found:
+            chosen.setdefault(module, set()).add(part)
+    for module, parts in chosen.items():
+        every = modules[module].hf
+        if len(parts) < len(every) and not partly:
+            given = " ".join(short_name(hf_module(every[part].name)) for part in sorted(parts))
+            whole = " ".join(short_name(hf_module(hf.name)) for hf in every)
+            raise UsageError(
+                f"--lora-target-modules names {given}, but {whole} are one layer here ({short_name(module)}) and get"
+                f" one adapter; name them all, or {short_name(module)}"
+            )
+    return short_targets(chosen, modules)
+
+
+def is_named(name: str, module: str, hf: str) -> bool:
+    """Whether a target name stands for a logical module, or for the HF module `hf` that is a part of it."""
+    if name == ALL_LINEAR:
+        return short_name(module).startswith("linear_")
+    return any(known == name or known.endswith(f".{name}") for known in (module, hf))
+
+
+def short_targets(chosen: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
+    """Whole module names, or one short name for those of which every module of the model is chosen; sorted."""
+    chosen = set(chosen)
+    kinds: dict[str, list[str]] = {}
+    for module in modules:
+        kinds.setdefault(short_name(module), []).append(module)
+    names: set[str] = set()
+    for kind, members in kinds.items():
+        taken = [module for module in members if module in chosen]
+        names.update([kind] if len(taken) == len(members) else taken)
+    return tuple(sorted(names))
+
+
+def targeted_modules(settings: LoraSettings, table: WeightTable) -> set[str]:
+    """The logical modules that settings adapt."""
+    return {module for module in module_entries(table) if settings.adapts(module)}
+
+
+def settings_of(
+    ranks: Mapping[str, int], scalings: Mapping[str, float], table: WeightTable, dropout: float = 0.0
+) -> LoraSettings:
+    """Settings that give every module its rank and scaling; the commonest become the defaults.
+
+    Args:
+        ranks, scalings: by logical module.
+    """
+    rank, rank_pattern = default_and_pattern(ranks)
+    alphas = {module: scalings[module] * ranks[module] for module in ranks}
+    alpha, alpha_pattern = default_and_pattern(alphas)
+    targets = short_targets(ranks, {**module_entries(table), **dict.fromkeys(ranks)})
+    return LoraSettings(rank, alpha, targets, dropout, rank_pattern, alpha_pattern)
+
+
+def default_and_pattern(values: Mapping[str, T], default: T | None = None) -> tuple[T, dict[str, T]]:
+    """A default (the commonest value), and the modules with another one: by short name where all of that name agree."""
+    default = Counter(values.values()).most_common(1)[0][0] if default is None else default
+    pattern: dict[str, T] = {}
+    for kind, group in itertools.groupby(sorted(values, key=lambda name: (short_name(name), name)), key=short_name):
+        members = list(group)
+        found = {values[module] for module in members}
+        if len(found) > 1:
+            pattern.update({module: values[module] for module in members if values[module] != default})
+        elif found != {default}:
+            pattern[kind] = found.pop()
+    return default, pattern

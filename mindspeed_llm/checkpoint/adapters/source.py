@@ -1,0 +1,70 @@
+"""An opened adapter, whatever it came from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mindspeed_llm.checkpoint.formats.lazy import Readable, TensorSource
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
+from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings, Metadata
+from mindspeed_llm.checkpoint.tables import EMBEDDING, LORA_NAME, OUTPUT_LAYER
+from mindspeed_llm.errors import InputError
+
+
+@dataclass(frozen=True)
+class LoraSource:
+    """An adapter: its factors as logical tensors `X.lora_A.weight`, `X.lora_B.weight`, and its settings.
+
+    Attributes:
+        tensors: the factors, and under their own logical names whole tensors that replace the base's (`TensorSource`).
+        settings: rank, alpha, targets.
+        base: the model it was trained on, as far as the adapter records it.
+        metadata: of its checkpoint; None when another program wrote it.
+        checkpoint: the opened Megatron folder, which may hold base weights and optimizer state too; None otherwise.
+        unties: the base ties its output layer to the embedding, but with this adapter the two differ.
+        magnitudes: DoRA's length of each output row, by logical module; NaN for rows that DoRA leaves alone.
+    """
+
+    tensors: TensorSource
+    settings: LoraSettings
+    base: BaseRecord | None
+    metadata: Metadata | None
+    checkpoint: MegatronCheckpoint | None
+    unties: bool = False
+    magnitudes: Mapping[str, Readable] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The adapter's folder, for errors."""
+        return self.tensors.path
+
+    def modules(self) -> list[str]:
+        """The logical modules that have a pair of factors."""
+        found = (LORA_NAME.match(name) for name in self.tensors.names())
+        return list(dict.fromkeys(match["module"] for match in found if match))
+
+    def whole(self) -> list[str]:
+        """Logical names of the whole tensors that replace the base's."""
+        return [name for name in self.tensors.names() if not LORA_NAME.match(name)]
+
+    def obstacles(self) -> list[str]:
+        """What a Megatron LoRA checkpoint, and training on from it, cannot hold; empty when it holds everything."""
+        ends = [module for module in self.modules() if f"{module}.weight" in (EMBEDDING, OUTPUT_LAYER)]
+        return [
+            *(f"the whole tensor {name}" for name in self.whole()),
+            *(f"an adapter of {module}" for module in ends),
+            *(f"the DoRA magnitude of {module}" for module in self.magnitudes),
+        ]
+
+    def require_plain_factors(self, what: str) -> None:
+        """`InputError` when the adapter is more than pairs of factors on linear layers.
+
+        Args:
+            what: what needs that, for the error: "a Megatron LoRA checkpoint".
+        """
+        found = self.obstacles()
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise InputError(
+                f"{self.path}: {what} cannot hold {found[0]}{more}; merge the adapter into its base instead"
+            )
