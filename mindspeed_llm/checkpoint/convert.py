@@ -17,11 +17,9 @@ import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
-<<<<<<< HEAD
-from mindspeed_llm.checkpoint.adapters.export import write_peft
-from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_tracker
-=======
->>>>>>> bad
+from mindspeed_llm.checkpoint.adapters.export import write_into
+from mindspeed_llm.checkpoint.adapters.peft_folder import write_base_record
+from mindspeed_llm.checkpoint.adapters.servers import describe_servers
 from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource, copy_companions
@@ -31,12 +29,7 @@ from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata, write_metada
 from mindspeed_llm.checkpoint.open import source_hash
 from mindspeed_llm.checkpoint.result import ended_by_signals, staged
 from mindspeed_llm.checkpoint.sizes import check_space, free_space, human, progress_bar
-<<<<<<< HEAD
 from mindspeed_llm.checkpoint.targets import HfFolder, PeftFolder, RankFiles, peak_memory
-from mindspeed_llm.errors import InputError
-=======
-from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, peak_memory
->>>>>>> bad
 
 HF_SUBFOLDER_ALIAS = "mg2hf"
 """Upstream's documents and scripts say mg2hg, its program wrote mg2hf; the second is a link to the first."""
@@ -59,13 +52,8 @@ def main(argv: list[str]) -> int:
     check_space(job.final, total)
     for note in getattr(job.base, "notes", ()):
         print(note, file=sys.stderr)
-<<<<<<< HEAD
     write = {HfFolder: to_hf, PeftFolder: to_peft}.get(type(job.target), to_megatron)
-    with one_thread():
-=======
-    write = to_hf if isinstance(job.target, HfFolder) else to_megatron
     with one_thread(), ended_by_signals():
->>>>>>> bad
         write(job, total)
     report(job, total, time.monotonic() - started)
     return compare(job, options) if options.test_convert_precision else 0
@@ -124,19 +112,13 @@ def to_megatron(job: Job, total: int) -> None:
     def write(folder: Path) -> None:
         stop = threading.Event()
         with ThreadPoolExecutor(1) as pool, progress_bar(total) as bar:
-<<<<<<< HEAD
-            hashed = pool.submit(source_hash, job.base) if job.adapter_only else pool.submit(content_hash, job.source)
-            job.target.write(job.source, stage.path, bar.update)
-            write_metadata(stage.path, describe(job, hashed))
-        stage.publish()
-=======
-            hashed = pool.submit(content_hash, job.source, stopped=stop.is_set)
+            hash_of = source_hash if job.adapter_only else content_hash
+            hashed = pool.submit(hash_of, job.base if job.adapter_only else job.source, stopped=stop.is_set)
             try:
                 job.target.write(job.source, folder, bar.update)
                 write_metadata(folder, describe(job, hashed))
             finally:
                 stop.set()
->>>>>>> bad
 
     staged(job.final, True, job.overwrite, write, ITERATION)
 
@@ -174,8 +156,12 @@ def to_hf(job: Job, total: int) -> None:
 
 def to_peft(job: Job, total: int) -> None:
     """Write a PEFT folder, and say which servers take it."""
-    record = BaseRecord(job.target.base_path, source_hash(job.base))
-    print(write_peft(job.lora, job.final, job.target.base_path, record))
+
+    def write(folder: Path) -> None:
+        print(describe_servers(write_into(job.lora, folder, job.target.base_path)))
+        write_base_record(folder, BaseRecord(job.target.base_path, source_hash(job.base)))
+
+    staged(job.final, False, job.overwrite, write)
 
 
 def report(job: Job, nbytes: int, seconds: float) -> None:

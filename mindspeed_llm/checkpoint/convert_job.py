@@ -7,13 +7,8 @@ from pathlib import Path
 import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
-<<<<<<< HEAD
 from mindspeed_llm.checkpoint.adapters.combine import combine
-from mindspeed_llm.checkpoint.adapters.peft_folder import FILES as PEFT_FILES
-from mindspeed_llm.checkpoint.atomic import TRACKER, iteration_folder
-=======
 from mindspeed_llm.checkpoint.atomic import iteration_folder
->>>>>>> bad
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, is_megatron
@@ -283,14 +278,6 @@ def result_folder(options: ConvertOptions, bases: list[Path]) -> Path:
         if original and is_export(saved):
             original = saved.resolve() in [base.resolve() for base in (*bases, Path(options.load_dir))]
         final = saved / HF_SUBFOLDER if original else saved
-<<<<<<< HEAD
-        exists = any(final.glob("*.safetensors"))
-        if options.save_lora_to_hf or not options.merge_lora:
-            others = [path.name for path in final.iterdir() if path.name not in PEFT_FILES] if final.is_dir() else []
-            if others:
-                raise UsageError(f"{final}: holds other files ({', '.join(others[:3])}); choose another --save-dir")
-=======
->>>>>>> bad
     else:
         final = saved / iteration_folder(ITERATION)
     refuse_taken(final, options.save_model_type == "mg", options.overwrite)

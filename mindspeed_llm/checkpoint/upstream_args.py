@@ -15,7 +15,6 @@ from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families import family
 
-
 DESCRIBED = ("llama", "mistral", "qwen2", "qwen3")
 """Families of which Megatron's own args say all that matters; of others they lack experts, caps, windows or scaling."""
 
@@ -173,8 +172,8 @@ def config_from_args(args: Any, where: str, dtype: torch.dtype, family_name: str
         return ModelConfig.from_hf_dict(raw, where)
     if named.name not in DESCRIBED or known.get("rope_scaling_type"):
         raise InputError(
-            f"{where}: its args do not describe a {named.name} model completely; convert it with --hf-cfg-dir, the folder"
-            " of the original HF model"
+            f"{where}: its args do not describe a {named.name} model completely; convert it with --hf-cfg-dir, the"
+            " folder of the original HF model"
         )
     heads = first("num_attention_heads")
     # The second converter stores group_query_attention False for every model, beside HF's own key.
