@@ -16,6 +16,7 @@ import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
+from mindspeed_llm.checkpoint.adapters.export import write_peft
 from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_tracker
 from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare
 from mindspeed_llm.checkpoint.fingerprint import content_hash
@@ -25,7 +26,7 @@ from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata, write_metadata
 from mindspeed_llm.checkpoint.open import source_hash
 from mindspeed_llm.checkpoint.sizes import check_space, free_space, human, progress_bar
-from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, peak_memory
+from mindspeed_llm.checkpoint.targets import HfFolder, PeftFolder, RankFiles, peak_memory
 from mindspeed_llm.errors import InputError
 
 HF_SUBFOLDER_ALIAS = "mg2hf"
@@ -33,7 +34,7 @@ HF_SUBFOLDER_ALIAS = "mg2hf"
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit status 0.
+    """Run the command line; returns the exit status: 0, or 1 when the result was compared and is not the same model.
 
     Raises:
         UsageError: flags that contradict each other, the model or the adapter.
@@ -49,11 +50,18 @@ def main(argv: list[str]) -> int:
     check_space(job.final, total)
     for note in getattr(job.base, "notes", ()):
         print(note, file=sys.stderr)
-    write = to_hf if isinstance(job.target, HfFolder) else to_megatron
+    write = {HfFolder: to_hf, PeftFolder: to_peft}.get(type(job.target), to_megatron)
     with one_thread():
         write(job, total)
     report(job, total, time.monotonic() - started)
-    return 0
+    return compare(job, options) if options.test_convert_precision else 0
+
+
+def compare(job: Job, options: ConvertOptions) -> int:
+    """The gate (`--test-convert-precision true`): the exit status is 0 only when every check was made and passed."""
+    from mindspeed_llm.checkpoint.verify.gate import run_gate  # transformers and megatron-core: only when asked for
+
+    return 0 if run_gate(job, options).status == "PASS" else 1
 
 
 @contextlib.contextmanager
@@ -87,6 +95,8 @@ def show_plan(job: Job) -> None:
 
 def origin_names(job: Job, logical: str) -> list[str]:
     """Names of what a logical tensor is read from."""
+    if job.adapter_only:
+        return [f"{job.lora.path}: {logical}"]
     if isinstance(job.base, HFSource):
         return [str(hf) for hf in job.source.table.entry(logical).hf]
     if isinstance(job.base, TorchDistSource):
@@ -113,7 +123,7 @@ def to_megatron(job: Job, total: int) -> None:
 
     def write(stage: StagedDirectory) -> None:
         with ThreadPoolExecutor(1) as pool, progress_bar(total) as bar:
-            hashed = pool.submit(content_hash, job.source)
+            hashed = pool.submit(source_hash, job.base) if job.adapter_only else pool.submit(content_hash, job.source)
             job.target.write(job.source, stage.path, bar.update)
             write_metadata(stage.path, describe(job, hashed))
         stage.publish()
@@ -124,6 +134,10 @@ def to_megatron(job: Job, total: int) -> None:
 
 def describe(job: Job, hashed: "Future[str]") -> Metadata:
     """The args.json of a conversion: an unchanged model's base is the HF folder it came from."""
+    if job.adapter_only:
+        base, about = BaseRecord(str(job.base.path.resolve()), hashed.result()), job.lora.metadata
+        told = (about.template, about.enable_thinking) if about else (None, None)
+        return Metadata(job.base.config, job.target.layout, ITERATION, None, base, job.lora.settings, *told)
     recorded = job.base.metadata.base if not isinstance(job.base, HFSource) and job.base.metadata else None
     if isinstance(job.base, HFSource):
         unchanged = job.source is job.base
@@ -157,10 +171,23 @@ def to_hf(job: Job, total: int) -> None:
             (job.final.parent / HF_SUBFOLDER_ALIAS).symlink_to(HF_SUBFOLDER)
 
 
+def to_peft(job: Job, total: int) -> None:
+    """Write a PEFT folder, and say which servers take it."""
+    record = BaseRecord(job.target.base_path, source_hash(job.base))
+    print(write_peft(job.lora, job.final, job.target.base_path, record))
+
+
 def report(job: Job, nbytes: int, seconds: float) -> None:
     """One summary line, and the command that comes next."""
     config, target = job.source.config, job.target
     merged = f" + LoRA r {job.lora.settings.r} alpha {job.lora.settings.alpha:g}" if job.lora else ""
+    if job.adapter_only:
+        kind = "PEFT" if isinstance(target, PeftFolder) else f"mg {target.layout}"
+        print(
+            f"converted a LoRA adapter of {config.family} (r {job.lora.settings.r} alpha {job.lora.settings.alpha:g}):"
+            f" {job.lora.path} -> {kind}, {human(nbytes)} in {seconds:.1f} s: {job.final}"
+        )
+        return
     megatron = not isinstance(target, HfFolder)
     layout = target.layout if isinstance(target, RankFiles) else Layout.create(config.num_layers)
     told = f"mg {layout}" if isinstance(target, RankFiles) else "mg torch_dist" if megatron else "hf"

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
+from mindspeed_llm.checkpoint.adapters.combine import combine
+from mindspeed_llm.checkpoint.adapters.peft_folder import FILES as PEFT_FILES
 from mindspeed_llm.checkpoint.atomic import TRACKER, iteration_folder
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
@@ -25,7 +27,7 @@ from mindspeed_llm.checkpoint.open import (
     open_lora,
 )
 from mindspeed_llm.checkpoint.sizes import parse_size
-from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles, Target, TorchDist
+from mindspeed_llm.checkpoint.targets import FactorFiles, HfFolder, PeftFolder, RankFiles, Target, TorchDist
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 
@@ -40,9 +42,9 @@ class Job:
     """One conversion, everything checked.
 
     Attributes:
-        source: what to write, merged and cast.
+        source: what to write: the base, merged and cast, or the adapter's tensors.
         base: the source as it lies in its folder.
-        lora: the adapter merged in.
+        lora: the adapter merged in, or written alone.
         origin: the HF folder that gives config and tokenizer; None when none is known.
         final: the folder that will appear.
         target: how it is written.
@@ -54,6 +56,11 @@ class Job:
     origin: Path | None
     final: Path
     target: Target
+
+    @property
+    def adapter_only(self) -> bool:
+        """Whether the adapter is written and not the model."""
+        return isinstance(self.target, FactorFiles | PeftFolder)
 
 
 def prepare(options: ConvertOptions) -> Job:
@@ -68,21 +75,25 @@ def prepare(options: ConvertOptions) -> Job:
     base, lora = open_source(options)
     final = result_folder(options, recorded_folders(base, lora))
     check_architecture_flags(base.config, options, options.load_dir)
-    if lora is not None:
-        check_base(lora, base, options.load_dir)
+    alone = options.save_lora_to_hf or not options.merge_lora
+    if alone and lora is None:
+        raise UsageError("--merge-lora false and --save-lora-to-hf need an adapter; give it with --lora-load")
     dtype = DTYPES[options.params_dtype] if options.params_dtype else None
-    source = base if lora is None and dtype is None else MergedSource(base, lora, dtype)
+    if alone:
+        source = lora.tensors if dtype is None else MergedSource(lora.tensors, None, dtype)
+    else:
+        source = base if lora is None and dtype is None else MergedSource(base, lora, dtype)
     origin = companion_origin(options, base, lora)
     if origin is not None:
         differing = config_differences(ModelConfig.from_hf(origin), base.config)
         if differing:
             raise InputError(f"{origin}: config.json is of another model than {options.load_dir}: {differing}")
-    elif options.save_model_type == "hf":
+    elif options.save_model_type == "hf" and not alone:
         raise InputError(
             f"{options.load_dir}: records no HF folder that still exists, so the result would have no config and"
             " tokenizer; give it with --hf-cfg-dir"
         )
-    target = target_of(options, base.config)
+    target = adapter_target(options, base, lora, origin) if alone else target_of(options, base.config)
     target.check(source)
     return Job(source, base, lora, origin, final, target)
 
@@ -112,6 +123,8 @@ def check_flags(options: ConvertOptions) -> None:
         raise UsageError(f"--save-model-type hf is not split over ranks; leave {', '.join(wrong)} out")
     if wrong and options.ckpt_format == "torch_dist":
         raise UsageError(f"--ckpt-format torch_dist loads at every layout; leave {', '.join(wrong)} out")
+    if options.save_lora_to_hf and options.save_model_type != "hf":
+        raise UsageError("--save-lora-to-hf writes a PEFT folder; give --save-model-type hf, or leave it out")
     if (
         options.load_model_type == options.save_model_type == "hf"
         and not options.lora_load
@@ -141,7 +154,25 @@ def target_of(options: ConvertOptions, config: ModelConfig) -> Target:
         return HfFolder(parse_size(options.max_shard_size, "--max-shard-size"))
     if options.ckpt_format == "torch_dist":
         return TorchDist(ITERATION)
-    layout = Layout.create(
+    dialect = Dialect(options.transformer_impl, options.moe_grouped_gemm)
+    return RankFiles(target_layout(options, config), dialect, options.make_vocab_size_divisible_by, ITERATION)
+
+
+def adapter_target(options: ConvertOptions, base: BaseSource, lora: LoraSource, origin: Path | None) -> Target:
+    """How an adapter alone is written; `InputError` when the format cannot hold it."""
+    if options.save_model_type == "hf":
+        if options.params_dtype:
+            raise UsageError("--params-dtype does not apply to a PEFT folder, which keeps the factors' type")
+        return PeftFolder(lora, str((origin or base.path).resolve()))
+    if options.ckpt_format == "torch_dist":
+        raise UsageError("--ckpt-format torch_dist does not hold adapters here; leave it out, or merge the adapter")
+    lora.require_plain_factors("a Megatron LoRA checkpoint")
+    return FactorFiles(target_layout(options, base.config), ITERATION)
+
+
+def target_layout(options: ConvertOptions, config: ModelConfig) -> Layout:
+    """The layout of an mg result."""
+    return Layout.create(
         config.num_layers,
         options.target_tensor_parallel_size,
         options.target_pipeline_parallel_size,
@@ -153,8 +184,6 @@ def target_of(options: ConvertOptions, config: ModelConfig) -> Target:
         tp_extends_ep=options.moe_tp_extend_ep,
         v_shaped=options.schedules_method == "dualpipev",
     )
-    dialect = Dialect(options.transformer_impl, options.moe_grouped_gemm)
-    return RankFiles(layout, dialect, options.make_vocab_size_divisible_by, ITERATION)
 
 
 def open_source(options: ConvertOptions) -> tuple[BaseSource, LoraSource | None]:
@@ -179,14 +208,31 @@ def open_source(options: ConvertOptions) -> tuple[BaseSource, LoraSource | None]
     if options.lora_load:
         if inside is not None and inside.lora_names:
             raise UsageError(
-                f"--load-dir {folder} holds LoRA weights itself; leave --lora-load {options.lora_load} out"
+                f"--load-dir {folder} holds LoRA weights itself; leave --lora-load {' '.join(options.lora_load)} out"
             )
-        return base, open_lora(options.lora_load[0], *settings, family_name=options.model_type_hf)
+        return base, open_adapters(options, base)
     if inside is not None and inside.lora_names:
         return base, adapter_of(inside, *settings)
-    if any(settings):
-        raise UsageError("--lora-r, --lora-alpha and --lora-target-modules need --lora-load, which is not given")
+    if any(settings) or options.lora_weights:
+        raise UsageError(
+            "--lora-r, --lora-alpha, --lora-target-modules and --lora-weights need --lora-load, which is not given"
+        )
     return base, None
+
+
+def open_adapters(options: ConvertOptions, base: BaseSource) -> LoraSource:
+    """The weighted sum of the adapters of `--lora-load`, each held against the base."""
+    paths = options.lora_load
+    weights = options.lora_weights or [1.0] * len(paths)
+    if len(weights) != len(paths):
+        raise UsageError(f"--lora-weights has {len(weights)} values for {len(paths)} adapters of --lora-load")
+    opened = []
+    for path in paths:
+        flags = (options.lora_r, options.lora_alpha, options.lora_target_modules)
+        lora = open_lora(path, *flags, family_name=options.model_type_hf, base=base)
+        check_base(lora, base, options.load_dir)
+        opened.append(lora)
+    return combine(list(zip(opened, weights, strict=True)))
 
 
 def given_origin(options: ConvertOptions) -> Path | None:
@@ -231,6 +277,10 @@ def result_folder(options: ConvertOptions, bases: list[Path]) -> Path:
             original = saved.resolve() in [base.resolve() for base in (*bases, Path(options.load_dir))]
         final = saved / HF_SUBFOLDER if original else saved
         exists = any(final.glob("*.safetensors"))
+        if options.save_lora_to_hf or not options.merge_lora:
+            others = [path.name for path in final.iterdir() if path.name not in PEFT_FILES] if final.is_dir() else []
+            if others:
+                raise UsageError(f"{final}: holds other files ({', '.join(others[:3])}); choose another --save-dir")
     else:
         final = saved / iteration_folder(ITERATION)
         exists = final.exists() or (saved / TRACKER).exists()

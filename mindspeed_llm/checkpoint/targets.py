@@ -7,11 +7,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from mindspeed_llm.checkpoint.adapters.export import write_into
+from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.formats.blocks import BLOCK_BYTES, Progress
 from mindspeed_llm.checkpoint.formats.hf import plan_shards, shard_files, write_hf
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource, element_count
-from mindspeed_llm.checkpoint.formats.mcore_names import Dialect, file_tensors
-from mindspeed_llm.checkpoint.formats.mcore_writer import check_layout, write_mcore
+from mindspeed_llm.checkpoint.formats.mcore_names import Dialect, factor_tensors, file_tensors
+from mindspeed_llm.checkpoint.formats.mcore_writer import check_layout, write_factors, write_mcore
 from mindspeed_llm.checkpoint.formats.torch_dist_writer import write_torch_dist
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
 from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout
@@ -134,6 +136,56 @@ class TorchDist:
     def write(self, source: TensorSource, folder: Path, progress: Progress) -> None:
         """Write its files."""
         write_torch_dist(source, folder, progress, self.iteration)
+
+
+@dataclass(frozen=True)
+class FactorFiles:
+    """An adapter alone as per-rank torch files; `iteration` is stored in them. The source is the adapter's tensors."""
+
+    layout: Layout
+    iteration: int
+
+    def check(self, source: TensorSource) -> None:
+        """`UsageError` when the adapted weights do not divide."""
+        check_layout(source.table, self.layout)
+
+    def rows(self, source: TensorSource) -> Iterator[Row]:
+        """Every factor of every file."""
+        for rank in self.layout.ranks():
+            file = f"{self.layout.rank_folder(*rank)}/{CHECKPOINT_FILE}"
+            for vp_rank, model in enumerate(self.layout.model_keys()):
+                for one in factor_tensors(source, self.layout, rank, vp_rank):
+                    name = one.shares[0].name
+                    yield Row((name,), file, f"{model}/{one.key}", one.shape, source.dtype(name))
+
+    def write(self, source: TensorSource, folder: Path, progress: Progress) -> None:
+        """Write the rank files."""
+        write_factors(source, folder, self.layout, self.iteration, progress)
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """An adapter alone as peft loads it.
+
+    Attributes:
+        lora: the adapter, whose tensors are the source.
+        base_path: what peft is to load the base from.
+    """
+
+    lora: LoraSource
+    base_path: str
+
+    def check(self, source: TensorSource) -> None:
+        """Every adapter is tried when it is written."""
+
+    def rows(self, source: TensorSource) -> Iterator[Row]:
+        """Every logical tensor of the adapter; in the file fused ones are divided."""
+        for name in source.names():
+            yield Row((name,), "adapter_model.safetensors", name, source.shape(name), source.dtype(name))
+
+    def write(self, source: TensorSource, folder: Path, progress: Progress) -> None:
+        """Write the folder's files."""
+        write_into(self.lora, folder, self.base_path)
 
 
 PROCESS_BYTES = 320 << 20

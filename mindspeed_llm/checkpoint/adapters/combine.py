@@ -13,7 +13,7 @@ from mindspeed_llm.checkpoint.adapters.settings import settings_of
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.kinds import AxisMap, Segment
 from mindspeed_llm.checkpoint.open import config_differences
-from mindspeed_llm.checkpoint.tables import LORA_NAME
+from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER
 from mindspeed_llm.errors import InputError, UsageError
 
 
@@ -36,7 +36,8 @@ def combine(adapters: Sequence[tuple[LoraSource, float]]) -> LoraSource:
     first = kept[0][0]
     for lora, weight in kept:
         check_like(lora, first)
-        check_summable(lora, weight, alone=len(kept) == 1)
+        check_summable(lora, weight)
+    check_ends([lora for lora, _ in kept])
     replaced = {name: SourceTensor(lora.tensors, name) for lora, _ in kept for name in lora.whole()}
     if sum(len(lora.whole()) for lora, _ in kept) != len(replaced):
         raise InputError(
@@ -87,7 +88,7 @@ def check_like(lora: LoraSource, first: LoraSource) -> None:
         )
 
 
-def check_summable(lora: LoraSource, weight: float, alone: bool) -> None:
+def check_summable(lora: LoraSource, weight: float) -> None:
     """`InputError` for what has no weighted sum."""
     if lora.magnitudes:
         raise InputError(f"{lora.path}: a DoRA adapter cannot be weighted or added; merge it alone")
@@ -95,5 +96,17 @@ def check_summable(lora: LoraSource, weight: float, alone: bool) -> None:
         raise InputError(
             f"{lora.path}: replaces {lora.whole()[0]} whole, which has no share of {weight:g}; give it the weight 1"
         )
-    if lora.unties and not alone and not all(LORA_NAME.match(name) for name in lora.tensors.names()):
-        raise InputError(f"{lora.path}: replaces a tied embedding; merge it alone")
+
+
+def check_ends(adapters: Sequence[LoraSource]) -> None:
+    """`InputError` when one adapter changes a shared embedding and output layer, and another one only one of them."""
+    changed = [
+        lora
+        for lora in adapters
+        if {*lora.whole(), *(f"{module}.weight" for module in lora.modules())} & {EMBEDDING, OUTPUT_LAYER}
+    ]
+    if len({lora.unties for lora in changed}) > 1:
+        paths = " and ".join(str(lora.path) for lora in changed)
+        raise InputError(
+            f"{paths}: only one of them keeps the output layer tied to the embedding; merge them one by one"
+        )

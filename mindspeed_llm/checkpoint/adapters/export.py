@@ -82,9 +82,7 @@ def write_peft(lora: LoraSource, folder: str | Path, base_path: str, base: BaseR
 def write_into(lora: LoraSource, folder: Path, base_path: str) -> dict[str, Any]:
     """Write the two files of an adapter into an existing folder; returns the config."""
     if lora.magnitudes:
-        raise InputError(
-            f"{lora.path}: a DoRA adapter is not exported; merge it into its base, or keep the PEFT folder"
-        )
+        raise InputError(f"{lora.path}: DoRA is not exported; merge it into its base, or keep the PEFT folder")
     table = untied(lora.tensors.table)
     factors = [one for module in lora.modules() for one in divide(lora, table, module)]
     tensors = {key: (values.dtype, tuple(values.shape)) for one in factors for key, values in stored(lora, table, one)}

@@ -104,6 +104,9 @@ def check_targets(
         linear = entry.name not in (EMBEDDING, OUTPUT_LAYER)
         if config.targets(hf_module(hf), linear) or config.targets_parameter(hf):
             targeted.add(hf_module(hf))
+    ends = {hf_module(table.entries[name].hf[0].name) for name in (EMBEDDING, OUTPUT_LAYER)}
+    if config.ensure_weight_tying and targeted & ends:
+        targeted |= ends & set(factors)
     for module in factors:
         if module + ".weight" not in table.hf_names:
             raise InputError(f"{config.path.parent}: {module} is unknown to a {table.config.family} model")

@@ -17,6 +17,8 @@ from mindspeed_llm.errors import InputError
 SAFETENSORS = "adapter_model.safetensors"
 BIN = "adapter_model.bin"
 BASE_FILE = "mindspeed_llm_base.json"
+FILES = (SAFETENSORS, FILE, BASE_FILE)
+"""What an exported adapter consists of."""
 """Beside our exports: which base the adapter belongs to, by content; peft has no place for it."""
 PREFIX = "base_model.model."
 FACTOR_KEY = re.compile(

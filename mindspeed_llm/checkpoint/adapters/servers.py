@@ -14,23 +14,16 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def describe_servers(config: Mapping[str, Any]) -> str:
     """One line on an adapter_config.json: its ranks, and vLLM's and SGLang's documented requirements."""
     highest = max([config["r"], *config["rank_pattern"].values()])
+    what = f"PEFT adapter of rank {highest} for peft and transformers"
     against = []
     if config["modules_to_save"]:
-        against.append(f"they take no modules_to_save ({', '.join(config['modules_to_save'])})")
+        against.append(f"no modules_to_save ({', '.join(config['modules_to_save'])})")
     if config["rank_pattern"] or config["alpha_pattern"]:
-        against.append("they take one rank and alpha, not rank_pattern and alpha_pattern")
-    what = f"PEFT adapter of rank {highest} on {len(config['target_modules'])} target names"
+        against.append("one rank and alpha for all modules, no rank_pattern and alpha_pattern")
     if against:
-        return f"{what}: for peft and transformers; not for vLLM and SGLang: {'; '.join(against)} (their documentation)"
+        return f"{what}; by their documentation not for vLLM and SGLang, which take {' and '.join(against)}"
     limit = next((rank for rank in VLLM_RANKS if rank >= highest), None)
-    vllm = (
-        f"vLLM with --enable-lora --max-lora-rank {limit}"
-        if limit
-        else f"not vLLM, whose ranks end at {VLLM_RANKS[-1]}"
-    )
-    experts = (
-        ", if they support LoRA on this model's experts" if any("expert" in n for n in config["target_modules"]) else ""
-    )
-    return (
-        f"{what}: for peft, transformers, {vllm}, SGLang with --max-lora-rank {highest}{experts} (their documentation)"
-    )
+    vllm = f"vLLM (--enable-lora --max-lora-rank {limit})" if limit else f"not vLLM (ranks up to {VLLM_RANKS[-1]})"
+    experts = any(".experts." in name for name in config["target_modules"])
+    where = ", where they support LoRA on this model's experts" if experts else ""
+    return f"{what}; by their documentation also for {vllm} and SGLang (--max-lora-rank {highest}){where}"

@@ -24,6 +24,8 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 """Endings of tensors that older exports carry and that follow from the config."""
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 """What belongs to a model besides its weights: config, tokenizer, chat template, generation config, remote code."""
+NOT_COMPANIONS = ("args.json", "precision_report.json")
+"""What we write about a model, which is not true of another one made from it."""
 SHARD_BYTES = 5_000_000_000
 
 
@@ -276,7 +278,7 @@ def copy_companions(origin: Path, folder: Path, config: ModelConfig) -> list[str
     copied = []
     for pattern in COMPANIONS:
         for path in sorted(origin.glob(pattern)):
-            if path.name.endswith(".index.json") or path.name == "args.json" or not path.is_file():
+            if path.name.endswith(".index.json") or path.name in NOT_COMPANIONS or not path.is_file():
                 continue
             shutil.copyfile(path, folder / path.name)
             copied.append(path.name)

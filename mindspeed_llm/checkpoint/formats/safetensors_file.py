@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_llm.checkpoint.formats.blocks import Place
+from mindspeed_llm.checkpoint.formats.blocks import Place, check_values, write_values
 from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, element_count
 from mindspeed_llm.errors import InputError
 
@@ -138,6 +138,12 @@ class SafetensorsWriter:
             return Place(self.descriptor, offset, dtype, shape)
         offset += expert * element_count(shape[1:]) * dtype.itemsize
         return Place(self.descriptor, offset, dtype, shape[:0:-1] if transposed else shape[1:], transposed)
+
+    def write(self, name: str, values: torch.Tensor) -> None:
+        """Write one whole tensor; `InputError` when type or shape are not those announced."""
+        place = self.place(name)
+        check_values(name, values, place, place.shape)
+        write_values(place.descriptor, place.offset, values)
 
     def close(self, whole: bool = True) -> None:
         """Make the file durable; `InputError` when a tensor never came.
