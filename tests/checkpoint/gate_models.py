@@ -56,7 +56,9 @@ def adapter(target: Path, base: Path, settings: LoraSettings = SETTINGS) -> Path
     source = HFSource(base)
     factors = random_adapter(source.table, settings.r, settings.target_modules)
     record = BaseRecord(str(base), content_hash(source))
-    return write_adapter(target, source.table, factors, Layout.even(source.config.num_layers, 1, 1), settings, base=record)
+    return write_adapter(
+        target, source.table, factors, Layout.even(source.config.num_layers, 1, 1), settings, base=record
+    )
 
 
 def gate(load: Path, save: Path, *more: object, damage: str = "", table: str = "") -> dict[str, Any]:

@@ -187,9 +187,7 @@ FAULTS_OF_FILES: dict[str, Callable[[Path], None]] = {
     "mg bias zero": lambda folder: change_ranks(folder, zero_bias),
     "mg stale tied head": lambda folder: change_ranks(folder, add("output_layer.weight", 0.01), LAST),
     "hf stale tied head": lambda folder: change_hf(folder, stored_head),
-    "hf alpha too low": lambda folder: change_hf(
-        folder, lambda state: lower_alpha(state, folder.parent / "hf", 0.875)
-    ),
+    "hf alpha too low": lambda folder: change_hf(folder, lambda state: lower_alpha(state, folder.parent / "hf", 0.875)),
     "hf delta rounded": lambda folder: change_hf(folder, lambda state: round_delta(state, folder)),
     "mg NaN": lambda folder: change_ranks(
         folder, one_element("decoder.layers.0.mlp.linear_fc2.weight", float("nan")), "mp_rank_00*"

@@ -45,9 +45,7 @@ def test_a_cast_is_held_against_the_source_rounded_once(target: str, tmp_path: P
 
 @pytest.mark.parametrize("route", ["hf hf", "hf mg", "mg hf", "mg mg"])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek-v2-lite"])
-def test_a_merge_is_held_against_the_exact_sum_and_the_unmerged_adapter(
-    name: str, route: str, tmp_path: Path
-) -> None:
+def test_a_merge_is_held_against_the_exact_sum_and_the_unmerged_adapter(name: str, route: str, tmp_path: Path) -> None:
     hf = in_bfloat16(hf_folder(name), tmp_path / "hf")
     lora = adapter(tmp_path / "lora", hf)
     source, target = route.split()
