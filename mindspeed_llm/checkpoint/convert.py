@@ -7,8 +7,9 @@ The source's own layout, sizes and adapter settings are read from its files; fla
 
 import contextlib
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
-from mindspeed_llm.checkpoint.adapters.export import write_peft
-from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_tracker
+from mindspeed_llm.checkpoint.adapters.export import write_into
+from mindspeed_llm.checkpoint.adapters.peft_folder import write_base_record
+from mindspeed_llm.checkpoint.adapters.servers import describe_servers
 from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource, copy_companions
@@ -25,9 +27,9 @@ from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata, write_metadata
 from mindspeed_llm.checkpoint.open import source_hash
+from mindspeed_llm.checkpoint.result import ended_by_signals, staged
 from mindspeed_llm.checkpoint.sizes import check_space, free_space, human, progress_bar
 from mindspeed_llm.checkpoint.targets import HfFolder, PeftFolder, RankFiles, peak_memory
-from mindspeed_llm.errors import InputError
 
 HF_SUBFOLDER_ALIAS = "mg2hf"
 """Upstream's documents and scripts say mg2hg, its program wrote mg2hf; the second is a link to the first."""
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int:
     for note in getattr(job.base, "notes", ()):
         print(note, file=sys.stderr)
     write = {HfFolder: to_hf, PeftFolder: to_peft}.get(type(job.target), to_megatron)
-    with one_thread():
+    with one_thread(), ended_by_signals():
         write(job, total)
     report(job, total, time.monotonic() - started)
     return compare(job, options) if options.test_convert_precision else 0
@@ -104,32 +106,21 @@ def origin_names(job: Job, logical: str) -> list[str]:
     return [f"{part.path.parent.name}:{logical}" for part in job.base.stored(logical).parts]
 
 
-def staged(folder: Path, write: Callable[[StagedDirectory], None]) -> None:
-    """Write through a staged folder; on any failure nothing becomes visible."""
-    stage = StagedDirectory(folder)
-    stage.create()
-    try:
-        write(stage)
-    except OSError as error:
-        stage.discard()
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); nothing was left behind") from error
-    except BaseException:
-        stage.discard()
-        raise
-
-
 def to_megatron(job: Job, total: int) -> None:
     """Write a Megatron checkpoint and point the tracker at it."""
 
-    def write(stage: StagedDirectory) -> None:
+    def write(folder: Path) -> None:
+        stop = threading.Event()
         with ThreadPoolExecutor(1) as pool, progress_bar(total) as bar:
-            hashed = pool.submit(source_hash, job.base) if job.adapter_only else pool.submit(content_hash, job.source)
-            job.target.write(job.source, stage.path, bar.update)
-            write_metadata(stage.path, describe(job, hashed))
-        stage.publish()
+            hash_of = source_hash if job.adapter_only else content_hash
+            hashed = pool.submit(hash_of, job.base if job.adapter_only else job.source, stopped=stop.is_set)
+            try:
+                job.target.write(job.source, folder, bar.update)
+                write_metadata(folder, describe(job, hashed))
+            finally:
+                stop.set()
 
-    staged(job.final, write)
-    write_tracker(job.final.parent, ITERATION)
+    staged(job.final, True, job.overwrite, write, ITERATION)
 
 
 def describe(job: Job, hashed: "Future[str]") -> Metadata:
@@ -150,22 +141,14 @@ def describe(job: Job, hashed: "Future[str]") -> Metadata:
 
 
 def to_hf(job: Job, total: int) -> None:
-    """Write an HF folder with config, tokenizer and chat template."""
+    """Write an HF folder with config, tokenizer and chat template; other files that lie there stay."""
 
-    def write(stage: StagedDirectory) -> None:
+    def write(folder: Path) -> None:
         with progress_bar(total) as bar:
-            job.target.write(job.source, stage.path, bar.update)
-        copy_companions(job.origin, stage.path, job.source.config)
-        if not job.final.is_dir() or not any(job.final.iterdir()):
-            stage.publish()
-            return
-        # Other files of the user lie there: without its config.json the folder is no model until all is in place.
-        (job.final / "config.json").unlink(missing_ok=True)
-        for old in [*job.final.glob("*.safetensors"), *job.final.glob("*.safetensors.index.json")]:
-            old.unlink()
-        stage.publish_into("config.json")
+            job.target.write(job.source, folder, bar.update)
+        copy_companions(job.origin, folder, job.source.config)
 
-    staged(job.final, write)
+    staged(job.final, False, job.overwrite, write)
     if job.final.name == HF_SUBFOLDER and not (job.final.parent / HF_SUBFOLDER_ALIAS).exists():
         with contextlib.suppress(OSError):  # a file system without links: the result itself is complete
             (job.final.parent / HF_SUBFOLDER_ALIAS).symlink_to(HF_SUBFOLDER)
@@ -173,8 +156,12 @@ def to_hf(job: Job, total: int) -> None:
 
 def to_peft(job: Job, total: int) -> None:
     """Write a PEFT folder, and say which servers take it."""
-    record = BaseRecord(job.target.base_path, source_hash(job.base))
-    print(write_peft(job.lora, job.final, job.target.base_path, record))
+
+    def write(folder: Path) -> None:
+        print(describe_servers(write_into(job.lora, folder, job.target.base_path)))
+        write_base_record(folder, BaseRecord(job.target.base_path, source_hash(job.base)))
+
+    staged(job.final, False, job.overwrite, write)
 
 
 def report(job: Job, nbytes: int, seconds: float) -> None:

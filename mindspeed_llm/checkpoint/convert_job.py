@@ -8,8 +8,7 @@ import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.checkpoint.adapters.combine import combine
-from mindspeed_llm.checkpoint.adapters.peft_folder import FILES as PEFT_FILES
-from mindspeed_llm.checkpoint.atomic import TRACKER, iteration_folder
+from mindspeed_llm.checkpoint.atomic import iteration_folder
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, is_megatron
@@ -26,6 +25,7 @@ from mindspeed_llm.checkpoint.open import (
     config_differences,
     open_lora,
 )
+from mindspeed_llm.checkpoint.result import refuse_taken
 from mindspeed_llm.checkpoint.sizes import parse_size
 from mindspeed_llm.checkpoint.targets import FactorFiles, HfFolder, PeftFolder, RankFiles, Target, TorchDist
 from mindspeed_llm.errors import InputError, UsageError
@@ -48,6 +48,7 @@ class Job:
         origin: the HF folder that gives config and tokenizer; None when none is known.
         final: the folder that will appear.
         target: how it is written.
+        overwrite: a result that lies there is replaced.
     """
 
     source: TensorSource
@@ -56,6 +57,7 @@ class Job:
     origin: Path | None
     final: Path
     target: Target
+    overwrite: bool
 
     @property
     def adapter_only(self) -> bool:
@@ -95,7 +97,7 @@ def prepare(options: ConvertOptions) -> Job:
         )
     target = adapter_target(options, base, lora, origin) if alone else target_of(options, base.config)
     target.check(source)
-    return Job(source, base, lora, origin, final, target)
+    return Job(source, base, lora, origin, final, target, options.overwrite)
 
 
 def with_formats(options: ConvertOptions) -> ConvertOptions:
@@ -276,14 +278,7 @@ def result_folder(options: ConvertOptions, bases: list[Path]) -> Path:
         if original and is_export(saved):
             original = saved.resolve() in [base.resolve() for base in (*bases, Path(options.load_dir))]
         final = saved / HF_SUBFOLDER if original else saved
-        exists = any(final.glob("*.safetensors"))
-        if options.save_lora_to_hf or not options.merge_lora:
-            others = [path.name for path in final.iterdir() if path.name not in PEFT_FILES] if final.is_dir() else []
-            if others:
-                raise UsageError(f"{final}: holds other files ({', '.join(others[:3])}); choose another --save-dir")
     else:
         final = saved / iteration_folder(ITERATION)
-        exists = final.exists() or (saved / TRACKER).exists()
-    if exists and not options.overwrite:
-        raise UsageError(f"{final}: a result is there already; give --overwrite to replace it, or another --save-dir")
+    refuse_taken(final, options.save_model_type == "mg", options.overwrite)
     return final

@@ -1,7 +1,7 @@
 """Opening whatever `--load` and `--lora-load` name: an HF folder or a Megatron checkpoint; a base or an adapter."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mindspeed_llm.checkpoint.adapters.import_ import open_peft
@@ -156,13 +156,13 @@ def stored_ranks(tensors: TensorSource) -> dict[str, int]:
     return {module: own["lora_A"] for module, own in ranks.items()}
 
 
-def source_hash(source: TensorSource) -> str:
+def source_hash(source: TensorSource, stopped: Callable[[], bool] = lambda: False) -> str:
     """The content hash of a base: as recorded when it was converted, else computed from its tensors now.
 
-    An HF folder is always computed: its files can change without a trace.
+    An HF folder is always computed: its files can change without a trace. `stopped` is that of `content_hash`.
     """
     metadata = getattr(source, "metadata", None)
-    return (metadata.content_hash if metadata else None) or content_hash(source)
+    return (metadata.content_hash if metadata else None) or content_hash(source, stopped=stopped)
 
 
 def check_base(lora: LoraSource, base: TensorSource, base_path: str | Path) -> None:

@@ -15,6 +15,9 @@ from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families import family
 
+DESCRIBED = ("llama", "mistral", "qwen2", "qwen3")
+"""Families of which Megatron's own args say all that matters; of others they lack experts, caps, windows or scaling."""
+
 
 def upstream_args(
     config: ModelConfig, layout: Layout, padded_rows: int, iteration: int, dialect: Dialect | None = None
@@ -92,15 +95,17 @@ def upstream_args(
         "rope_theta": config.rotary_base,
         "torch_dtype": config.dtype,
     }
-    return argparse.Namespace(
-        **shared, **parallel, **hf_spelling, **expert_args(config, dialect), **latent_args(config)
-    )
+    special = {**expert_args(config, dialect), **latent_args(config)}
+    # The whole config.json, as the second converter stores it: Megatron's names do not describe every model.
+    return argparse.Namespace(**{**special, **hf_spelling, **config.hf_config, **shared, **parallel})
 
 
 def expert_args(config: ModelConfig, dialect: Dialect) -> dict[str, Any]:
     """Megatron's and HF's names for what a mixture of experts is."""
     if not config.num_experts:
         return {"num_experts": None}
+    first = next(iter(config.moe_layers), 0)
+    plain = config.moe_layers == tuple(range(first, config.num_layers))
     return {
         "num_experts": config.num_experts,
         "moe_grouped_gemm": dialect.grouped,
@@ -108,8 +113,8 @@ def expert_args(config: ModelConfig, dialect: Dialect) -> dict[str, Any]:
         "moe_intermediate_size": config.moe_ffn_hidden_size,
         "moe_router_topk": config.moe_router_topk,
         "num_experts_per_tok": config.moe_router_topk,
-        "moe_layer_freq": [int(layer in config.moe_layers) for layer in range(config.num_layers)],
-        "first_k_dense_replace": next(iter(config.moe_layers), 0),
+        "moe_layer_freq": 1 if plain else [int(layer in config.moe_layers) for layer in range(config.num_layers)],
+        "first_k_dense_replace": first,
         "moe_shared_expert_intermediate_size": config.moe_shared_ffn_hidden_size or None,
         "norm_topk_prob": config.moe_router_norm_topk,
         "moe_router_score_function": config.moe_router_score,
@@ -143,7 +148,7 @@ def config_from_args(args: Any, where: str, dtype: torch.dtype, family_name: str
         family_name: `--model-type-hf`; needed only when the args do not tell.
 
     Raises:
-        InputError: the args lack a size, or describe experts without all that matters about them.
+        InputError: the args lack a size, or do not say all that matters about the family.
     """
     known = vars(args) if isinstance(args, argparse.Namespace) else {}
 
@@ -165,10 +170,10 @@ def config_from_args(args: Any, where: str, dtype: torch.dtype, family_name: str
         raw["num_hidden_layers"] = min(raw["num_hidden_layers"], layers)
         raw["tie_word_embeddings"] = not known.get("untie_embeddings_and_output_weights", False)
         return ModelConfig.from_hf_dict(raw, where)
-    if known.get("num_experts") or known.get("multi_latent_attention"):
+    if named.name not in DESCRIBED or known.get("rope_scaling_type"):
         raise InputError(
-            f"{where}: its args do not describe the model's experts or latent attention completely; give the folder of"
-            " the original HF model with --hf-cfg-dir"
+            f"{where}: its args do not describe a {named.name} model completely; convert it with --hf-cfg-dir, the"
+            " folder of the original HF model"
         )
     heads = first("num_attention_heads")
     # The second converter stores group_query_attention False for every model, beside HF's own key.

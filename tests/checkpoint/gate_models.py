@@ -1,5 +1,6 @@
 """The tiny models the gate is tried on, and adapters for them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings
 from tests.checkpoint.tiny import TARGETS, random_adapter, write_adapter
 from tests.distributed.pool import pool
 from tests.models.families import DENSE
-from tests.models.parity import Tiny, edit_config, folder
+from tests.models.parity import Tiny, folder
 from tests.models.tiny_moe import ATTENTION, EVERY, saved, tiny
 
 SQUARE = tiny(
@@ -47,7 +48,8 @@ def in_bfloat16(source: Path, target: Path) -> Path:
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     for file in source.glob("*.json"):
         (target / file.name).write_bytes(file.read_bytes())
-    edit_config(target, dtype="bfloat16")
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     return target
 
 

@@ -1,7 +1,5 @@
 """Tiny transformers models and random PEFT adapters on them: the judges of what an adapter computes."""
 
-import copy
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from mindspeed_llm.checkpoint.formats.lazy import TensorSource, part_of
+from mindspeed_llm.checkpoint.formats.hf import copy_companions, write_hf
+from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 
 TOKENS = torch.tensor([[3, 7, 11, 19, 2, 5, 30, 23], [1, 36, 9, 9, 14, 22, 8, 4]])
 """Within the tiny vocabulary of 37."""
+TRAINED = ("lora_", "modules_to_save", "trainable_tokens_delta")
 
 
 def redraw(model: torch.nn.Module, seed: int, only: tuple[str, ...] = ()) -> None:
@@ -24,7 +24,7 @@ def redraw(model: torch.nn.Module, seed: int, only: tuple[str, ...] = ()) -> Non
             continue
         values = torch.randn(state[name].shape, generator=generator)
         norm = "norm" in name or "magnitude" in name
-        state[name].copy_((values * (0.3 if "lora_" in name else 0.2) + norm).to(state[name].dtype))
+        state[name].copy_((values * (0.15 if "lora_" in name else 0.2) + norm).to(state[name].dtype))
 
 
 def qwen3(folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32) -> Path:
@@ -52,7 +52,8 @@ def saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float
 
 def load(folder: Path) -> PreTrainedModel:
     """The model of a folder, as it is stored."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **eager)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -62,28 +63,35 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(TOKENS).logits.float()
 
 
-def adapt(base: Path, folder: Path, seed: int = 1, save: dict[str, Any] | None = None, **settings: Any) -> torch.Tensor:
-    """Save a random adapter made by peft, everything it trains drawn; returns the logits that peft gives with it."""
+def adapt(
+    base: Path,
+    folder: Path,
+    seed: int = 1,
+    save: dict[str, Any] | None = None,
+    train: tuple[str, ...] = TRAINED,
+    **settings: Any,
+) -> torch.Tensor:
+    """Save a random adapter made by peft; returns the logits that peft gives with it.
+
+    Args:
+        save: further arguments of peft's save_pretrained.
+        train: parts of the names of what is drawn anew.
+        settings: of peft's LoraConfig.
+    """
     model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings), autocast_adapter_dtype=False)
-    redraw(model, seed, ("lora_", "modules_to_save", "trainable_tokens_delta"))
+    redraw(model, seed, train)
     model.save_pretrained(folder, **(save or {}))
-    return logits(PeftModel.from_pretrained(load(base), folder, autocast_adapter_dtype=False))
+    adapted = logits(PeftModel.from_pretrained(load(base), folder, autocast_adapter_dtype=False))
+    assert (adapted - logits(load(base))).abs().max() > 0.05, "an adapter that changes nothing proves nothing"
+    return adapted
 
 
-def transformers_of(source: TensorSource, base: Path) -> PreTrainedModel:
-    """transformers' model with the weights of a source."""
-    config = copy.deepcopy(load(base).config)
-    config.tie_word_embeddings = source.config.tie_word_embeddings
-    model = AutoModelForCausalLM.from_config(config, dtype=source.dtype(source.names()[0]))
-    state = {}
-    for name in source.names():
-        entry = source.table.entry(name)
-        for part, hf in enumerate(entry.hf):
-            state[hf.name] = part_of(functools.partial(source.read, name), entry.hf_map(), part)
-    lost = model.load_state_dict(state, strict=False)
-    assert not lost.unexpected_keys and set(lost.missing_keys) <= {"lm_head.weight"}, lost
-    model.tie_weights()
-    return model
+def transformers_of(source: TensorSource, base: Path, folder: Path) -> PreTrainedModel:
+    """transformers' model of the HF folder that a source is written to."""
+    folder.mkdir()
+    write_hf(source, folder)
+    copy_companions(base, folder, source.config)
+    return load(folder)
 
 
 def same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:

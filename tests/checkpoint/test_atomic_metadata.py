@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_llm.checkpoint import atomic
 from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_text, write_tracker
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings, Metadata, read_metadata, write_metadata
@@ -39,21 +40,80 @@ def test_publishing_replaces_an_older_folder_and_creating_clears_a_leftover(tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["it"]
 
 
-def test_publishing_into_a_folder_keeps_its_other_files_and_moves_the_marker_last(
+def listing(folder: Path) -> list[str]:
+    """Names in a folder, hidden ones too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def replacement(folder: Path, stays: bool = False) -> StagedDirectory:
+    """A new config.json and a.bin about to replace an older folder, which holds other files too."""
+    (folder / "sub").mkdir(parents=True)
+    for name in ("notes.txt", "sub/deep.txt", "old.bin", "config.json"):
+        (folder / name).write_text(f"old {name}")
+    (folder / "link").symlink_to("nowhere")
+    (folder / "notes.txt").chmod(0o604)
+    stage = StagedDirectory(folder, stays)
+    stage.create()
+    for name in ("config.json", "a.bin"):
+        (stage.path / name).write_text(f"new {name}")
+    return stage
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_replaced_folder_keeps_the_files_it_is_told_to(
+    swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not swaps:
+        monkeypatch.setattr(atomic, "exchange", lambda *_: False)
+    out = tmp_path / "out"
+    stage = replacement(out)
+    stage.publish(lambda name: name != "old.bin", "config.json")
+    assert listing(out) == ["a.bin", "config.json", "link", "notes.txt", "sub"] and listing(tmp_path) == ["out"]
+    assert (out / "config.json").read_text() == "new config.json" and (out / "link").readlink() == Path("nowhere")
+    assert (out / "sub" / "deep.txt").read_text() == "old sub/deep.txt"
+    assert (out / "notes.txt").stat().st_mode & 0o777 == 0o604 and (out / "a.bin").stat().st_mode & 0o777 == 0o640
+
+
+def test_folders_change_places_in_one_step(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    assert atomic.exchange(tmp_path / "one", tmp_path / "two")
+    assert listing(tmp_path / "one") == ["two"] and listing(tmp_path / "two") == ["one"]
+    assert not atomic.exchange(tmp_path / "one", tmp_path / "three")
+
+
+def test_without_exchange_a_kill_between_the_renames_is_put_right_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    stage = StagedDirectory(tmp_path / "out")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    for name in ("config.json", "a.safetensors", "z.json"):
-        (stage.create() if not stage.path.exists() else stage.path).joinpath(name).write_text(name)
-    order = []
+    stage = replacement(tmp_path / "out")
+    stage.final.rename(stage.old)  # and here the program is killed
+    StagedDirectory(tmp_path / "out").create()
+    assert (tmp_path / "out" / "config.json").read_text() == "old config.json"
+    assert listing(tmp_path) == [".out.partial", "out"]
+
+
+def test_a_folder_that_stays_is_filled_file_by_file_with_the_marker_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stage = replacement(out, stays=True)
+    (stage.path / "z.json").write_text("new")
+    order, inode = [], out.stat().st_ino
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, target: (order.append(self.name), replace(self, target))[1])
-    stage.publish_into("config.json")
-    assert order == ["a.safetensors", "z.json", "config.json"]
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine" and not stage.path.exists()
+    stage.publish(last="config.json")
+    assert order == ["a.bin", "z.json", "config.json"] and out.stat().st_ino == inode
+    assert (out / "notes.txt").read_text() == "old notes.txt" and not stage.path.exists()
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    stage = StagedDirectory(tmp_path / "out")
+    (stage.create() / "file").write_text("x")
+    stage.publish()
+    assert (tmp_path / "out").is_symlink() and listing(tmp_path / "real") == ["file"]
 
 
 def test_an_unwritable_place_is_an_input_error(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mindspeed_llm.checkpoint.metadata import Metadata
 from mindspeed_llm.checkpoint.upstream_args import config_from_args
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
+from tests.checkpoint.families import TINY, make_family
 from tests.checkpoint.tiny import make_hf, make_mcore
 from tests.conftest import REPO
 
@@ -124,6 +125,17 @@ def test_megatron_to_megatron_is_the_same_as_from_hf(before: tuple, after: tuple
             assert list(found[key]) == list(expected[key])
             pairs = [(found[key][name], value) for name, value in expected[key].items() if value is not None]
             assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_run_folder_without_a_tracker_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sources = {step: HFSource(make_hf(tmp_path / str(step), seed=step)) for step in (9, 10, 100)}
+    for step, source in sources.items():
+        made = make_mcore(source, tmp_path / f"made{step}", Layout.even(4))
+        run.mkdir(exist_ok=True)
+        made.folder.rename(run / f"iter_{step:07d}")
+    (run / "iter_0000200").mkdir()
+    assert content_hash(MegatronCheckpoint(run).base()) == content_hash(sources[100])
 
 
 def test_megatron_core_prefixes_and_missing_extra_state_are_tolerated(tmp_path: Path) -> None:
@@ -248,3 +260,11 @@ def test_other_tensors_kept_per_parameter_are_read_at_any_layout(tmp_path: Path)
         assert torch.equal(section.read(name), source.read(name).float() * 2)
     with pytest.raises(InputError, match="optimizer/exp_avg_sq"):
         MegatronCheckpoint(checkpoint.folder).section("optimizer", "exp_avg_sq")
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_rank_files_describe_every_family_without_an_args_json(name: str, tmp_path: Path) -> None:
+    source = HFSource(make_family(name, tmp_path / "hf"))
+    checkpoint = make_mcore(source, tmp_path / "mg", Layout.even(4, 2, 2))
+    assert checkpoint.metadata is None and checkpoint.config == source.config
+    assert content_hash(checkpoint.base()) == content_hash(source)

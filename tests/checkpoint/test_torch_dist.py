@@ -243,7 +243,8 @@ def test_the_model_is_found_in_the_args_of_common_pt(tmp_path: Path) -> None:
 
 def test_a_run_folder_leads_to_its_checkpoint(tmp_path: Path) -> None:
     written(tmp_path / "run" / "iter_0000007", Drawn(model("dense")))
-    assert is_torch_dist(tmp_path / "run" / "iter_0000007") and not is_torch_dist(tmp_path / "run")
+    assert is_torch_dist(tmp_path / "run" / "iter_0000007") and is_torch_dist(tmp_path / "run")
+    assert not is_torch_dist(tmp_path)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("7")
     assert is_torch_dist(tmp_path / "run")
     assert TorchDistSource(tmp_path / "run").path == tmp_path / "run" / "iter_0000007"

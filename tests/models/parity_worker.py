@@ -45,6 +45,13 @@ def logits(rank: int, folder: Path, tokens: numpy.ndarray, **engine: Any) -> num
         return found[..., : model.vocab_size].numpy()
 
 
+def logits_bf16(rank: int, folder: Path, tokens: numpy.ndarray) -> numpy.ndarray:
+    """The same with parameters and activations in bfloat16, as fp32 numbers."""
+    with torch.no_grad(), live(folder, dtype=torch.bfloat16) as (chunk, model):
+        found = chunk(torch.from_numpy(tokens), None, None, runtime_gather_output=True)
+        return found[..., : model.vocab_size].float().numpy()
+
+
 def logits_of_a_new_family(rank: int, folder: Path, tokens: numpy.ndarray, page: Path, family: str) -> numpy.ndarray:
     """The same with a family page that is not in the registry: the object `family` of the file `page`."""
     spec = importlib.util.spec_from_file_location(page.stem, page)

@@ -1,5 +1,7 @@
 """Every dense family, live on megatron-core, against transformers: logits, generation with a cache, training, TP."""
 
+import copy
+
 import numpy
 import pytest
 import torch
@@ -83,6 +85,34 @@ def test_a_frozen_output_layer_gives_the_same_losses_and_gradients(name: str) ->
     assert numpy.abs(again - losses).max() <= 1e-5
     for entry, gradient in some.items():
         assert numpy.linalg.norm(gradient - grads[entry]) <= 1e-5 * numpy.linalg.norm(grads[entry]), entry
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2 small caps, untied", "gemma3", "glm4", "phi3 longrope beyond", "llama biases"]
+)
+def test_bf16_is_as_close_to_fp32_as_transformers_bf16(name: str) -> None:
+    tiny = BY_NAME[name]
+    with torch.no_grad():
+        theirs = copy.deepcopy(model_of(tiny)).bfloat16()(torch.from_numpy(tokens(tiny)), use_cache=False).logits
+    errors = [numpy.abs(one - reference(tiny)).mean() for one in (ours(tiny, "logits_bf16")[0], theirs.float().numpy())]
+    assert 0 < errors[0] <= 1.2 * errors[1]
+
+
+RECOMPUTE = {
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective"},
+}
+
+
+@pytest.mark.parametrize("how", RECOMPUTE)
+@pytest.mark.parametrize("name", ["gemma2 small caps, untied", "gemma3"])
+def test_recomputed_activations_give_the_same_gradients(name: str, how: str) -> None:
+    tiny = BY_NAME[name]
+    losses, grads = ours(tiny, "losses_and_gradients")[0]
+    again, found = ours(tiny, "losses_and_gradients", **RECOMPUTE[how])[0]
+    assert numpy.array_equal(again, losses) and set(found) == set(grads)
+    for entry, gradient in grads.items():
+        assert numpy.linalg.norm(found[entry] - gradient) <= 1e-6 * numpy.linalg.norm(gradient), entry
 
 
 @pytest.mark.distributed

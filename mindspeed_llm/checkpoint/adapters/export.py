@@ -4,6 +4,7 @@ A fused module's pair is divided among its HF modules: each gets A whole and its
 zero in those rows do nothing there and are left out, so a pair that was joined comes apart again.
 """
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -21,6 +22,7 @@ from mindspeed_llm.checkpoint.adapters.servers import describe_servers
 from mindspeed_llm.checkpoint.adapters.settings import default_and_pattern, hf_module, short_targets
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_text
+from mindspeed_llm.checkpoint.formats.blocks import check_values, write_values
 from mindspeed_llm.checkpoint.formats.lazy import part_of
 from mindspeed_llm.checkpoint.formats.safetensors_file import SafetensorsWriter
 from mindspeed_llm.checkpoint.metadata import BaseRecord
@@ -87,19 +89,28 @@ def write_into(lora: LoraSource, folder: Path, base_path: str) -> dict[str, Any]
     factors = [one for module in lora.modules() for one in divide(lora, table, module)]
     tensors = {key: (values.dtype, tuple(values.shape)) for one in factors for key, values in stored(lora, table, one)}
     saved = saved_tensors(lora, table)
-    tensors |= {PREFIX + hf: (lora.tensors.dtype(name), shape) for hf, (name, _, shape) in saved.items()}
+    adapted = {one.hf for one in factors}
+    keys = {hf: saved_key(hf, adapted) for hf in saved}
+    tensors |= {keys[hf]: (lora.tensors.dtype(name), shape) for hf, (name, _, shape) in saved.items()}
     config = peft_config(lora, factors, saved, table, base_path)
     writer = SafetensorsWriter(folder / SAFETENSORS, tensors)
     for one in factors:
         for key, values in stored(lora, table, one):
-            writer.write(key, values)
+            write_tensor(writer, key, values)
     for hf, (name, part, _) in saved.items():
         entry = table.entries[name]
         read = lambda rows, columns, name=name: lora.tensors.read(name, rows, columns)  # noqa: E731
-        writer.write(PREFIX + hf, part_of(read, entry.hf_map(), part))
+        write_tensor(writer, keys[hf], part_of(read, entry.hf_map(), part))
     writer.close()
     write_text(folder / FILE, json.dumps(config, indent=2) + "\n")
     return config
+
+
+def write_tensor(writer: SafetensorsWriter, key: str, values: torch.Tensor) -> None:
+    """Write one tensor to its place."""
+    place = writer.place(key)
+    check_values(key, values, place, place.shape)
+    write_values(place.descriptor, place.offset, values)
 
 
 def divide(lora: LoraSource, table: WeightTable, module: str) -> list[HfFactors]:
@@ -119,11 +130,24 @@ def divide(lora: LoraSource, table: WeightTable, module: str) -> list[HfFactors]
     # An expert's parts keep all ranks: transformers 5 stacks experts, which takes equal ranks and both of gate and up.
     if entry.expert is not None or not any(used):
         used = [tuple(range(b.shape[1]))] * len(entry.hf)
-    return [
+    found = [
         HfFactors(hf_module(hf.name), module, part, ranks, scaling)
         for part, (hf, ranks) in enumerate(zip(entry.hf, used, strict=True))
         if ranks
     ]
+    if entry.name == EMBEDDING and stays_tied(lora):
+        found.append(dataclasses.replace(found[0], hf=head_of(table)))
+    return found
+
+
+def stays_tied(lora: LoraSource) -> bool:
+    """Whether the output layer is the embedding, with the adapter too."""
+    return lora.tensors.config.tie_word_embeddings and not lora.unties
+
+
+def head_of(table: WeightTable) -> str:
+    """The HF module of the output layer."""
+    return hf_module(table.entries[OUTPUT_LAYER].hf[0].name)
 
 
 def stored(lora: LoraSource, table: WeightTable, one: HfFactors) -> list[tuple[str, torch.Tensor]]:
@@ -133,7 +157,7 @@ def stored(lora: LoraSource, table: WeightTable, one: HfFactors) -> list[tuple[s
     a = lora.tensors.read(f"{one.module}.lora_A.weight")[ranks]
     b = lora.tensors.read(f"{one.module}.lora_B.weight", entry.hf_map().part_ranges(one.part))[:, ranks]
     name = PREFIX + one.hf
-    if entry.name == EMBEDDING:
+    if entry.name == EMBEDDING and one.hf != head_of(table):
         return [
             (f"{name}.lora_embedding_A", b.t().contiguous()),
             (f"{name}.lora_embedding_B", a.t().contiguous()),
@@ -148,9 +172,15 @@ def saved_tensors(lora: LoraSource, table: WeightTable) -> dict[str, tuple[str, 
         entry = table.entries[name]
         for part, hf in enumerate(entry.hf):
             found[hf.name] = (name, part, entry.hf_shape(part))
-        if name == EMBEDDING and lora.tensors.config.tie_word_embeddings and not lora.unties:
+        if name == EMBEDDING and stays_tied(lora):
             found[table.entries[OUTPUT_LAYER].hf[0].name] = (name, 0, entry.shape)
     return found
+
+
+def saved_key(hf: str, adapted: set[str]) -> str:
+    """The name of a whole tensor in the file: under peft's wrapper where its module has factors too."""
+    module = hf_module(hf)
+    return f"{PREFIX}{module}.base_layer.weight" if module in adapted else PREFIX + hf
 
 
 def peft_config(
@@ -171,11 +201,9 @@ def peft_config(
     r, rank_pattern = default_and_pattern(ranks, experts and experts[0]) if ranks else (lora.settings.r, {})
     alpha, alpha_pattern = default_and_pattern(alphas, experts and experts[1]) if ranks else (lora.settings.alpha, {})
     linear = [hf_module(hf) for hf, (entry, _) in table.hf_names.items() if is_matrix(entry)]
-    tied = lora.tensors.config.tie_word_embeddings and not lora.unties
-    ends = {EMBEDDING, OUTPUT_LAYER}
-    keeps_tie = tied and any(name in ends for name in (*lora.whole(), *(f"{one.module}.weight" for one in factors)))
-    if keeps_tie and any(f"{one.module}.weight" in ends for one in factors):
-        raise InputError(f"{lora.path}: adapts a tied embedding in both its uses; merge it into its base instead")
+    changed = {*lora.whole(), *(f"{one.module}.weight" for one in factors)}
+    keeps_tie = stays_tied(lora) and EMBEDDING in changed
+    targets = {one.hf for one in factors if not (keeps_tie and one.hf == head_of(table))}
     biases = [hf for hf in saved if hf.endswith(".bias")]
     if biases:
         raise InputError(f"{lora.path}: replaces {biases[0]}; merge the adapter into its base instead")
@@ -190,10 +218,10 @@ def peft_config(
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": list(short_targets(ranks, linear)),
+        "target_modules": list(short_targets(targets, linear)),
         "rank_pattern": {escaped(name): rank for name, rank in rank_pattern.items()},
         "alpha_pattern": {escaped(name): number(value) for name, value in alpha_pattern.items()},
-        "modules_to_save": sorted({hf_module(hf) for hf in saved}) or None,
+        "modules_to_save": sorted({hf_module(hf) for hf in saved} - set(ranks)) or None,
         "ensure_weight_tying": keeps_tie,
     }
 

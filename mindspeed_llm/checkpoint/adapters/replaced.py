@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mindspeed_llm.checkpoint.adapters.factors import Assembled, common_dtype, is_identity
+from mindspeed_llm.checkpoint.adapters.factors import Assembled, common_dtype, is_identity, same_values
 from mindspeed_llm.checkpoint.adapters.peft_config import PeftConfig
 from mindspeed_llm.checkpoint.adapters.peft_folder import PeftTensors
+from mindspeed_llm.checkpoint.adapters.settings import hf_module
 from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, Readable, TensorSource, cut_ranges
 from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.tables import Entry, WeightTable
@@ -115,12 +116,15 @@ def whole_tensors(
         if name not in table.hf_names:
             raise InputError(f"{config.path.parent}: {name} is unknown to a {table.config.family} model")
         entry, part = table.hf_names[name]
+        stored = BasePart(base, entry, part)
         if tensor.shape != entry.stored_shape(part):
             raise InputError(
                 f"{config.path.parent}: {name} has shape {list(tensor.shape)}, the base has"
                 f" {list(entry.stored_shape(part))}; give the base it was trained on, resized likewise"
             )
-        parts.setdefault(entry.name, {})[part] = tensor
+        # peft saves an embedding that has factors along with them, as it was; that replaces nothing.
+        if config.saves(hf_module(name)) or not same_values(tensor, stored):
+            parts.setdefault(entry.name, {})[part] = tensor
     return {name: completed(table.entries[name], own, base) for name, own in parts.items()}
 
 

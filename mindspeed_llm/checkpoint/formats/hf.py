@@ -270,7 +270,8 @@ def write_hf(
 def copy_companions(origin: Path, folder: Path, config: ModelConfig) -> list[str]:
     """Copy config, tokenizer, chat template and generation config.
 
-    config.json says the type of the weights written, and nothing of a quantisation: they are written plain.
+    config.json says the type of the weights written, whether the output layer is the embedding (an adapter can end
+    that), and nothing of a quantisation: they are written plain.
 
     Returns:
         Names of the files copied.
@@ -285,7 +286,10 @@ def copy_companions(origin: Path, folder: Path, config: ModelConfig) -> list[str
     raw = json.loads((origin / "config.json").read_text(encoding="utf-8"))
     spelling = "torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"
     quantised = raw.pop("quantization_config", None)
-    if raw.get(spelling) != config.dtype or quantised is not None:
+    tied = ModelConfig.from_hf_dict(raw, str(origin / "config.json")).tie_word_embeddings
+    if (raw.get(spelling), tied) != (config.dtype, config.tie_word_embeddings) or quantised is not None:
         raw[spelling] = config.dtype
+        if tied != config.tie_word_embeddings:
+            raw["tie_word_embeddings"] = config.tie_word_embeddings
         write_text(folder / "config.json", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
     return copied

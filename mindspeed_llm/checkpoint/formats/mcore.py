@@ -45,11 +45,24 @@ MODEL_KEY = re.compile(r"^model\d*$")
 def is_megatron(folder: str | Path) -> bool:
     """Whether a folder looks like a Megatron checkpoint: a tracker, rank folders, or torch_dist's files."""
     folder = Path(folder)
-    return (folder / TRACKER).is_file() or any(folder.glob("mp_rank_*")) or (folder / "metadata.json").is_file()
+    return (folder / TRACKER).is_file() or holds_checkpoint(folder) or bool(iterations(folder))
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder itself is an iteration folder."""
+    return any(folder.glob("mp_rank_*")) or (folder / "metadata.json").is_file()
+
+
+def iterations(folder: Path) -> list[Path]:
+    """The iteration folders of a run folder, the newest last."""
+    found = [path for path in folder.glob("iter_*") if path.name[5:].isdigit() and holds_checkpoint(path)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def resolve(folder: str | Path) -> Path:
-    """The iteration folder of a run folder (through its tracker), or the folder itself when it holds rank folders.
+    """The iteration folder of a run folder, or the folder itself when it is one.
+
+    A run folder's tracker names it; without a tracker it is the newest.
 
     Raises:
         InputError: neither, or the tracker points to nothing.
@@ -64,8 +77,10 @@ def resolve(folder: str | Path) -> Path:
         if not found.is_dir():
             raise InputError(f"{tracker}: says {text}, but {found} does not exist; correct the tracker")
         return found
-    if any(folder.glob("mp_rank_*")):
+    if holds_checkpoint(folder):
         return folder
+    if found := iterations(folder):
+        return found[-1]
     there = "" if folder.is_dir() else " (no such folder)"
     raise InputError(f"{folder}{there}: no Megatron checkpoint: neither {TRACKER} nor mp_rank_* folders")
 

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from mindspeed_llm.checkpoint.atomic import TRACKER
 from mindspeed_llm.checkpoint.formats.hf import listed
 from mindspeed_llm.checkpoint.formats.lazy import Readable, assemble
-from mindspeed_llm.checkpoint.formats.mcore import resolve
+from mindspeed_llm.checkpoint.formats.mcore import is_megatron, resolve
 from mindspeed_llm.checkpoint.formats.torch_dist_file import ChunkedTensor, StoredTensor, read_index
 from mindspeed_llm.checkpoint.formats.torch_dist_names import OPTIMIZER, WRAPPER, Spelling, spellings
 from mindspeed_llm.checkpoint.formats.torch_file import read_torch_file
@@ -44,9 +43,9 @@ def is_torch_dist(folder: str | Path) -> bool:
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
-    """The folder a tracker points to, or the folder itself without one; `InputError` for a wrong tracker."""
+    """The iteration folder of a run folder, or the folder itself; `InputError` for a wrong tracker."""
     folder = Path(folder)
-    return resolve(folder) if (folder / TRACKER).is_file() else folder
+    return resolve(folder) if is_megatron(folder) else folder
 
 
 class TorchDistSource:

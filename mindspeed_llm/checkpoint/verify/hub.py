@@ -93,7 +93,7 @@ class HubTensors:
         if file.suffix == ".bin":
             values = torch.load(file, map_location="cpu", mmap=True, weights_only=True)[name]
             return values[start:stop].clone() if values.dim() else values.clone()
-        with safe_open(file, "pt", backend="pread") as opened:
+        with safe_open(file, "pt") as opened:
             part = opened.get_slice(name)
             return part[start:stop] if part.get_shape() else opened.get_tensor(name)
 
@@ -145,7 +145,7 @@ def headers(file: Path) -> dict[str, Stored]:
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         return {name: Stored(file, tuple(one.shape), one.dtype) for name, one in tensors.items()}
     found = {}
-    with safe_open(file, "pt", backend="pread") as opened:
+    with safe_open(file, "pt") as opened:
         for name in opened.keys():  # noqa: SIM118 (not a dictionary)
             part = opened.get_slice(name)
             dtype = DTYPES.get(part.get_dtype(), torch.uint8)

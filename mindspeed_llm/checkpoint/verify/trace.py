@@ -10,6 +10,8 @@ from torch import Tensor
 
 TOLERANCE = 1e-5
 """Largest difference of two float32 logits, in units of max(1, their standard deviation)."""
+SMALL = 1e-4
+"""What `TOLERANCE` may be of values that are themselves small: logits near 0 would agree whatever the weights."""
 ROWS = 16
 """Rows of logits compared at once."""
 
@@ -69,6 +71,11 @@ class Agreement:
         return {**asdict(self), "passed": self.passed}
 
 
+def allowed_difference(scale: float) -> float:
+    """The difference allowed between values of this scale: 1e-5 x max(1, scale), and no more than 1e-4 x scale."""
+    return min(TOLERANCE * max(1.0, scale), SMALL * scale)
+
+
 def layer_difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
     """(largest difference, largest value) of a layer's output [s, h] on the same input."""
     return float((found - wanted).abs().max()), float(wanted.abs().max())
@@ -78,7 +85,7 @@ def compare(truth: Trace, subject: Trace, truth_name: str, subject_name: str, dt
     """Hold the logits of two runs, and where there are any the layers' differences, against each other."""
     wanted, found = truth.logits, subject.logits
     std = float(wanted.std())
-    allowed = TOLERANCE * max(1.0, std)
+    allowed = allowed_difference(std)
     largest, same, flips = 0.0, 0, 0
     for start in range(0, wanted.size(0), ROWS):
         ours, theirs = found[start : start + ROWS], wanted[start : start + ROWS]
@@ -99,7 +106,7 @@ def worst_layer(differences: list[tuple[float, float]]) -> tuple[int | None, flo
     """(number, difference, allowed difference) of the layer that differs most for its scale."""
     if not differences:
         return None, 0.0, 0.0
-    judged = [(value, TOLERANCE * max(1.0, scale)) for value, scale in differences]
-    excess = [value / allowed if value == value else float("inf") for value, allowed in judged]
+    judged = [(value, allowed_difference(scale)) for value, scale in differences]
+    excess = [value / max(allowed, 1e-30) if value == value else float("inf") for value, allowed in judged]
     number = excess.index(max(excess))
     return number, *judged[number]
