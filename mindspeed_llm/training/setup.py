@@ -32,6 +32,7 @@ from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
 from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import Progress
 from mindspeed_llm.training.engine import Engine, create_engine
+from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, length_multiple
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.schedule import Schedule
@@ -47,6 +48,7 @@ class Run:
         train_iters: optimizer steps in all. global_batch_size: rows per step over all ranks.
         feed, validation: training and validation batches (None without validation rows).
         metadata: of the checkpoints it will write, iteration aside.
+        export: what is written beside them, or None.
     """
 
     options: PosttrainOptions
@@ -59,6 +61,7 @@ class Run:
     metadata: Metadata
     train_iters: int
     global_batch_size: int
+    export: Export | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -87,6 +90,7 @@ def engine_options(options: PosttrainOptions) -> EngineOptions:
 def prepare(options: PosttrainOptions, device: Device) -> Run:
     """Build the run; everything that can be refused is refused before the model is built."""
     start = find_start(options)
+    export = plan_export(options, start)
     model = start.base.config
     check_architecture_flags(model, options.model, start.base_path)
     engine = engine_options(options)
@@ -108,7 +112,9 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     train_iters = total_steps(options, len(feed.source), global_batch_size)
     built = build_engine(options, start, engine, device)
     schedule = Schedule(built.optimizer, options.optimizer, train_iters)
-    run = Run(options, device, start, built, schedule, feed, validation, metadata, train_iters, global_batch_size)
+    run = Run(
+        options, device, start, built, schedule, feed, validation, metadata, train_iters, global_batch_size, export
+    )
     if start.resume is not None:
         resume(run)
     return run
