@@ -5,7 +5,6 @@ import os
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -16,7 +15,6 @@ from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata
-from mindspeed_llm.checkpoint.open import source_hash
 from mindspeed_llm.checkpoint.recorded import tokenizer_folder
 from mindspeed_llm.data.batch import cut_count
 from mindspeed_llm.data.dataset import IndexedDataset, RowSource, split_dataset
@@ -26,6 +24,7 @@ from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
+from mindspeed_llm.lora.sources import shared_hash
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.config import check_architecture_flags
 from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
@@ -245,14 +244,12 @@ def describe(
 ) -> Metadata:
     """What this run's checkpoints will say about themselves. Collective: rank 0 hashes the base."""
     recorded = getattr(start.base, "metadata", None)
-    shared: list[Any] = [None]
     if start.settings is not None:
         if start.adapter is not None and start.adapter.base is not None and start.adapter.base.hash:
-            shared[0] = start.adapter.base.hash
-        elif torch.distributed.get_rank() == 0:
-            shared[0] = source_hash(start.base)
-        torch.distributed.broadcast_object_list(shared, src=0)
-        base = BaseRecord(str(Path(start.base_path).resolve()), shared[0])
+            known = start.adapter.base.hash
+        else:
+            known = shared_hash(start.base)
+        base = BaseRecord(str(Path(start.base_path).resolve()), known)
     elif recorded is not None:
         base = recorded.base
     else:

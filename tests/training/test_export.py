@@ -39,7 +39,7 @@ def converted(save: Path, *more: object) -> Path:
 
 
 def with_adapter(save: Path, *more: object) -> Path:
-    """What convert_ckpt.py makes of the base and a run's adapter: the merged model unless `more` says otherwise."""
+    """What convert_ckpt.py makes of the base and a run's adapter: merged unless `more` says otherwise."""
     folder = save.with_name(f"{save.name}_{len(more)}")
     argv = ["--load-model-type", "hf", "--save-model-type", "hf", "--load-dir", hf_model(), "--lora-load", save]
     done(launch(1, "convert_ckpt.py", [*argv, "--save-dir", folder, *more]))
