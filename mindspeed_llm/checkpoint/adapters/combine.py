@@ -6,8 +6,15 @@ w1 * s1 * B1 A1 + w2 * s2 * B2 A2  =  s * [B1, f * B2] [A1; A2]        s = w1 * 
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindspeed_llm.checkpoint.adapters.factors import AdapterTensors, Joined, Pair, Placed, join
-from mindspeed_llm.checkpoint.adapters.import_ import logical_tensors, untied
+from mindspeed_llm.checkpoint.adapters.factors import (
+    AdapterTensors,
+    Joined,
+    Pair,
+    Placed,
+    join,
+    logical_tensors,
+    untied,
+)
 from mindspeed_llm.checkpoint.adapters.replaced import SourceTensor
 from mindspeed_llm.checkpoint.adapters.settings import settings_of
 from mindspeed_llm.checkpoint.adapters.source import LoraSource

@@ -5,6 +5,7 @@ k  (not a target)     ->     A3      and    .   .        a part with the same A 
 v  A3 B3                                    .   B3       a part without a pair has rows of zeros
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -229,3 +230,25 @@ def same_values(one: Readable, other: Readable) -> bool:
     step = max(1, COMPARED_ELEMENTS // max(1, element_count(one.shape[1:])))
     blocks = ([(start, min(one.shape[0], start + step))] for start in range(0, one.shape[0], step))
     return all(torch.equal(one.read(rows).view(bits), other.read(rows).view(bits)) for rows in blocks)
+
+
+def untied(table: WeightTable) -> WeightTable:
+    """The table with an output layer of its own, which an adapter may address even where the base ties it."""
+    if not table.config.tie_word_embeddings:
+        return table
+    return WeightTable(dataclasses.replace(table.config, tie_word_embeddings=False))
+
+
+def logical_tensors(
+    joined: Mapping[str, Joined], replaced: Mapping[str, Readable], table: WeightTable
+) -> dict[str, Readable]:
+    """Everything by logical name, in the order of the network."""
+    found: dict[str, Readable] = {}
+    for name in table.entries:
+        module = name.removesuffix(".weight")
+        if name in replaced:
+            found[name] = replaced[name]
+        if name.endswith(".weight") and module in joined:
+            found[f"{module}.lora_A.weight"] = joined[module].a
+            found[f"{module}.lora_B.weight"] = joined[module].b
+    return found

@@ -3,7 +3,6 @@
 adapter_config.json, adapter_model.safetensors -> pairs by HF module -> placed in logical modules -> joined
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from mindspeed_llm.checkpoint.adapters.factors import (
     Placed,
     Transposed,
     join,
+    logical_tensors,
+    untied,
 )
 from mindspeed_llm.checkpoint.adapters.peft_config import PeftConfig
 from mindspeed_llm.checkpoint.adapters.peft_folder import read_base_record, read_tensors
@@ -84,13 +85,6 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
         unties=unties,
         magnitudes={name: magnitudes(one) for name, one in modules.items() if one.magnitudes},
     )
-
-
-def untied(table: WeightTable) -> WeightTable:
-    """The table with an output layer of its own, which an adapter may address even where the base ties it."""
-    if not table.config.tie_word_embeddings:
-        return table
-    return WeightTable(dataclasses.replace(table.config, tie_word_embeddings=False))
 
 
 def check_targets(
@@ -190,21 +184,6 @@ def magnitudes(module: Module) -> InMemory:
         for part, shape in ((part, module.entry.hf_shape(part)) for part in range(len(module.entry.hf)))
     ]
     return InMemory(torch.cat([parts[part][start:stop] for part, start, stop in module.axis.locate()]))
-
-
-def logical_tensors(
-    joined: Mapping[str, Joined], replaced: Mapping[str, Readable], table: WeightTable
-) -> dict[str, Readable]:
-    """Everything by logical name, in the order of the network."""
-    found: dict[str, Readable] = {}
-    for name in table.entries:
-        module = hf_module(name)
-        if name in replaced:
-            found[name] = replaced[name]
-        if name.endswith(".weight") and module in joined:
-            found[f"{module}.lora_A.weight"] = joined[module].a
-            found[f"{module}.lora_B.weight"] = joined[module].b
-    return found
 
 
 def import_settings(joined: Mapping[str, Joined], config: PeftConfig, table: WeightTable) -> LoraSettings:

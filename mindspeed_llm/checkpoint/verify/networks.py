@@ -17,8 +17,8 @@ from mindspeed_llm.device import quiet
 
 PROCESS_BYTES = 1_200_000_000
 """Memory of a process that has imported torch, transformers and megatron-core, and of what both networks say."""
-HEADROOM = 1.2
-"""Memory of a model that is being loaded, in units of its own."""
+HEADROOM = 1.6
+"""Memory of a float32 model that is being loaded, in units of its own: the files it comes from are mapped meanwhile."""
 
 
 @dataclass
@@ -62,11 +62,11 @@ class Setting:
         whole = self.model_bytes * dtype.itemsize / 4
         return PROCESS_BYTES + HEADROOM * whole > self.max_memory
 
-    def transformers(self, name: str, folder: Path, tensors: HfTensors) -> Network:
+    def transformers(self, name: str, folder: Path, tensors: HfTensors, untied: bool = False) -> Network:
         """transformers' network of the class `folder` names, over these HF tensors."""
 
         def compute(dtype: torch.dtype, truth: Trace | None) -> Trace:
-            return Reference(folder, tensors, self.streamed(dtype), dtype).run(self.ids)
+            return Reference(folder, tensors, self.streamed(dtype), dtype, untied).run(self.ids)
 
         return Network(name, compute)
 
