@@ -165,9 +165,9 @@ def check_sum(verdict: Verdict, sides: Sides, setting: Setting) -> None:
         return
     beside = setting.live("live network with the adapter beside", sides.base, sides.adapter)
     if sides.truth is None:
-        merged = setting.live("live network of the exact sum", ExactSource(sides.base, sides.adapter, torch.float32))
+        merged = setting.live("live network of the exact sum", ExactSource(sides.base, sides.adapter, torch.float64))
     else:
-        merged = setting.transformers("transformers on the exact sum", sides.truth, sides.summed(torch.float32))
+        merged = setting.transformers("transformers on the exact sum", sides.truth, sides.summed(torch.float64))
     judge(verdict, "adapter", merged, beside)
 
 
@@ -196,10 +196,10 @@ def check_adapters(verdict: Verdict, sides: Sides, setting: Setting, job: Job, o
         verdict.skip("logits", f"{sides.why_not}: the adapter was not held against transformers")
         return
     of_source = setting.transformers(
-        "transformers with the source's adapter", sides.truth, sides.summed(torch.float32), sides.unties
+        "transformers with the source's adapter", sides.truth, sides.summed(torch.float64), sides.unties
     )
     of_result = setting.transformers(
-        "transformers with the result's adapter", sides.truth, sides.summed(torch.float32, [result]), sides.unties
+        "transformers with the result's adapter", sides.truth, sides.summed(torch.float64, [result]), sides.unties
     )
     if ours is not None:
         of_result = setting.live("live network with the result's adapter beside", sides.base, ours)

@@ -4,6 +4,7 @@ peft decides which modules are adapted, by which factors and how they are scaled
 modules, blocks of experts); nothing of our own reading of PEFT folders is used.
 """
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,20 +49,17 @@ class PeftDeltas:
         self.twin = Reference(folder, tensors, True, torch.float64)
         if self.twin.tensors is not tensors:
             raise NoReference("the base has no class of its own in transformers, so peft cannot load an adapter on it")
-        other = Reference(folder, tensors, True, torch.float64)
+        base = without_memory(Reference(folder, tensors, True, torch.float64).model)
         try:
             with quiet():
-                self.adapted = PeftModel.from_pretrained(
-                    other.model, str(adapter), low_cpu_mem_usage=True, autocast_adapter_dtype=False
-                )
+                self.adapted = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{adapter}: peft cannot load it ({error})") from error
         self.inner: nn.Module = self.adapted.base_model.model
         for name, parameter in self.adapted.named_parameters():
-            if not parameter.is_meta:
+            if ".lora_" in name or "modules_to_save" in name:
                 parameter.data = parameter.data.double()
-            elif ".lora_" in name or "modules_to_save" in name:
-                raise InputError(f"{adapter}: peft finds no values for {name}")
+        self.lock = threading.Lock()
         self.stage: int | None = -1
         self.held: dict[str, Delta] = {}
 
@@ -69,9 +67,10 @@ class PeftDeltas:
         """What it adds to entries `start` to `stop` of an HF tensor; None where it adds nothing."""
         match = LAYER.match(name)
         stage = int(match[1]) if match else None
-        if stage != self.stage:
-            self.held, self.stage = self.computed(stage), stage
-        found = self.held.get(name)
+        with self.lock:  # transformers reads tensors in several threads
+            if stage != self.stage:
+                self.held, self.stage = self.computed(stage), stage
+            found = self.held.get(name)
         if found is None:
             return None
         return Delta(self.weight * found.value[start:stop], abs(self.weight) * found.scale[start:stop], found.rank)
@@ -139,6 +138,16 @@ class PeftDeltas:
         from transformers.core_model_loading import revert_weight_conversion
 
         return revert_weight_conversion(self.twin.model, values)
+
+
+def without_memory(model: nn.Module) -> nn.Module:
+    """A model without values as one of zeros on the CPU that all lie in the same place."""
+    for module in model.modules():
+        for name, one in module._parameters.items():
+            if one is not None and one.is_meta:
+                zeros = torch.zeros((), dtype=one.dtype).expand(one.shape)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+    return model
 
 
 def parameter_name(path: str, layer: Any) -> str:
