@@ -1,6 +1,7 @@
 """A conversion with everything opened and checked, before anything is written."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +124,12 @@ def with_formats(options: ConvertOptions) -> ConvertOptions:
     folder = Path(options.load_dir)
     if not folder.is_dir():
         raise InputError(f"--load-dir {folder}: no such folder")
+    try:
+        os.stat(options.save_dir)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a loop of links, a file among the parents, too long a name
+        raise InputError(f"--save-dir {options.save_dir}: cannot be used ({error.strerror}); choose another") from error
     loaded = options.load_model_type or ("mg" if is_megatron(folder) else "hf")
     saved = options.save_model_type or ("hf" if loaded == "mg" or options.save_lora_to_hf else "mg")
     return dataclasses.replace(options, load_model_type=loaded, save_model_type=saved)
