@@ -33,6 +33,12 @@ class CheckpointOptions(LoadOptions):
     save_interval: int | None = option(None, help="Steps between checkpoints; left out, one at the end.", unit="steps")
     no_save_optim: bool = option(False, help="Leave the optimizer's state out: smaller, but cannot be resumed.")
     no_save_rng: bool = option(False, help="Leave the random state out.")
+    save_safetensors: bool = option(
+        False,
+        help="Write each checkpoint also for transformers, in its subfolder hf (full tuning, or --lora-ckpt-filter "
+        "false: merged), and for peft, in peft (LoRA).",
+    )
+    max_shard_size: str = option("5GB", help="Largest file of weights that --save-safetensors writes: 500MB, 5GB.")
     auto_resume: bool = option(
         False, help="Continue from the newest complete checkpoint under --save, if any; wins over --load, --finetune."
     )

@@ -66,10 +66,11 @@ def load_live(
     wants_lora = any(is_lora(name) for name in source.names())
     experts = experts or ExpertShare(0, source.config.num_experts, tp_rank, tp_size)
     live = {logical_name(name, first_layer, adapter, experts.first): one for name, one in named_tensors.items()}
+    layers = {match[0] for name in live if (match := LAYER_NUMBER.search(name))}
     live = {name: tensor for name, tensor in live.items() if is_lora(name) == wants_lora}
     axes: dict[str, AxisMap] = {}
     ranks: dict[str, int] = {}
-    wrong = names_that_differ(live, source, experts)
+    wrong = names_that_differ(live, source, experts, layers)
     stored = set(source.names())
     for name, tensor in live.items():
         if source.table.resolve(name) not in stored:
@@ -92,21 +93,23 @@ def load_live(
     return Loaded(len(live), sum(tensor.nbytes for tensor in live.values()))
 
 
-def names_that_differ(live: Mapping[str, torch.Tensor], source: TensorSource, experts: ExpertShare) -> list[str]:
-    """Messages for parameters the source lacks and for tensors of the live layers that the model lacks.
+def names_that_differ(
+    live: Mapping[str, torch.Tensor], source: TensorSource, experts: ExpertShare, layers: set[str]
+) -> list[str]:
+    """Messages for parameters the source lacks and for tensors of the live `layers` that the model lacks.
 
-    Experts of other ranks and prediction layers, which the live model does not have, are not missed.
+    Experts of other ranks and prediction layers, which the live model does not have, are not missed; nor are factors
+    in a chunk without any layer that is adapted.
     """
     held = (None, *range(experts.first, experts.first + experts.count))
     stored = set(source.names())
-    layers = {match[0] for name in live if (match := LAYER_NUMBER.search(name))}
     wrong = [f"{name} is not in the checkpoint" for name in live if source.table.resolve(name) not in stored]
     for name in source.names():
         match = LAYER_NUMBER.search(name)
         if match and match[0] in layers and name not in live and expert_number(name) in held:
             wrong.append(f"{name} is not in the model")
-    if not live and stored:
-        wrong.append("the model has none of its tensors")
+    if not live and (wrong or any(not is_lora(name) for name in stored)):
+        return ["the model has none of its tensors"]
     return wrong
 
 

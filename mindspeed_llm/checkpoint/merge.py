@@ -80,7 +80,7 @@ class MergedSource:
 
     def read(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> torch.Tensor:
         """The logical tensor, or a box of it."""
-        name = self.table.resolve(name)
+        name = name if self.lora is None else self.table.resolve(name)
         if name not in self.adapted:
             return self.rounded(name, self.unmerged(name, rows, columns))
         height, width = self.shape(name)

@@ -165,8 +165,16 @@ def source_hash(source: TensorSource, stopped: Callable[[], bool] = lambda: Fals
     return (metadata.content_hash if metadata else None) or content_hash(source, stopped=stopped)
 
 
-def check_base(lora: LoraSource, base: TensorSource, base_path: str | Path) -> None:
+def check_base(
+    lora: LoraSource,
+    base: TensorSource,
+    base_path: str | Path,
+    hash_of: Callable[[TensorSource], str] = source_hash,
+) -> None:
     """Refuse an adapter of another base.
+
+    Args:
+        hash_of: gives the base's content hash, asked only where the adapter records one.
 
     Raises:
         InputError: other dimensions, or another content hash than the adapter records.
@@ -176,7 +184,7 @@ def check_base(lora: LoraSource, base: TensorSource, base_path: str | Path) -> N
         raise InputError(f"{lora.path}: adapter of another model than {base_path}: {differing}")
     if lora.base is None or lora.base.hash is None:
         return
-    found = source_hash(base)
+    found = hash_of(base)
     if lora.base.hash != found:
         raise InputError(
             f"{lora.path}: trained on the base {lora.base.path} (content {lora.base.hash[:12]}), but"

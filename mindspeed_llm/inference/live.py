@@ -10,12 +10,15 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from mindspeed_llm.arguments.programs import LiveProgram
+from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.layout import ExpertShare, Layout
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
-from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, check_base, open_base, open_lora
+from mindspeed_llm.checkpoint.merge import MergedSource
+from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, open_base
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import UsageError
 from mindspeed_llm.lora.inject import inject
+from mindspeed_llm.lora.sources import live_obstacles, open_pair
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
@@ -25,11 +28,23 @@ from mindspeed_llm.models.rope import switches_between
 
 @dataclass(frozen=True)
 class Sources:
-    """What a live model is made of: the opened base, the folder named for it, and the adapter or None."""
+    """What a live model is made of.
+
+    Attributes:
+        base: the opened base. base_path: the folder named for it.
+        adapter: or None.
+        weights: what is loaded: the base, or the base merged with an adapter that live adapters cannot hold.
+    """
 
     base: BaseSource
     base_path: str
     adapter: LoraSource | None
+    weights: TensorSource
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is part of `weights`."""
+        return self.weights is not self.base
 
 
 def open_sources(options: LiveProgram) -> Sources:
@@ -44,16 +59,16 @@ def open_sources(options: LiveProgram) -> Sources:
         raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to run")
     adapter = None
     if lora.lora_load:
-        adapter = open_lora(lora.lora_load, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
+        base, adapter = open_pair(path, lora, options.model.model_type_hf)
     elif lora.lora_target_modules:
         raise UsageError("--lora-target-modules is given without --lora-load: there is no adapter to run")
-    base = open_base(path, options.model.model_type_hf, with_adapter=adapter is not None)
-    if adapter is not None:
-        check_base(adapter, base, path)
+    else:
+        base = open_base(path, options.model.model_type_hf)
     check_architecture_flags(base.config, options.model, path)
     if options.parallel.num_layers_per_virtual_pipeline_stage is not None:
         raise UsageError("--num-layers-per-virtual-pipeline-stage is for training only; leave it out")
-    return Sources(base, path, adapter)
+    merge = adapter is not None and live_obstacles(adapter)
+    return Sources(base, path, adapter, MergedSource(base, adapter) if merge else base)
 
 
 class Cache(StaticInferenceContext):
@@ -190,12 +205,12 @@ def live_dtype(options: LiveProgram, sources: Sources) -> torch.dtype:
 
 def load_model(options: LiveProgram, sources: Sources, device: Device) -> LiveModel:
     """Build this rank's stage and load base and adapter into it; the process groups are created here."""
-    config, cut = sources.base.config, options.parallel
+    config, cut = sources.weights.config, options.parallel
     tensor, pipeline = cut.tensor_model_parallel_size, cut.pipeline_model_parallel_size
     expert, expert_tensor = cut.expert_model_parallel_size, cut.expert_tensor_parallel_size
     layout = Layout.create(config.num_layers, tensor, pipeline, ep=expert, etp=expert_tensor)  # refuses what is odd
     layout.check_experts(config.num_experts)
-    for entry in sources.base.table.entries.values():
+    for entry in sources.weights.table.entries.values():
         entry.shard_map(tensor if entry.expert is None else layout.etp, None)
     minutes = options.device.distributed_timeout_minutes
     parallel.start(device, tensor, pipeline, None, options.seed, minutes, expert, expert_tensor)
@@ -206,8 +221,8 @@ def load_model(options: LiveProgram, sources: Sources, device: Device) -> LiveMo
     rank = parallel_state.get_tensor_model_parallel_rank()
     experts = ExpertShare(*parallel.expert_place(config.num_experts))
     first = chunks[0].first_layer
-    load_live(live_tensors(chunks[0]), sources.base, rank, tensor, first, experts=experts)
-    if sources.adapter is not None:
+    load_live(live_tensors(chunks[0]), sources.weights, rank, tensor, first, experts=experts)
+    if sources.adapter is not None and not sources.merged:
         inject(chunks, sources.adapter.settings, fused=True, seed=0)
         load_live(live_tensors(chunks[0]), sources.adapter.tensors, rank, tensor, first, experts=experts)
     chunks[0].eval()

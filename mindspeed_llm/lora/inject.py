@@ -1,6 +1,7 @@
 """Put adapters into a live model: inject, freeze the base, initialise by logical names."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ from megatron.core import parallel_state
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
+from mindspeed_llm.checkpoint.tables import logical_name
 from mindspeed_llm.lora.layers import CUSTOM_MODULES, RowParallelLora, is_lora_parameter, lora_layers, uniform_init
+from mindspeed_llm.models import parallel
 
 
 def inject(chunks: Sequence[nn.Module], settings: LoraSettings, fused: bool, seed: int) -> None:
@@ -25,19 +28,38 @@ def inject(chunks: Sequence[nn.Module], settings: LoraSettings, fused: bool, see
         seed: of A's values.
     """
     for chunk in chunks:
-        config = LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            target_modules=list(settings.target_modules),
-            init_lora_weights=False,
-        )
-        config._register_custom_module(CUSTOM_MODULES)
-        inject_adapter_in_model(config, chunk)
+        config = peft_config(chunk, settings)
+        if config.target_modules:  # a stage may hold none of single layers that are adapted
+            config._register_custom_module(CUSTOM_MODULES)
+            inject_adapter_in_model(config, chunk)
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(is_lora_parameter(name))
         for layer in lora_layers(chunk):
             layer.use_fused = fused
         initialise(chunk, seed)
+
+
+def peft_config(chunk: nn.Module, settings: LoraSettings) -> LoraConfig:
+    """`settings` for one chunk, in peft's words: its own names of the layers, and other ranks and alphas by name."""
+    first_expert = parallel.expert_place(chunk.config.num_moe_experts or 0)[0]
+    names = {}
+    for local, module in chunk.named_modules():
+        if isinstance(module, tuple(CUSTOM_MODULES)):
+            weight = logical_name(f"{local}.weight", chunk.first_layer, first_expert=first_expert)
+            names[weight.removesuffix(".weight")] = local
+    adapted = {logical: local for logical, local in names.items() if settings.adapts(logical)}
+    kinds = {short_name(local) for logical, local in adapted.items() if logical not in settings.target_modules}
+    single = {local for logical, local in adapted.items() if logical in settings.target_modules}
+    ranks = {local: settings.rank(logical) for logical, local in adapted.items()}
+    alphas = {local: settings.alpha_of(logical) for logical, local in adapted.items()}
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        target_modules=sorted(kinds | single),
+        rank_pattern={re.escape(local): rank for local, rank in ranks.items() if rank != settings.r},
+        alpha_pattern={re.escape(local): alpha for local, alpha in alphas.items() if alpha != settings.alpha},
+        init_lora_weights=False,
+    )
 
 
 def initialise(chunk: nn.Module, seed: int) -> None:

@@ -2,6 +2,7 @@
 
     <save>/iter_0000020/args.json                              model, layout, base, LoRA settings, template
     <save>/iter_0000020/mp_rank_TT[_PPP]/model_optim_rng.pt    {"model": ..., "optimizer": ..., "rng_state": ..., ...}
+    <save>/iter_0000020/hf, <save>/iter_0000020/peft           with --save-safetensors: see `training.export`
     <save>/latest_checkpointed_iteration.txt                   written last
 
 `optimizer` is {"master" | "exp_avg" | "exp_avg_sq": {model key: {parameter name: tensor}}, "step": int}: the tensors
@@ -32,7 +33,9 @@ from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.causal_lm import CausalLM
 from mindspeed_llm.training.engine import Engine, finish_parameter_sync
+from mindspeed_llm.training.export import Export, export_adapter, export_model
 from mindspeed_llm.training.optimizer_state import FIELDS, export_state, import_state
+from mindspeed_llm.training.report import say
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,14 @@ def trainable(chunk: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in chunk.named_parameters() if p.requires_grad}
 
 
+def current_place(device: Device) -> torch.device:
+    """This rank's device."""
+    return device.torch_device(torch.distributed.get_node_local_rank(0))
+
+
 def barrier(device: Device) -> None:
     """Wait for all ranks."""
-    torch.distributed.all_reduce(torch.zeros(1, device=device.torch_device(torch.distributed.get_node_local_rank(0))))
+    torch.distributed.all_reduce(torch.zeros(1, device=current_place(device)))
 
 
 def save(
@@ -64,10 +72,15 @@ def save(
     adapter_only: bool,
     with_optimizer: bool = True,
     with_rng: bool = True,
+    export: Export | None = None,
 ) -> Path:
     """Write a checkpoint of `progress.iteration`; collective over all ranks. -> its folder.
 
-    One rank of each model replica writes; the folder appears finished or not at all, the tracker after it.
+    One replica of the model writes the rank files; the folder appears finished or not at all, the tracker after it.
+
+    Args:
+        adapter_only: leave the frozen base out.
+        export: what is written beside the rank files, if anything.
     """
     staged = StagedDirectory(folder / iteration_folder(progress.iteration))
     first = torch.distributed.get_rank() == 0
@@ -81,9 +94,13 @@ def save(
         path = staged.path / metadata.layout.rank_folder(*ranks) / CHECKPOINT_FILE
         path.parent.mkdir(exist_ok=True)
         write_torch_file(path, content)
+    if export is not None and export.model:
+        export_model(engine.chunks, metadata.model, staged.path, export, current_place(device))
     barrier(device)
     if first:
         write_metadata(staged.path, metadata)
+        if export is not None and export.adapter:
+            say(f"  {export_adapter(staged.path, export)}")
         staged.publish()
         write_tracker(folder, progress.iteration)
     barrier(device)

@@ -174,6 +174,7 @@ def save(run: Run) -> Path:
         adapter_only=lora and run.options.lora.lora_ckpt_filter,
         with_optimizer=not options.no_save_optim,
         with_rng=not options.no_save_rng,
+        export=run.export,
     )
     if run.first_rank:
         say(f"  successfully saved checkpoint from iteration {iteration:7d} to {folder}")

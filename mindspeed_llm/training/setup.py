@@ -5,7 +5,6 @@ import os
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -16,7 +15,6 @@ from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata
-from mindspeed_llm.checkpoint.open import source_hash
 from mindspeed_llm.checkpoint.recorded import tokenizer_folder
 from mindspeed_llm.data.batch import cut_count
 from mindspeed_llm.data.dataset import IndexedDataset, RowSource, split_dataset
@@ -26,12 +24,14 @@ from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
+from mindspeed_llm.lora.sources import shared_hash
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.config import check_architecture_flags
 from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
 from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import Progress
 from mindspeed_llm.training.engine import Engine, create_engine
+from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, length_multiple
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.schedule import Schedule
@@ -47,6 +47,7 @@ class Run:
         train_iters: optimizer steps in all. global_batch_size: rows per step over all ranks.
         feed, validation: training and validation batches (None without validation rows).
         metadata: of the checkpoints it will write, iteration aside.
+        export: what is written beside them, or None.
     """
 
     options: PosttrainOptions
@@ -59,6 +60,7 @@ class Run:
     metadata: Metadata
     train_iters: int
     global_batch_size: int
+    export: Export | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -87,6 +89,7 @@ def engine_options(options: PosttrainOptions) -> EngineOptions:
 def prepare(options: PosttrainOptions, device: Device) -> Run:
     """Build the run; everything that can be refused is refused before the model is built."""
     start = find_start(options)
+    export = plan_export(options, start)
     model = start.base.config
     check_architecture_flags(model, options.model, start.base_path)
     engine = engine_options(options)
@@ -108,7 +111,9 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     train_iters = total_steps(options, len(feed.source), global_batch_size)
     built = build_engine(options, start, engine, device)
     schedule = Schedule(built.optimizer, options.optimizer, train_iters)
-    run = Run(options, device, start, built, schedule, feed, validation, metadata, train_iters, global_batch_size)
+    run = Run(
+        options, device, start, built, schedule, feed, validation, metadata, train_iters, global_batch_size, export
+    )
     if start.resume is not None:
         resume(run)
     return run
@@ -239,14 +244,12 @@ def describe(
 ) -> Metadata:
     """What this run's checkpoints will say about themselves. Collective: rank 0 hashes the base."""
     recorded = getattr(start.base, "metadata", None)
-    shared: list[Any] = [None]
     if start.settings is not None:
         if start.adapter is not None and start.adapter.base is not None and start.adapter.base.hash:
-            shared[0] = start.adapter.base.hash
-        elif torch.distributed.get_rank() == 0:
-            shared[0] = source_hash(start.base)
-        torch.distributed.broadcast_object_list(shared, src=0)
-        base = BaseRecord(str(Path(start.base_path).resolve()), shared[0])
+            known = start.adapter.base.hash
+        else:
+            known = shared_hash(start.base)
+        base = BaseRecord(str(Path(start.base_path).resolve()), known)
     elif recorded is not None:
         base = recorded.base
     else:

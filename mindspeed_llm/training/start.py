@@ -7,9 +7,10 @@ from pathlib import Path
 from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource
 from mindspeed_llm.checkpoint.metadata import LoraSettings
-from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, check_base, open_base, open_lora
+from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, check_base, open_base
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.config import settings_from_options
+from mindspeed_llm.lora.sources import open_pair, shared_hash
 
 ITERATION = re.compile(r"^iter_(\d{7,})$")
 LEFTOVER = re.compile(r"^\.iter_\d{7,}\.(partial|old)$")  # of a save that was killed
@@ -56,9 +57,8 @@ def find_start(options: PosttrainOptions) -> Start:
     if not checkpoint.load:
         raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to start from")
     if lora.lora_load:
-        adapter = open_lora(lora.lora_load, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
-        base = open_base(checkpoint.load, options.model.model_type_hf, with_adapter=True)
-        check_base(adapter, base, checkpoint.load)
+        base, adapter = open_pair(checkpoint.load, lora, options.model.model_type_hf)
+        adapter.require_plain_factors("training")
         resume = None if options.training.finetune else adapter.checkpoint
         start = Start(base, checkpoint.load, adapter, adapter.settings, resume)
     else:
@@ -82,7 +82,7 @@ def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start
         raise UsageError(f"--load is missing: the base of the adapter in {checkpoint.folder}")
     adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
     base = open_base(options.checkpoint.load, options.model.model_type_hf, with_adapter=True)
-    check_base(adapter, base, options.checkpoint.load)
+    check_base(adapter, base, options.checkpoint.load, shared_hash)
     return Start(base, options.checkpoint.load, adapter, adapter.settings, checkpoint)
 
 

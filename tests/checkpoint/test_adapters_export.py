@@ -8,14 +8,24 @@ import torch
 from peft import PeftModel
 
 from mindspeed_llm.checkpoint.adapters.export import write_peft
+from mindspeed_llm.checkpoint.adapters.factors import AdapterTensors
+from mindspeed_llm.checkpoint.adapters.settings import settings_of
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.formats.hf import HFSource
+from mindspeed_llm.checkpoint.formats.lazy import InMemory
+from mindspeed_llm.checkpoint.merge import MergedSource
 from mindspeed_llm.checkpoint.open import open_lora
-from tests.checkpoint.peft_tiny import adapt, load, logits, qwen3, same_logits
+from tests.checkpoint.peft_tiny import adapt, load, logits, qwen3, same_logits, transformers_of
 from tests.checkpoint.test_adapters_import import ENDS, EXPERTS, FUSED, SHAPES, TIED
+from tests.checkpoint.tiny import random_adapter
 from tests.models import parity
+from tests.models.tiny_moe import DEEPSEEK_V3, QWEN2_MOE, WITHOUT_LATENT
 from tests.models.tiny_moe import saved as saved_moe
 
+LINEAR = (
+    "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2",
+    "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj",
+)  # fmt: skip
 NOT_EXPORTED = ("dora", "dora of some", "parameters")
 FOLDED = ("patterns",)
 """Shapes whose q, k and v or gate and up have scalings at ratios that are no powers of two."""
@@ -87,3 +97,29 @@ def test_experts_are_exported_one_by_one(family: str, ranks: str, tmp_path: Path
     write_peft(first, tmp_path / "second", str(base))
     same_logits(loaded(base, tmp_path / "second"), expected)
     same_adapter(open_lora(tmp_path / "second", base=source), first)
+
+
+MIXED = {
+    "dense layers first": DEEPSEEK_V3,
+    "shared experts": QWEN2_MOE,
+    "a dense layer between": next(one for one in WITHOUT_LATENT if one.name == "qwen3-moe-mlp-only"),
+}
+
+
+@pytest.mark.parametrize("what", ["everything", "dense layers only"])
+@pytest.mark.parametrize("family", MIXED)
+def test_layers_named_like_experts_are_not_taken_for_them(family: str, what: str, tmp_path: Path) -> None:
+    """peft with transformers 5 takes every target that ends in gate_proj for the experts of all layers."""
+    base = saved_moe(MIXED[family])
+    source = HFSource(base)
+    factors = random_adapter(source.table, targets=LINEAR)
+    if what != "everything":
+        factors = {name: values for name, values in factors.items() if ".local_experts." not in name}
+    ranks = {name.partition(".lora_")[0]: 3 for name in factors}
+    settings = settings_of(ranks, dict.fromkeys(ranks, 2.5), source.table)
+    tensors = AdapterTensors(tmp_path, source.table, {name: InMemory(values * 0.5) for name, values in factors.items()})
+    lora = LoraSource(tensors, settings, None, None, None)
+    write_peft(lora, tmp_path / "adapter", str(base))
+    expected = logits(transformers_of(MergedSource(source, lora), base, tmp_path / "merged"))
+    same_logits(loaded(base, tmp_path / "adapter"), expected)
+    same_adapter(open_lora(tmp_path / "adapter", base=source), lora)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-from mindspeed_llm.checkpoint.adapters.expert_blocks import PARAMETERS, blocks_of
+from mindspeed_llm.checkpoint.adapters.expert_blocks import PARAMETERS, blocks_of, joined_parts
 from mindspeed_llm.checkpoint.adapters.settings import hf_module
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, Entry, WeightTable
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.families.base import Stacked
+
+WITHOUT_CONVERSION = ("qwen2_moe",)
+"""Families whose adapters of single experts peft 0.21 does not stack under transformers 5: they are stacked here."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Share:
         ranks: numbers of the pair's ranks it gets.
         scaling: of the pair.
         entry: the logical weight (the first expert's).
+        parameter: it is a parameter that holds all experts, gate above up.
     """
 
     hf: str
@@ -38,16 +42,12 @@ class Share:
     ranks: tuple[int, ...]
     scaling: float
     entry: Entry
+    parameter: bool = False
 
     @property
     def alpha(self) -> float:
         """peft's alpha for it."""
         return self.scaling * len(self.ranks)
-
-    @property
-    def parameter(self) -> bool:
-        """Whether it is a parameter that holds all experts."""
-        return self.entry.row.stacked is not Stacked.NO
 
     def tensors(self, lora: LoraSource) -> list[tuple[str, torch.Tensor]]:
         """Its two tensors, by their names in the file without peft's prefix."""
@@ -60,7 +60,8 @@ class Share:
     def pair(self, lora: LoraSource, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [ranks, in] and B [rows of the part, ranks] of one logical module."""
         ranks = torch.tensor(self.ranks)
-        rows = self.entry.hf_map().part_ranges(self.part)
+        axis = self.entry.hf_map()
+        rows = (joined_parts(axis) if self.parameter else axis).part_ranges(self.part)
         return (
             lora.tensors.read(f"{module}.lora_A.weight")[ranks],
             lora.tensors.read(f"{module}.lora_B.weight", rows)[:, ranks],
@@ -80,6 +81,10 @@ def divide(lora: LoraSource, table: WeightTable) -> list[Share]:
         entry = table.entries[f"{module}.weight"]
         if entry.row.stacked is not Stacked.NO:
             blocks.setdefault(entry.hf[0].name, []).append(module)
+        elif entry.expert is not None and table.config.family in WITHOUT_CONVERSION:
+            parameter = next(name for name, short in PARAMETERS.items() if module.endswith(short))
+            holder = hf_module(entry.hf[0].name).rpartition(f".{entry.expert}.")[0]
+            blocks.setdefault(f"{holder}.{parameter}", []).append(module)
         else:
             shares += module_shares(lora, table, module, trimmed)
     return shares + [block_share(lora, table, name, modules, blocks) for name, modules in blocks.items()]
@@ -161,7 +166,7 @@ def block_share(lora: LoraSource, table: WeightTable, name: str, modules: list[s
     later = list(PARAMETERS)[list(PARAMETERS).index(parameter) + 1 :]
     wrapped = holder + ".base_layer" * sum(f"{holder}.{one}" in blocks for one in later)
     scaling = lora.settings.scaling(modules[0])
-    return Share(name, factor_keys(wrapped), tuple(modules), 0, every_rank(lora, modules[0]), scaling, first)
+    return Share(name, factor_keys(wrapped), tuple(modules), 0, every_rank(lora, modules[0]), scaling, first, True)
 
 
 def stays_tied(lora: LoraSource) -> bool:

@@ -22,6 +22,9 @@ from mindspeed_llm.checkpoint.metadata import BaseRecord
 from mindspeed_llm.checkpoint.tables import EMBEDDING, Entry, WeightTable
 from mindspeed_llm.errors import InputError
 
+LEAVES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Names that peft takes for experts' in a model that has any, wherever they stand, under transformers 5."""
+
 
 class Saved(NamedTuple):
     """A whole tensor in the file: its name there, its HF module, and where it is read."""
@@ -128,9 +131,12 @@ def peft_config(
     alpha, alpha_pattern = default_and_pattern(alphas) if shares else (lora.settings.alpha, {})
     stacked_ranks, stacked_alphas = stacked_patterns(lora, shares, table, r, alpha)
     keeps_tie = stays_tied(lora) and EMBEDDING in {*lora.whole(), *(share.entry.name for share in shares)}
-    modules = {share.hf for share in shares if not share.parameter and not (keeps_tie and share.hf == head_of(table))}
-    parameters = {share.hf for share in shares if share.parameter}
+    kept = [share for share in shares if not (keeps_tie and share.hf == head_of(table))]
+    parameters = [share for share in kept if is_parameter(share, table)]
+    experts = {share.hf for share in kept if share.entry.expert is not None and not share.parameter}
+    modules = {share.hf for share in kept if not is_parameter(share, table)} - experts
     known = [(hf, entry) for hf, (entry, _) in table.hf_names.items() if is_matrix(entry)]
+    targets = {*short_targets(modules, [hf_module(hf) for hf, _ in known]), *map(within_layer, experts)}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -142,18 +148,36 @@ def peft_config(
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": list(short_targets(modules, [hf_module(hf) for hf, _ in known])),
-        "target_parameters": target_parameters(parameters, [hf for hf, _ in known]) or None,
-        "rank_pattern": stacked_ranks | {re.escape(name): rank for name, rank in rank_pattern.items()},
-        "alpha_pattern": stacked_alphas | {re.escape(name): number(value) for name, value in alpha_pattern.items()},
-        "modules_to_save": sorted({one.module for one in saved} - set(ranks)) or None,
+        "target_modules": sorted(targets),
+        "target_parameters": sorted(f"{one.hf}{suffix(one)}" for one in parameters) or None,
+        "rank_pattern": stacked_ranks | {pattern(name, parameters): rank for name, rank in rank_pattern.items()},
+        "alpha_pattern": stacked_alphas
+        | {pattern(name, parameters): number(value) for name, value in alpha_pattern.items()},
+        "modules_to_save": sorted({one.module for one in saved} - {share.hf for share in shares}) or None,
         "ensure_weight_tying": keeps_tie,
     }
 
 
-def target_parameters(chosen: set[str], known: list[str]) -> list[str]:
-    """peft's names of parameters: `experts.down_proj` where those of all layers are meant."""
-    return sorted({f"experts.{one}" if "." not in one else one for one in short_targets(chosen, known)})
+def is_parameter(share: Share, table: WeightTable) -> bool:
+    """Whether peft has to be told of a parameter: of experts, or of a layer it would otherwise take for experts."""
+    mistaken = share.entry.expert is None and share.hf.rpartition(".")[2] in LEAVES_OF_EXPERTS
+    return share.parameter or (table.config.num_experts > 0 and mistaken)
+
+
+def suffix(share: Share) -> str:
+    """What follows the module's name in that of the parameter."""
+    return "" if share.parameter else ".weight"
+
+
+def pattern(name: str, parameters: list[Share]) -> str:
+    """A regular expression for a name or a name's end; of a parameter it may meet the name with its ending."""
+    ending = r"(\.weight)?" if any(share.hf.endswith(name) and not share.parameter for share in parameters) else ""
+    return re.escape(name) + ending
+
+
+def within_layer(module: str) -> str:
+    """A module's name without its layer: `mlp.experts.3.up_proj`. Adapted experts are so in every layer."""
+    return re.sub(r"^.*\blayers\.\d+\.", "", module)
 
 
 def stacked_patterns(

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -161,7 +162,17 @@ def same_values(one: Readable, other: Readable) -> bool:
     return all(torch.equal(one.read([block]), other.read([block])) for block in blocks)
 
 
-def plan_shards(source: TensorSource, shard_bytes: int) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+class Announced(Protocol):
+    """What is known of a model before its values are."""
+
+    table: WeightTable
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of the values a logical tensor will have."""
+        ...
+
+
+def plan_shards(source: Announced, shard_bytes: int) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Type and shape of each HF tensor, by shard; a shard is closed before it would exceed `shard_bytes`."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
@@ -181,6 +192,61 @@ def shard_files(count: int) -> list[str]:
     return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
+class HfFiles:
+    """The weight files of an HF folder while they are written, by one process or by several that share the work.
+
+    Every process plans the same files from the same announcement. One creates them before the others write.
+    """
+
+    def __init__(self, folder: Path, announced: Announced, shard_bytes: int, create: bool = True) -> None:
+        """Plan the files.
+
+        Args:
+            folder: an existing folder, as a rule that of a `StagedDirectory`.
+            announced: shapes and types of what will come.
+            shard_bytes: limit of one file.
+            create: lay the files out; False when another process does.
+        """
+        self.folder, self.create = folder, create
+        self.shards = plan_shards(announced, shard_bytes)
+        self.files = shard_files(len(self.shards))
+        self.where = {name: number for number, tensors in enumerate(self.shards) for name in tensors}
+        self.writers: dict[int, SafetensorsWriter] = {}
+        for number in range(len(self.shards)) if create else ():
+            self.writer(number)
+
+    def writer(self, number: int) -> SafetensorsWriter:
+        """The writer of one shard, opened on first use."""
+        if number not in self.writers:
+            path = self.folder / self.files[number]
+            self.writers[number] = SafetensorsWriter(path, self.shards[number], self.create)
+        return self.writers[number]
+
+    def write(self, source: TensorSource, name: str, progress: Progress = no_progress) -> int:
+        """Write the HF parts of one logical tensor, block by block; -> how many there are."""
+        entry = source.table.entry(name)
+        for part, hf in enumerate(entry.hf):
+            place = self.writer(self.where[hf.name]).place(hf.name, hf.expert, hf.transposed)
+            copy_part(source, name, entry.hf_map(), part, place, progress)
+        return len(entry.hf)
+
+    def close(self, whole: bool = True) -> None:
+        """Make durable what was written; `InputError` when this process was to write the `whole` and did not."""
+        for writer in self.writers.values():
+            writer.close(whole)
+
+    def write_index(self) -> None:
+        """Write the index when there are several files."""
+        if len(self.files) == 1:
+            return
+        sizes = [element_count(shape) * dtype.itemsize for one in self.shards for dtype, shape in one.values()]
+        index = {
+            "metadata": {"total_size": sum(sizes)},
+            "weight_map": {name: self.files[number] for name, number in self.where.items()},
+        }
+        write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
 def write_hf(
     source: TensorSource,
     folder: Path,
@@ -194,21 +260,11 @@ def write_hf(
         shard_bytes: limit of one file.
         progress: told the bytes of each block written.
     """
-    shards = plan_shards(source, shard_bytes)
-    files = shard_files(len(shards))
-    writers = [SafetensorsWriter(folder / file, tensors) for file, tensors in zip(files, shards, strict=True)]
-    where = {name: number for number, tensors in enumerate(shards) for name in tensors}
-    for logical in source.names():
-        entry = source.table.entry(logical)
-        for part, hf in enumerate(entry.hf):
-            place = writers[where[hf.name]].place(hf.name, hf.expert, hf.transposed)
-            copy_part(source, logical, entry.hf_map(), part, place, progress)
-    for writer in writers:
-        writer.close()
-    if len(shards) > 1:
-        total = sum(writer.nbytes for writer in writers)
-        index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in where.items()}}
-        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    files = HfFiles(folder, source, shard_bytes)
+    for name in source.names():
+        files.write(source, name, progress)
+    files.close()
+    files.write_index()
 
 
 def copy_companions(origin: Path, folder: Path, config: ModelConfig) -> list[str]:

@@ -101,11 +101,14 @@ def tensor_of(path: Path, name: str, entry: Mapping, start: int) -> LazyTensor:
 class SafetensorsWriter:
     """One file being written: every tensor's place is known before the first value arrives."""
 
-    def __init__(self, path: str | Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """Write the header and reserve the space.
+    def __init__(
+        self, path: str | Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], create: bool = True
+    ) -> None:
+        """Write the header and reserve the space, or join in.
 
         Args:
             tensors: type and shape by name, in file order.
+            create: False when another process has made the file from the same `tensors` and shares the work.
         """
         self.path = Path(path)
         header: dict[str, object] = {"__metadata__": PRODUCER}
@@ -116,9 +119,10 @@ class SafetensorsWriter:
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
-        os.pwrite(self.descriptor, len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(self.descriptor, 8 + len(text) + position)
+        self.descriptor = os.open(self.path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0), 0o640)
+        if create:
+            os.pwrite(self.descriptor, len(text).to_bytes(8, "little") + text, 0)
+            os.ftruncate(self.descriptor, 8 + len(text) + position)
         self.start = 8 + len(text)
         self.header = header
         self.tensors = dict(tensors)
@@ -141,9 +145,13 @@ class SafetensorsWriter:
         check_values(name, values, place, place.shape)
         write_values(place.descriptor, place.offset, values)
 
-    def close(self) -> None:
-        """Make the file durable; `InputError` when a tensor never came."""
+    def close(self, whole: bool = True) -> None:
+        """Make the file durable; `InputError` when a tensor never came.
+
+        Args:
+            whole: this process was to write every tensor.
+        """
         os.fsync(self.descriptor)
         os.close(self.descriptor)
-        if self.missing:
+        if whole and self.missing:
             raise InputError(f"{self.path}: tensors never written: {sorted(self.missing)}")

@@ -1,0 +1,253 @@
+"""`--save-safetensors`: what training saves for others, an HF folder or a PEFT adapter, straight from the live model.
+
+    every rank plans the same files -> rank 0 lays them out -> each tensor is brought together on one rank of its
+    tensor-parallel group, merged with its adapter, written at its place -> what all ranks wrote is counted
+
+The work goes round the ranks of a group and the data-parallel replicas. A rank holds one whole tensor at a time, on
+the CPU; its device holds one further share.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from mindspeed_llm.arguments.programs import PosttrainOptions
+from mindspeed_llm.checkpoint.adapters.export import write_peft
+from mindspeed_llm.checkpoint.adapters.factors import AdapterTensors, Assembled
+from mindspeed_llm.checkpoint.adapters.source import LoraSource
+from mindspeed_llm.checkpoint.convert_job import recorded_folders
+from mindspeed_llm.checkpoint.formats.hf import HfFiles, HFSource, copy_companions
+from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
+from mindspeed_llm.checkpoint.live import live_axis, live_tensors
+from mindspeed_llm.checkpoint.merge import MergedSource
+from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.checkpoint.open import adapter_of, config_differences
+from mindspeed_llm.checkpoint.sizes import parse_size
+from mindspeed_llm.checkpoint.tables import WeightTable, expert_number, is_lora, logical_name
+from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.models import parallel
+from mindspeed_llm.models.causal_lm import CausalLM
+from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.training.start import Start
+
+MODEL_FOLDER, ADAPTER_FOLDER = "hf", "peft"
+"""Where they lie in an iteration folder."""
+FACTORS = ("lora_A", "lora_B")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be written beside the rank files of every checkpoint.
+
+    Attributes:
+        shard_bytes: limit of one file of weights.
+        model, adapter: whether the (merged) model and the adapter are written.
+        origin: the HF folder that gives config, tokenizer and chat template; None where only an adapter is written.
+        base_path: what peft is to load the base from.
+        settings: of the adapter; None in full tuning.
+    """
+
+    shard_bytes: int
+    model: bool
+    adapter: bool
+    origin: Path | None
+    base_path: str
+    settings: LoraSettings | None
+
+
+def plan_export(options: PosttrainOptions, start: Start) -> Export | None:
+    """What --save-safetensors asks for; None without it.
+
+    Raises:
+        UsageError: --max-shard-size is no size, or no HF folder is known that would give config and tokenizer.
+        InputError: the folder is that of another model.
+    """
+    if not options.checkpoint.save_safetensors:
+        return None
+    shard_bytes = parse_size(options.checkpoint.max_shard_size, "--max-shard-size")
+    lora = start.settings is not None
+    model = not (lora and options.lora.lora_ckpt_filter)
+    origin = origin_folder(options, start)
+    if origin is None and model:
+        raise UsageError(
+            f"--save-safetensors: {start.base_path} records no HF folder that still exists, which would give config and"
+            " tokenizer; name one with --tokenizer-name-or-path"
+        )
+    if origin is not None:
+        differing = config_differences(ModelConfig.from_hf(origin), start.base.config)
+        if differing:
+            raise InputError(f"{origin}: config.json is of another model than {start.base_path}: {differing}")
+    base_path = str((origin or Path(start.base_path)).resolve())
+    return Export(shard_bytes, model, lora, origin, base_path, start.settings)
+
+
+def origin_folder(options: PosttrainOptions, start: Start) -> Path | None:
+    """The HF folder of the base: what is loaded, what its conversion recorded, or where the tokenizer lies."""
+    if isinstance(start.base, HFSource):
+        return start.base.path
+    tokenizer = options.tokenizer.tokenizer_name_or_path
+    given = [Path(tokenizer)] if tokenizer and (Path(tokenizer) / "config.json").is_file() else []
+    return next(iter([*recorded_folders(start.base, start.adapter), *given]), None)
+
+
+def export_adapter(checkpoint: Path, export: Export) -> str:
+    """Write the PEFT folder of a checkpoint whose rank files and args.json are complete; one process does it.
+
+    -> one line on what was written and which servers take it.
+    """
+    adapter = adapter_of(MegatronCheckpoint(checkpoint))
+    return write_peft(adapter, checkpoint / ADAPTER_FOLDER, export.base_path)
+
+
+def export_model(
+    chunks: Sequence[CausalLM], model: ModelConfig, checkpoint: Path, export: Export, place: torch.device
+) -> None:
+    """Write the HF folder of a checkpoint, merged where there is an adapter; collective over all ranks.
+
+    Args:
+        chunks: this rank's model chunks.
+        model: their description; `dtype` is what config.json will say.
+        checkpoint: the folder that is being written; it exists on every rank.
+        place: this rank's device.
+
+    Raises:
+        InputError: some tensor of the model was written by no rank, or by several.
+    """
+    model = dataclasses.replace(model, mtp_num_layers=0)  # prediction layers are neither trained nor in the live model
+    shares = LiveShares(chunks, model)
+    folder, first = checkpoint / MODEL_FOLDER, torch.distributed.get_rank() == 0
+    if first:
+        folder.mkdir()
+        files = HfFiles(folder, shares, export.shard_bytes)
+    sum_over_ranks(0, place)  # the files are laid out before others open them
+    if not first:
+        files = HfFiles(folder, shares, export.shard_bytes, create=False)
+    written = 0
+    for name in shares.names():
+        source = shares.bring_together(name, export.settings)
+        if source is not None:
+            written += files.write(source, name)
+    files.close(whole=False)
+    written, wanted = sum_over_ranks(written, place), sum(len(one.hf) for one in shares.table.entries.values())
+    if written != wanted:
+        raise InputError(f"{folder}: {written} tensors were written, the model has {wanted}")
+    if first:
+        files.write_index()
+        copy_companions(export.origin, folder, model)
+
+
+def sum_over_ranks(value: int, place: torch.device) -> int:
+    """The sum of all ranks' values, on every rank; it also waits for all of them."""
+    total = torch.tensor([value], device=place)
+    torch.distributed.all_reduce(total)
+    return int(total.item())
+
+
+class LiveShares:
+    """This rank's shares of the model, by logical name.
+
+    Attributes:
+        table: the whole model's.
+        shares: base tensors and LoRA factors of all chunks; a tied output layer is left to the embedding.
+    """
+
+    def __init__(self, chunks: Sequence[CausalLM], model: ModelConfig) -> None:
+        """Collect them; collective, as tensors of a type of their own have to be known to all ranks."""
+        self.table = WeightTable(model)
+        self.first_expert = parallel.expert_place(model.num_experts)[0]
+        self.shares: dict[str, Tensor] = {}
+        for chunk in chunks:
+            for local, tensor in live_tensors(chunk).items():
+                name = logical_name(local, chunk.first_layer, first_expert=self.first_expert)
+                if is_lora(name) or self.table.resolve(name) == name:
+                    self.shares[name] = tensor.detach()
+        self.common = getattr(torch, model.dtype)
+        own = {name: tensor.dtype for name, tensor in self.shares.items() if tensor.dtype != self.common}
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, own)
+        self.others = {name: dtype for one in found for name, dtype in one.items()}
+        self.turns = {False: 0, True: 0}
+
+    def names(self) -> list[str]:
+        """Logical names of the base tensors this rank has a share of, alike on all ranks of their group."""
+        return [name for name in self.shares if not is_lora(name)]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of any tensor of the model."""
+        return self.others.get(name, self.common)
+
+    def bring_together(self, name: str, settings: LoraSettings | None) -> TensorSource | None:
+        """A source of one tensor, merged with its adapter, on the rank whose turn it is; None on the others.
+
+        Collective over the tensor's group. Among replicas of the group, one takes part.
+        """
+        of_expert = expert_number(name) is not None
+        group, replica, replicas = group_and_replica(of_expert)
+        turn = self.turns[of_expert]
+        self.turns[of_expert] += 1
+        if turn % replicas != replica:
+            return None
+        writer = turn // replicas % group.size()
+        module = name.removesuffix(".weight")
+        factors = [f"{module}.{factor}.weight" for factor in FACTORS if f"{module}.{factor}.weight" in self.shares]
+        found = {one: self.whole(one, group, writer) for one in (name, *factors)}
+        if group.rank() != writer:
+            return None
+        base = AdapterTensors(Path(name), self.table, {name: found.pop(name)})
+        if not factors:
+            return base
+        lora = AdapterTensors(Path(name), self.table, found)
+        return MergedSource(base, LoraSource(lora, settings, None, None, None))
+
+    def whole(self, name: str, group: ProcessGroup, writer: int) -> Assembled | None:
+        """A tensor made of all shares in `group` on its rank `writer`, None on the others; collective."""
+        share = self.shares[name]
+        axis = live_axis(self.table, name, share, group.size())
+        if axis.dim is None:  # every rank has it
+            parts = [share.cpu()] if group.rank() == writer else []
+        else:
+            parts = gather(share, group, writer)
+        if not parts:
+            return None
+        rank = share.shape[0] if ".lora_A." in name else share.shape[-1]
+        shape = self.table.shape(name, rank)
+        return Assembled(tuple(InMemory(part) for part in parts), axis, shape, share.dtype)
+
+
+def group_and_replica(of_expert: bool) -> tuple[ProcessGroup, int, int]:
+    """(the ranks that share a tensor, which of the replicas of that group this one is, how many there are)."""
+    if of_expert:
+        return (
+            parallel_state.get_expert_tensor_parallel_group(),
+            parallel_state.get_expert_data_parallel_rank(),
+            parallel_state.get_expert_data_parallel_world_size(),
+        )
+    return (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    )
+
+
+def gather(share: Tensor, group: ProcessGroup, writer: int) -> list[Tensor]:
+    """All shares, by rank, on the CPU of the group's rank `writer`; none on the others. Shares are alike in shape."""
+    ranks = torch.distributed.get_process_group_ranks(group)
+    if group.rank() != writer:
+        torch.distributed.send(share.contiguous(), ranks[writer], group=group)
+        return []
+    found = []
+    for number, rank in enumerate(ranks):
+        received = share
+        if number != writer:
+            received = torch.empty_like(share)
+            torch.distributed.recv(received, rank, group=group)
+        found.append(received.cpu())
+    return found
