@@ -104,3 +104,23 @@ def read_bytes(rank: int, folder: Path, **layout: Any) -> dict[str, int]:
     ):
         found["own"] = fill(base, chunks)
     return found
+
+
+def read_while_opened(rank: int, argv: list[str]) -> int:
+    """Bytes this rank reads while an inference.py command line opens base and adapter and checks that they belong."""
+    from mindspeed_llm.arguments.parser import parse
+    from mindspeed_llm.arguments.programs import InferenceOptions
+    from mindspeed_llm.inference.live import open_sources
+
+    found = [0]
+
+    def counting(read_into: Any) -> Any:
+        def counted(path: Path, descriptor: int, offset: int, memory: memoryview) -> None:
+            found[0] += len(memory)
+            read_into(path, descriptor, offset, memory)
+
+        return counted
+
+    with replaced(lazy, "read_into", counting):
+        open_sources(parse(InferenceOptions, argv, "inference.py"))
+    return found[0]

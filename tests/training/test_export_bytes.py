@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.pool import pool
-from tests.fixtures import hf_model, once, scratch
+from tests.fixtures import hf_model, once, scratch, tuned
 from tests.models.tiny_moe import DEEPSEEK_V2_LITE, DEEPSEEK_V3_YARN, GPT_OSS, QWEN2_MOE, QWEN3_MOE, Tiny, saved
 
 WORKER = "tests.training.export_worker:"
@@ -135,3 +135,10 @@ def test_what_stays_float32_in_a_bf16_model_stays_so_in_its_export(tmp_path: Pat
         dtype = torch.float32 if key.endswith("e_score_correction_bias") else torch.bfloat16
         assert one.dtype == dtype and torch.equal(one, wanted[key].to(dtype)), key
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.distributed
+def test_one_rank_alone_reads_the_base_to_know_that_the_adapter_belongs_to_it() -> None:
+    argv = ["--load", str(hf_model()), "--lora-load", str(tuned()), "--tensor-model-parallel-size", "2"]
+    found = pool(2).run(WORKER + "read_while_opened", argv=argv)
+    assert found == [nbytes(hf_model()), 0]
