@@ -5,6 +5,7 @@ the base and the adapter's settings are recorded, so that they need not be typed
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -127,10 +128,12 @@ class Metadata:
 def read_metadata(folder: str | Path) -> Metadata | None:
     """The metadata of an iteration folder; None where the checkpoint was written by another program."""
     path = Path(folder) / FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); the checkpoint is damaged") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); the checkpoint is damaged") from error
     if not isinstance(values, dict):

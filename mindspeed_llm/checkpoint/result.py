@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mindspeed_llm.checkpoint.atomic import TRACKER, StagedDirectory, aside_of, sync_path, write_aside
+from mindspeed_llm.checkpoint.formats.mcore import iterations
 from mindspeed_llm.errors import InputError, UsageError
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -115,7 +116,8 @@ def result_exists(final: Path, megatron: bool) -> bool:
         moving = final / f".{final.name}.partial"
         return not moving.exists() and any(final.glob(WEIGHTS[0]))
     tracker = final.parent / TRACKER
-    return tracker.exists() or (final.exists() and not aside_of(tracker).exists())
+    others = [path for path in iterations(final.parent) if path != final]
+    return tracker.exists() or bool(others) or (final.exists() and not aside_of(tracker).exists())
 
 
 def refuse_taken(final: Path, megatron: bool, overwrite: bool) -> None:

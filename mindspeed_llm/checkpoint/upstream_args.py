@@ -197,6 +197,17 @@ def config_from_args(args: Any, where: str, dtype: torch.dtype, family_name: str
     return ModelConfig(family=named.name, **{**values, **named.fixed})
 
 
+def check_recorded(args: Any, config: ModelConfig, where: str) -> None:
+    """`InputError` when the args stored in a file describe another model than the args.json beside it."""
+    known = vars(args) if isinstance(args, argparse.Namespace) else {}
+    for key in ("hidden_size", "num_attention_heads", "kv_channels", "vocab_size"):
+        stored, recorded = known.get(key), getattr(config, key)
+        if stored is not None and stored != recorded:
+            raise InputError(
+                f"{where}: its args say {key} {stored}, its args.json says {recorded}; one is of another model"
+            )
+
+
 def family_of_args(known: dict[str, Any], where: str) -> str:
     """The family's name: stored by the second converter; in the layer specification's name for the first."""
     if isinstance(known.get("model_type_hf"), str):

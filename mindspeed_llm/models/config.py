@@ -13,7 +13,7 @@ from typing import Any
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.families import family as family_named
 from mindspeed_llm.models.families import family_of_architecture
-from mindspeed_llm.models.hf_config import check_required, flatten_hf_config, hf_value
+from mindspeed_llm.models.hf_config import check_required, flatten_hf_config, hf_value, wrong_type
 
 ROPE_KEYS = {
     "linear": ("factor",),
@@ -23,6 +23,9 @@ ROPE_KEYS = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 """The kinds of rope scaling `models.rope` computes, and the keys each needs."""
+MOST = {"num_layers": 10_000, "num_experts": 10_000, "mtp_num_layers": 100}
+"""Above these a count is damage: every layer and expert gets its rows in the weight table."""
+LARGEST = 1 << 40
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -127,9 +130,16 @@ class ModelConfig:
         """Refuse dimensions no model can have (`InputError`)."""
         for one in fields(self):
             value = getattr(self, one.name)
+            if expected := wrong_type(one.type, value):
+                raise InputError(f"model config: {one.name} is {value!r:.60}, expected {expected}")
             least = 1 if one.default is MISSING else 0
-            if one.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if one.type is int and value < least:
                 raise InputError(f"model config: {one.name} is {value!r}, expected a positive integer")
+            if one.type is int and value > MOST.get(one.name, LARGEST):
+                raise InputError(f"model config: {one.name} is {value}, more than any model has")
+        for name in ("rotary_base", "rotary_percent", "norm_epsilon"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"model config: {name} is {getattr(self, name)}, expected a positive number")
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"model config: num_attention_heads {self.num_attention_heads} is not a multiple of"
@@ -207,12 +217,20 @@ class ModelConfig:
     @classmethod
     def from_hf_dict(cls, raw: Mapping[str, Any], where: str) -> "ModelConfig":
         """The same from a config.json already read; `where` names it in errors."""
-        family = family_of_architecture(list(raw.get("architectures") or []), where)
-        flat = flatten_hf_config(raw)
-        check_required(family, flat, where)
-        values: dict[str, Any] = dict(family.fixed)
-        for name, origin in family.config.items():
-            values[name] = hf_value(origin, flat, f"{where}: a {family.name} model")
+        named = raw.get("architectures") or []
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise InputError(f"{where}: architectures is {named!r:.60}, expected a list of class names")
+        family = family_of_architecture(named, where)
+        try:
+            flat = flatten_hf_config(raw)
+            check_required(family, flat, where)
+            values: dict[str, Any] = dict(family.fixed)
+            for name, origin in family.config.items():
+                values[name] = hf_value(origin, flat, f"{where}: a {family.name} model")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{where}: a value is of the wrong type ({error}); compare it with the original"
+            ) from error
         try:
             return cls(family=family.name, hf_config=dict(raw), **values)
         except InputError as error:
@@ -233,8 +251,11 @@ class ModelConfig:
             raise InputError(
                 f"{where}: missing fields {missing}, unknown fields {strange}; written by another version?"
             )
-        family_named(values["family"])
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        try:
+            family_named(str(values["family"]))
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        except (InputError, UsageError) as error:
+            raise InputError(f"{where}: {error}") from error
 
     def dimensions(self) -> dict[str, int]:
         """Sizes by the names weight tables use.

@@ -1,7 +1,9 @@
 """HF's config.json in one spelling, and single fields of it: what older and newer transformers write differently."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.families.base import REQUIRED, Derived, Family, HfKey
@@ -60,3 +62,26 @@ def check_required(family: Family, flat: Mapping[str, Any], where: str) -> None:
     for key, only in family.requires.items():
         if flat.get(key, only) not in (only, None):
             raise InputError(f"{where}: {key} is {flat[key]!r}; for {family.name} only {only!r} is supported")
+
+
+TYPES = {
+    bool: "true or false", int: "a positive integer", float: "a finite number", str: "text",
+    dict: "an object", tuple: "a list", NoneType: "null",
+}  # fmt: skip
+
+
+def wrong_type(kind: Any, value: Any) -> str | None:
+    """What the value of a field should have been, None when it is that.
+
+    Args:
+        kind: the field's annotation: one of `TYPES`, a generic of one (`tuple[int, ...]`), or a union of such. An
+            integer will do for a number.
+    """
+    choices = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    plain = [get_origin(one) or one for one in choices]
+    if type(value) in plain or (type(value) is int and float in plain):
+        finite = not isinstance(value, float) or math.isfinite(value)
+        items = [get_args(one)[0] for one in choices if type(value) is tuple and get_origin(one) is tuple]
+        if finite and all(type(item) is kinds for kinds in items for item in value):
+            return None
+    return " or ".join(TYPES[one] for one in plain if one is not NoneType)

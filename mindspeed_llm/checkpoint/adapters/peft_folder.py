@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mindspeed_llm.checkpoint.adapters.peft_config import FILE, PeftConfig
 from mindspeed_llm.checkpoint.atomic import write_text
+from mindspeed_llm.checkpoint.formats.bin_file import read_bin
 from mindspeed_llm.checkpoint.formats.lazy import LazyTensor
 from mindspeed_llm.checkpoint.formats.safetensors_file import read_safetensors
-from mindspeed_llm.checkpoint.formats.torch_file import read_torch_file
 from mindspeed_llm.checkpoint.metadata import BaseRecord
 from mindspeed_llm.errors import InputError
 
@@ -61,9 +61,7 @@ def read_tensors(folder: Path) -> PeftTensors:
         stored: Mapping[str, LazyTensor] = read_safetensors(path)
     elif (folder / BIN).is_file():
         path = folder / BIN
-        stored = read_torch_file(path)
-        if not isinstance(stored, dict) or not all(isinstance(one, LazyTensor) for one in stored.values()):
-            raise InputError(f"{path}: not a dictionary of tensors; save the adapter again with peft")
+        stored = read_bin(path)
     else:
         raise InputError(f"{folder}: holds {FILE}, but neither {SAFETENSORS} nor {BIN}; copy the adapter again")
     found, adapters = PeftTensors(), set()

@@ -42,7 +42,7 @@ def read_folder(folder: Path) -> dict[str, LazyTensor]:
         InputError: no weights, files missing, truncated or outside the folder, or a tensor stored twice.
     """
     for kind in KINDS:
-        if (folder / kind.index).is_file():
+        if present(folder / kind.index):
             return read_shards(folder, kind.index)
         found = lone_files(folder, kind)
         if found:
@@ -77,9 +77,11 @@ def check_numbers(folder: Path, shards: list[str]) -> None:
 
 
 def present(path: Path) -> bool:
-    """Whether a file is there; `InputError` for a link that leads nowhere."""
+    """Whether a file is there; `InputError` for a folder of its name and a link that leads nowhere."""
     if path.is_symlink() and not path.exists():
         raise InputError(f"{path}: a link to {path.readlink()}, which does not exist; download it again")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a file; download it again")
     return path.is_file()
 
 

@@ -10,6 +10,7 @@ held against the tensors' shapes.
 
 import argparse
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -34,18 +35,19 @@ from mindspeed_llm.checkpoint.tables import (
     WeightTable,
     is_lora,
 )
-from mindspeed_llm.checkpoint.upstream_args import config_from_args
+from mindspeed_llm.checkpoint.upstream_args import check_recorded, config_from_args
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families.base import Kind
 
+ITERATION_NUMBER = re.compile(r"^[0-9]{1,18}$")
 MODEL_KEY = re.compile(r"^model\d*$")
 
 
 def is_megatron(folder: str | Path) -> bool:
     """Whether a folder looks like a Megatron checkpoint: a tracker, rank folders, or torch_dist's files."""
     folder = Path(folder)
-    return (folder / TRACKER).is_file() or holds_checkpoint(folder) or bool(iterations(folder))
+    return os.path.lexists(folder / TRACKER) or holds_checkpoint(folder) or bool(iterations(folder))
 
 
 def holds_checkpoint(folder: Path) -> bool:
@@ -55,7 +57,7 @@ def holds_checkpoint(folder: Path) -> bool:
 
 def iterations(folder: Path) -> list[Path]:
     """The iteration folders of a run folder, the newest last."""
-    found = [path for path in folder.glob("iter_*") if path.name[5:].isdigit() and holds_checkpoint(path)]
+    found = [path for path in folder.glob("iter_*") if ITERATION_NUMBER.match(path.name[5:]) and holds_checkpoint(path)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -69,9 +71,12 @@ def resolve(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     tracker = folder / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8").strip()
-        if text != "release" and not text.isdigit():
+    if os.path.lexists(tracker):
+        try:
+            text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            raise InputError(f"{tracker}: cannot be read ({error.strerror}); write it anew") from error
+        if text != "release" and not ITERATION_NUMBER.match(text):
             raise InputError(f"{tracker}: says {text!r:.40}, expected an iteration number or release")
         found = folder / ("release" if text == "release" else iteration_folder(int(text)))
         if not found.is_dir():
@@ -149,6 +154,7 @@ class MegatronCheckpoint:
         self.first = self.files[min(self.files)]
         self.args = vars(self.first["args"]) if isinstance(self.first.get("args"), argparse.Namespace) else {}
         if self.metadata:
+            check_recorded(self.first.get("args"), self.metadata.model, str(self.folder))
             self.config: ModelConfig = self.metadata.model
         else:
             self.config = self.with_predictions(config or self.config_of_args(family_name))

@@ -32,9 +32,10 @@ from mindspeed_llm.checkpoint.tables import (
 IMPLEMENTATIONS = ("local", "transformer_engine")
 EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+")
 EXPERT_WEIGHT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
-GROUPED_WEIGHT = re.compile(r"\.mlp\.experts\.weight([12])$")
+GROUPED_WEIGHT = re.compile(r"\.mlp\.experts\.weight([12])(?:_lora_([ab]))?$")
 ENGINE_EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 JOINED = ".self_attention.linear_qkv.weight"
+JOINED_FACTOR = re.compile(r"\.self_attention\.linear_qkv\.lora_([AB])\.weight$")
 Q_DOWN = (".self_attention.linear_q_down_proj.weight", ".self_attention.linear_q_proj.weight")
 KV_DOWN = ".self_attention.linear_kv_down_proj.weight"
 PREDICTION_NORM = re.compile(r"^mtp\.layers\.(\d+)\.final_layernorm\.weight$")
@@ -247,8 +248,10 @@ class FileNames:
                 name = name.removesuffix(theirs) + ours
         if self.table.config.multi_latent_attention and name.endswith(JOINED):
             yield from self.split_latent(name.removesuffix(JOINED), tensor)
+        elif self.table.config.multi_latent_attention and (match := JOINED_FACTOR.search(name)):
+            yield from self.split_latent_factor(name[: match.start()], match[1], tensor)
         elif match := GROUPED_WEIGHT.search(name):
-            yield from self.split_experts(name[: match.start()], match[1], tensor)
+            yield from self.split_experts(name[: match.start()], match, tensor)
         elif match := ENGINE_EXPERT.search(name):
             expert = self.experts.first + int(match[3])
             yield f"{name[: match.start()]}.mlp.experts.local_experts.{expert}.{match[1]}.{match[2]}", tensor, False
@@ -269,17 +272,32 @@ class FileNames:
         yield prefix + Q_DOWN[plain], tensor.row_slice(0, q_rows), True
         yield prefix + KV_DOWN, tensor.row_slice(q_rows, tensor.shape[0]), True
 
-    def split_experts(self, prefix: str, number: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor, bool]]:
-        """The local experts of a grouped tensor: each block lies transposed."""
+    def split_latent_factor(
+        self, prefix: str, factor: str, tensor: LazyTensor
+    ) -> Iterator[tuple[str, LazyTensor, bool]]:
+        """A LoRA factor of a joined down projection: both parts share A, and each has its rows of B."""
+        for name, rows, whole in self.split_latent(prefix, tensor) if factor == "B" else ():
+            yield name.removesuffix("weight") + "lora_B.weight", rows, whole
+        for suffix in (Q_DOWN[not self.table.config.q_lora_rank], KV_DOWN) if factor == "A" else ():
+            yield prefix + suffix.removesuffix("weight") + "lora_A.weight", tensor, True
+
+    def split_experts(
+        self, prefix: str, match: re.Match[str], tensor: LazyTensor
+    ) -> Iterator[tuple[str, LazyTensor, bool]]:
+        """The local experts of a grouped tensor, weight or LoRA factor: blocks [m, n] that lie one after the other.
+
+        A block is the expert's tensor transposed, whatever shape the file gives the whole: [m, experts x n] for fc1,
+        [experts x m, n] for fc2.
+        """
         count = self.experts.count
-        inner, outer = tensor.shape if number == "1" else tensor.shape[::-1]
-        width = outer // count
-        shape = (width, inner) if number == "1" else (inner, width)
+        rows, columns = tensor.shape
+        m, n = (rows, columns // count) if match[1] == "1" else (rows // count, columns)
+        factor = f"lora_{match[2].upper()}.weight" if match[2] else "weight"
         for expert in range(count):
-            offset = tensor.offset + expert * inner * width * tensor.dtype.itemsize
-            share = LazyTensor(tensor.path, offset, tensor.dtype, shape, (1, shape[0]))
-            name = f"{prefix}.mlp.experts.local_experts.{self.experts.first + expert}.linear_fc{number}.weight"
-            yield name, share, False
+            offset = tensor.offset + expert * m * n * tensor.dtype.itemsize
+            share = LazyTensor(tensor.path, offset, tensor.dtype, (n, m), (1, n))
+            number = self.experts.first + expert
+            yield f"{prefix}.mlp.experts.local_experts.{number}.linear_fc{match[1]}.{factor}", share, False
 
 
 def lora_rank(name: str, shape: Sequence[int]) -> int:

@@ -213,6 +213,8 @@ def dequantised(
     Raises:
         InputError: another method, scales without values or values without scales, or shapes that do not fit.
     """
+    if settings is not None and not isinstance(settings, dict):
+        raise InputError(f"{where}: quantization_config is {settings!r:.60}, expected an object")
     method = (settings or {}).get("quant_method")
     if method is not None and method not in METHODS:
         raise InputError(

@@ -10,21 +10,23 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mindspeed_llm.checkpoint.formats.hf import listed
 from mindspeed_llm.checkpoint.formats.lazy import Readable, assemble
 from mindspeed_llm.checkpoint.formats.mcore import is_megatron, resolve
-from mindspeed_llm.checkpoint.formats.torch_dist_file import ChunkedTensor, StoredTensor, read_index
+from mindspeed_llm.checkpoint.formats.torch_dist_file import METADATA, ChunkedTensor, StoredTensor, read_index
 from mindspeed_llm.checkpoint.formats.torch_dist_names import OPTIMIZER, WRAPPER, Spelling, spellings
 from mindspeed_llm.checkpoint.formats.torch_file import read_torch_file
 from mindspeed_llm.checkpoint.kinds import AxisMap, Ranges, Segment
 from mindspeed_llm.checkpoint.metadata import Metadata, read_metadata
 from mindspeed_llm.checkpoint.tables import EMBEDDING, Entry, WeightTable
-from mindspeed_llm.checkpoint.upstream_args import config_from_args
+from mindspeed_llm.checkpoint.upstream_args import check_recorded, config_from_args
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families.base import Kind
@@ -39,7 +41,8 @@ def is_torch_dist(folder: str | Path) -> bool:
 
     True for its other backends too, which `TorchDistSource` refuses by name.
     """
-    return (checkpoint_folder(folder) / SETTINGS).is_file()
+    place = checkpoint_folder(folder)
+    return any(os.path.lexists(place / name) for name in (SETTINGS, METADATA))
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
@@ -79,7 +82,12 @@ class TorchDistSource:
         tensors, objects = read_index(self.path)
         self.stored = self.weights(tensors, objects)
         self.metadata: Metadata | None = read_metadata(self.path)
-        config = self.metadata.model if self.metadata else config or self.config_of_args(family_name)
+        args = self.common_args()
+        if self.metadata:
+            check_recorded(args, self.metadata.model, str(self.path))
+            config = self.metadata.model
+        elif config is None:
+            config = config_from_args(args, str(self.path / COMMON), self.embedding().dtype, family_name)
         self.config = dataclasses.replace(config, dtype=str(self.embedding().dtype).removeprefix("torch."))
         self.table = WeightTable(self.config)
         self.tensors: dict[str, Sequence[Readable]] = {}
@@ -103,12 +111,10 @@ class TorchDistSource:
             raise InputError(f"{self.path}: no tensor {EMBEDDING}, but {listed(self.stored, 3)}; not a language model")
         return self.stored[EMBEDDING]
 
-    def config_of_args(self, family_name: str | None) -> ModelConfig:
-        """The model as the args in common.pt describe it."""
-        path = self.path / COMMON
-        content = read_torch_file(path)
-        args = content.get("args") if isinstance(content, dict) else None
-        return config_from_args(args, str(path), self.embedding().dtype, family_name)
+    def common_args(self) -> Any:
+        """The args in common.pt, which belongs to every checkpoint of this kind; None when it has none."""
+        content = read_torch_file(self.path / COMMON)
+        return content.get("args") if isinstance(content, dict) else None
 
     def find(self, ignore_unknown: bool) -> None:
         """Give every tensor of the table its place; `InputError` for missing, unknown and misshapen ones."""

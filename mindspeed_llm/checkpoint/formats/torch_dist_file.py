@@ -258,11 +258,11 @@ def read_index(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
                 tensors[key] = stored_tensor(folder, key, about, where)
             else:
                 objects.append(key)
+        check_files(folder, where)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete") from error
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: is no checkpoint index ({type(error).__name__}: {error})") from error
-    check_files(tensors)
     return tensors, objects
 
 
@@ -310,13 +310,14 @@ def stored_tensor(folder: Path, key: str, about: Record, where: Mapping[tuple, R
     return StoredTensor(dtype, shape, tuple(chunks.values()))
 
 
-def check_files(tensors: Mapping[str, StoredTensor]) -> None:
-    """`InputError` when a file is missing or shorter than its chunks."""
-    needed: dict[Path, int] = {}
-    for tensor in tensors.values():
-        for chunk in tensor.chunks:
-            needed[chunk.path] = max(needed.get(chunk.path, 0), chunk.start + chunk.length)
-    for path, size in needed.items():
+def check_files(folder: Path, where: Mapping[tuple, Record]) -> None:
+    """`InputError` when a file is missing or shorter than what lies in it, tensors and other objects."""
+    needed: dict[str, int] = {}
+    for info in where.values():
+        file = info["relative_path"]
+        needed[file] = max(needed.get(file, 0), info["offset"] + info["length"])
+    for file, size in needed.items():
+        path = folder / file
         if not path.is_file():
             raise InputError(f"{path}: no such file, but {METADATA} lists it; the checkpoint is incomplete")
         if path.stat().st_size < size:

@@ -4,13 +4,14 @@ The merge itself works in float32. Where the exact value lies so close to the mi
 type that float32 cannot tell on which side, both neighbours are right; everywhere else there is one right value.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource, narrow
 from mindspeed_llm.checkpoint.kinds import Ranges
-from mindspeed_llm.checkpoint.open import LoraSource
 
 FLOAT32_STEP = 2.0**-24
 """Largest relative error of one float32 operation."""
@@ -55,30 +56,57 @@ def right_values(weight: torch.Tensor, delta: Delta | None, dtype: torch.dtype) 
 
 
 class Adapter:
-    """The deltas of a Megatron LoRA, by logical name."""
+    """The deltas of Megatron LoRA adapters, each with its weight, by logical name."""
 
-    def __init__(self, lora: LoraSource) -> None:
-        """`lora`: the opened adapter; its own settings say how it is scaled."""
-        self.lora = lora
-        self.held = set(lora.tensors.names())
+    def __init__(self, loras: Sequence[tuple[LoraSource, float]]) -> None:
+        """`loras`: the opened adapters; their own settings say how each is scaled."""
+        self.loras = [(lora, weight, set(lora.tensors.names())) for lora, weight in loras]
+        self.table = self.loras[0][0].tensors.table
+
+    @property
+    def plain(self) -> bool:
+        """Whether the adapters are nothing but pairs of factors."""
+        return not any(lora.whole() or lora.magnitudes or lora.unties for lora, _, _ in self.loras)
+
+    @property
+    def inside_layers(self) -> bool:
+        """Whether every pair belongs to a module of a decoder layer."""
+        return all(module.startswith("decoder.layers.") for module in self.modules())
+
+    def modules(self) -> set[str]:
+        """The logical modules with a pair."""
+        return {module for lora, _, _ in self.loras for module in lora.modules()}
 
     def adapts(self, name: str) -> bool:
         """Whether a logical tensor has a delta."""
-        return f"{name.removesuffix('.weight')}.lora_A.weight" in self.held
+        factor = f"{name.removesuffix('.weight')}.lora_A.weight"
+        return any(factor in held for _, _, held in self.loras)
 
-    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """A [r, in] and B [out, r] in float32, and the scaling alpha / r."""
-        module, settings = name.removesuffix(".weight"), self.lora.settings
-        a, b = (self.lora.tensors.read(f"{module}.{factor}.weight").float() for factor in ("lora_A", "lora_B"))
-        return a, b, settings.alpha / settings.r
+    def pairs(self, module: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """A [r, in] and B [out, r] in float32, and weight x alpha / r, of each adapter of a module."""
+        for lora, weight, held in self.loras:
+            if f"{module}.lora_A.weight" in held:
+                a, b = (lora.tensors.read(f"{module}.{factor}.weight").float() for factor in ("lora_A", "lora_B"))
+                yield a, b, weight * lora.settings.alpha_of(module) / lora.settings.rank(module)
 
     def delta(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> Delta | None:
         """The delta of (a box of) a logical tensor; None where it is not adapted."""
-        if not self.adapts(name):
-            return None
-        a, b, scaling = self.factors(name)
-        a, b = narrow(a, None, columns), narrow(b, rows)
-        return Delta(scaling * (b.double() @ a.double()), abs(scaling) * (b.abs() @ a.abs()).double(), a.shape[0])
+        found = []
+        for a, b, scaling in self.pairs(name.removesuffix(".weight")):
+            a, b = narrow(a, None, columns), narrow(b, rows)
+            scale = abs(scaling) * (b.abs() @ a.abs()).double()
+            found.append(Delta(scaling * (b.double() @ a.double()), scale, a.shape[0]))
+        return total(found)
+
+
+def total(deltas: Sequence[Delta]) -> Delta | None:
+    """The sum of deltas; None of none."""
+    if not deltas:
+        return None
+    first, *others = deltas
+    for one in others:
+        first = Delta(first.value + one.value, first.scale + one.scale, first.rank + one.rank)
+    return first
 
 
 class ExactSource:

@@ -14,74 +14,26 @@ beside its base.
 """
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
-from mindspeed_llm.checkpoint.convert_job import DTYPES, Job
-from mindspeed_llm.checkpoint.fingerprint import content_hash
-from mindspeed_llm.checkpoint.formats.hf import HFSource
-from mindspeed_llm.checkpoint.formats.lazy import TensorSource
-from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
-from mindspeed_llm.checkpoint.open import open_base
+from mindspeed_llm.checkpoint.convert_job import Job
+from mindspeed_llm.checkpoint.open import open_lora
 from mindspeed_llm.checkpoint.sizes import human, parse_size
-from mindspeed_llm.checkpoint.targets import HfFolder, RankFiles
+from mindspeed_llm.checkpoint.targets import HfFolder, PeftFolder
 from mindspeed_llm.checkpoint.verify.copies import wrong_copies
 from mindspeed_llm.checkpoint.verify.exact import Adapter, ExactSource
-from mindspeed_llm.checkpoint.verify.hub import HubTensors, has_weights
 from mindspeed_llm.checkpoint.verify.networks import Network, Setting, agreements, engine, model_bytes
-from mindspeed_llm.checkpoint.verify.reference import HEAD, NOT_WEIGHTS, NoReference
+from mindspeed_llm.checkpoint.verify.reference import NoReference
 from mindspeed_llm.checkpoint.verify.report import FILE, Verdict
+from mindspeed_llm.checkpoint.verify.sides import Sides, open_sides, peft_deltas
 from mindspeed_llm.checkpoint.verify.text import read_tokens
 from mindspeed_llm.checkpoint.verify.trace import Agreement
-from mindspeed_llm.checkpoint.verify.view import HfTensors, HfView, Wanted
-from mindspeed_llm.checkpoint.verify.weights import compare_weights, prediction_tensors
+from mindspeed_llm.checkpoint.verify.view import HfDeltas, LogicalDeltas
+from mindspeed_llm.checkpoint.verify.weights import compare_deltas, compare_weights, prediction_tensors
 from mindspeed_llm.device.cpu import memory
 from mindspeed_llm.errors import InputError
-
-DIFFERENT_MODEL = "the HF folder it records holds other weights"
-NO_HF_FOLDER = "no HF folder with the source's weights"
-
-
-@dataclass
-class Sides:
-    """The opened sides of one conversion.
-
-    Attributes:
-        base: the source as it lies in its folder.
-        adapter: what was merged in.
-        dtype: that was asked for; None keeps each tensor's own.
-        truth: the HF folder that holds the source's weights; None when there is none, and `why_not` says so.
-        result: what was written, by logical name.
-        result_folder: where it lies.
-        to_hf: the result is an HF folder.
-        checkpoint: the result's rank files, where it is made of such.
-    """
-
-    base: TensorSource
-    adapter: Adapter | None
-    dtype: torch.dtype | None
-    truth: Path | None
-    why_not: str
-    result: TensorSource
-    result_folder: Path
-    to_hf: bool
-    checkpoint: MegatronCheckpoint | None
-
-    def result_tensors(self) -> HfTensors:
-        """The result under HF names."""
-        return HubTensors(self.result_folder) if self.to_hf else HfView(self.result)
-
-    def wanted(self) -> Wanted:
-        """The HF tensors the result has to have."""
-        return self.summed(self.dtype)
-
-    def summed(self, dtype: torch.dtype | None) -> Wanted:
-        """The source's HF tensors with the adapter merged in, in a type."""
-        tensors: HfTensors = HfView(self.base) if self.truth is None else without_copies(HubTensors(self.truth))
-        return Wanted(tensors, self.base.table, self.adapter, dtype)
 
 
 def run_gate(job: Job, options: ConvertOptions) -> Verdict:
@@ -101,54 +53,17 @@ def run_gate(job: Job, options: ConvertOptions) -> Verdict:
         compare_sides(verdict, sides, job, options)
     verdict.seconds = time.monotonic() - started
     verdict.peak_bytes = memory()[1]
-    folder = job.final if isinstance(job.target, HfFolder) else job.final.parent
+    folder = job.final if isinstance(job.target, HfFolder | PeftFolder) else job.final.parent
     verdict.write(folder / FILE)
     print("\n".join(verdict.lines()))
     return verdict
-
-
-def open_sides(job: Job, options: ConvertOptions) -> Sides:
-    """Open the result as anybody would; `InputError` when it cannot be."""
-    dtype = DTYPES[options.params_dtype] if options.params_dtype else None
-    adapter = Adapter(job.lora) if job.lora else None
-    checkpoint = MegatronCheckpoint(job.final) if isinstance(job.target, RankFiles) else None
-    result = open_base(job.final) if checkpoint is None else checkpoint.base()
-    to_hf = isinstance(job.target, HfFolder)
-    truth, why_not = truth_folder(job, to_hf)
-    return Sides(job.base, adapter, dtype, truth, why_not, result, job.final, to_hf, checkpoint)
-
-
-def truth_folder(job: Job, to_hf: bool) -> tuple[Path | None, str]:
-    """(the HF folder that holds the source's own weights, why there is none)."""
-    if isinstance(job.base, HFSource):
-        return job.base.path, ""
-    if to_hf or not has_weights(job.origin):
-        return None, NO_HF_FOLDER
-    metadata = job.base.metadata
-    own = (metadata.content_hash if metadata else None) or content_hash(job.base)
-    try:
-        same = content_hash(HFSource(job.origin)) == own
-    except InputError as error:
-        return None, str(error)
-    if not same:
-        return None, DIFFERENT_MODEL
-    return job.origin, ""
-
-
-def without_copies(tensors: HubTensors) -> HubTensors:
-    """An HF folder's tensors without those that follow from others: stored tied heads, frequencies of positions."""
-    tied = tensors.config.get("tie_word_embeddings")
-    for name in tensors.names():
-        if name.endswith(NOT_WEIGHTS) or (tied and name == HEAD):
-            del tensors.stored[name]
-    return tensors
 
 
 def compare_sides(verdict: Verdict, sides: Sides, job: Job, options: ConvertOptions) -> None:
     """Make every check."""
     limit = parse_size(options.max_memory, "--max-memory")
     config = sides.base.config
-    folders = (sides.truth, job.origin, sides.result_folder)
+    folders = (sides.truth, job.origin, sides.folder)
     tokens = read_tokens(folders, config.vocab_size, config.max_position_embeddings)
     setting = Setting(tokens.ids, limit, model_bytes(sides.base))
     how = "layer by layer" if setting.streamed() else "whole"
@@ -168,18 +83,22 @@ def compare_sides(verdict: Verdict, sides: Sides, job: Job, options: ConvertOpti
         f" ({human(setting.model_bytes)} in float32, --max-memory {human(limit)})",
         flush=True,
     )
+    if sides.missing:
+        verdict.skip("peft", sides.missing)
+    if job.adapter_only:
+        with engine():
+            check_adapters(verdict, sides, setting, job, options)
+        return
     check_weights(verdict, sides, options)
     check_copies(verdict, sides)
     with engine():
         check_logits(verdict, sides, setting)
-        check_adapter(verdict, sides, setting)
+        check_sum(verdict, sides, setting)
 
 
 def check_weights(verdict: Verdict, sides: Sides, options: ConvertOptions) -> None:
     """The table of tensors, and the scan for values that are no numbers."""
-    wanted, found = sides.wanted(), sides.result_tensors()
-    if isinstance(found, HubTensors):
-        found = without_copies(found)
+    wanted, found = sides.summed(sides.dtype), sides.result_tensors()
     wanted.prefer(found)
     left_out: set[str] = set()
     if options.mtp_num_layers == 0:
@@ -218,36 +137,75 @@ def check_copies(verdict: Verdict, sides: Sides) -> None:
 
 def check_logits(verdict: Verdict, sides: Sides, setting: Setting) -> None:
     """The networks of both sides over the text."""
-    wanted, found = sides.wanted(), sides.result_tensors()
+    wanted, found = sides.summed(sides.dtype), sides.result_tensors()
     wanted.prefer(found)
-    exact = ExactSource(sides.base, sides.adapter, sides.dtype, sides.result)
     live_result = setting.live("live network of the result", sides.result)
-    live_source = setting.live("live network of the source", exact)
-    if sides.to_hf:
-        result = setting.transformers("transformers on the result", sides.result_folder, found)
-        judge(verdict, "logits", result, live_source if sides.truth is None else live_result)
-        if sides.truth is not None:
-            source = setting.transformers("transformers on the source", sides.truth, wanted)
-            judge(verdict, "source", source, result)
-    elif sides.truth is not None:
-        source = setting.transformers("transformers on the source", sides.truth, wanted)
-        judge(verdict, "logits", source, live_result)
+    if sides.truth is not None:
+        source = setting.transformers("transformers on the source", sides.truth, wanted, sides.unties)
     else:
-        judge(verdict, "logits", live_source, live_result)
-        verdict.skip("transformers", f"{sides.why_not}: the source itself was not held against transformers")
+        if sides.adapter is not None and not sides.adapter.plain:
+            verdict.skip("logits", f"{sides.why_not}: only peft computes this adapter")
+            return
+        exact = ExactSource(sides.base, sides.adapter, sides.dtype, sides.result)
+        source = setting.live("live network of the source", exact)
+    if not sides.to_hf:
+        judge(verdict, "logits", source, live_result)
+        if sides.truth is None:
+            verdict.skip("transformers", f"{sides.why_not}: the source itself was not held against transformers")
+        return
+    result = setting.transformers("transformers on the result", sides.folder, found)
+    judge(verdict, "logits", result, source if sides.truth is None else live_result)
+    if sides.truth is not None:
+        judge(verdict, "source", source, result)
 
 
-def check_adapter(verdict: Verdict, sides: Sides, setting: Setting) -> None:
+def check_sum(verdict: Verdict, sides: Sides, setting: Setting) -> None:
     """The exact sum against the adapter running beside its base: is it scaled and placed as in training?"""
-    if sides.adapter is None:
+    if sides.adapter is None or not sides.adapter.plain or not sides.adapter.inside_layers:
         return
     beside = setting.live("live network with the adapter beside", sides.base, sides.adapter)
     if sides.truth is None:
-        merged = setting.live("live network of the exact sum", ExactSource(sides.base, sides.adapter, torch.float32))
-        judge(verdict, "adapter", merged, beside)
-        return
-    merged = setting.transformers("transformers on the exact sum", sides.truth, sides.summed(torch.float32))
+        merged = setting.live("live network of the exact sum", ExactSource(sides.base, sides.adapter, torch.float64))
+    else:
+        merged = setting.transformers("transformers on the exact sum", sides.truth, sides.summed(torch.float64))
     judge(verdict, "adapter", merged, beside)
+
+
+def check_adapters(verdict: Verdict, sides: Sides, setting: Setting, job: Job, options: ConvertOptions) -> None:
+    """An adapter converted alone: delta by delta, and the networks with it."""
+    to_peft = isinstance(job.target, PeftFolder)
+    ours: Adapter | None = None
+    try:
+        written = open_lora(job.final, base=job.base)
+        if to_peft:
+            result: HfDeltas = peft_deltas(sides, job.final)
+        else:
+            ours = Adapter([(written, 1.0)])
+            result = LogicalDeltas(ours)
+    except NoReference as error:
+        verdict.skip("peft", str(error))
+        result = LogicalDeltas(Adapter([(written, 1.0)]))
+    except InputError as error:
+        verdict.add("files", False, str(error))
+        return
+    verdict.rows = compare_deltas(sides.base_tensors(), sides.deltas, result, options.params_dtype)
+    wrong = [row for row in verdict.rows if not row.passed]
+    detail = f"{len(wrong)} of {len(verdict.rows)} differ" if wrong else f"{len(verdict.rows)} tensors get the same"
+    verdict.add("deltas", not wrong and bool(verdict.rows), detail)
+    if sides.truth is None:
+        verdict.skip("logits", f"{sides.why_not}: the adapter was not held against transformers")
+        return
+    of_source = setting.transformers(
+        "transformers with the source's adapter", sides.truth, sides.summed(torch.float64), sides.unties
+    )
+    of_result = setting.transformers(
+        "transformers with the result's adapter", sides.truth, sides.summed(torch.float64, [result]), sides.unties
+    )
+    if ours is not None:
+        of_result = setting.live("live network with the result's adapter beside", sides.base, ours)
+    elif sides.adapter.plain and sides.adapter.inside_layers:
+        judge(verdict, "adapter", of_source, setting.live("live network beside", sides.base, sides.adapter))
+    judge(verdict, "logits", of_source, of_result)
 
 
 def judge(verdict: Verdict, name: str, truth: Network, subject: Network) -> None:

@@ -5,6 +5,7 @@ Quantised tensors (FP8 blocks, MXFP4) are dequantised by transformers' own funct
 """
 
 import json
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class HubTensors:
         self.method = (self.config.get("quantization_config") or {}).get("quant_method")
         self.stored: dict[str, Stored] = {}
         self.packed: dict[str, tuple[str, str]] = {}  # dequantised name -> its values and scales
+        self.lock = threading.Lock()
         self.kept: tuple[str, torch.Tensor] | None = None  # the tensor dequantised last, which is read in pieces
         for file in weight_files(folder):
             self.stored.update(headers(file))
@@ -83,9 +85,10 @@ class HubTensors:
         """Entries `start` to `stop` along the first dimension; the whole tensor by default."""
         if name not in self.packed:
             return self.plain(name, start, stop)
-        if self.kept is None or self.kept[0] != name:
-            self.kept = name, self.dequantised(name)
-        return self.kept[1][start:stop]
+        with self.lock:  # transformers reads tensors in several threads
+            if self.kept is None or self.kept[0] != name:
+                self.kept = name, self.dequantised(name)
+            return self.kept[1][start:stop]
 
     def plain(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """A tensor as it is stored."""

@@ -62,11 +62,11 @@ class Setting:
         whole = self.model_bytes * dtype.itemsize / 4
         return PROCESS_BYTES + HEADROOM * whole > self.max_memory
 
-    def transformers(self, name: str, folder: Path, tensors: HfTensors) -> Network:
+    def transformers(self, name: str, folder: Path, tensors: HfTensors, untied: bool = False) -> Network:
         """transformers' network of the class `folder` names, over these HF tensors."""
 
         def compute(dtype: torch.dtype, truth: Trace | None) -> Trace:
-            return Reference(folder, tensors, self.streamed(dtype), dtype).run(self.ids)
+            return Reference(folder, tensors, self.streamed(dtype), dtype, untied).run(self.ids)
 
         return Network(name, compute)
 

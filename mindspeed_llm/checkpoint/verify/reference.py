@@ -153,19 +153,24 @@ def model_class(folder: Path, tensors: HfTensors) -> tuple[type, Any, HfTensors]
 class Reference:
     """transformers' network over given HF tensors."""
 
-    def __init__(self, folder: Path, tensors: HfTensors, streamed: bool, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, tensors: HfTensors, streamed: bool, dtype: torch.dtype = torch.float32, untied: bool = False
+    ) -> None:
         """Load it, or build it without values.
 
         Args:
             folder: gives the configuration.
             streamed: keep one decoder layer in memory at a time.
             dtype: of weights and activations.
+            untied: the head has its own weight, whatever the configuration says.
 
         Raises:
             NoReference: transformers has no class for it.
             InputError: transformers misses tensors.
         """
         made, config, self.tensors = model_class(folder, tensors)
+        if untied:
+            config.tie_word_embeddings = False
         config._attn_implementation = config._experts_implementation = "eager"
         names = [name for name in self.tensors.names() if not name.endswith(NOT_WEIGHTS)]
         self.by_stage: dict[int | None, list[str]] = {}

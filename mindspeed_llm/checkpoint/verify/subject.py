@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
-from mindspeed_llm.checkpoint.tables import LORA_NAME
 from mindspeed_llm.checkpoint.verify.exact import Adapter
 from mindspeed_llm.checkpoint.verify.trace import Trace, layer_difference
 from mindspeed_llm.device.base import Device
@@ -150,14 +149,11 @@ class Subject:
     def adapt(self, layer: nn.Module, number: int) -> None:
         """Let the adapter's factors run beside the linear modules of a layer."""
         prefix = f"{LAYERS}{number}."
-        for name in self.adapter.held if self.adapter else ():
-            match = LORA_NAME.match(name)
-            if match and match["factor"] == "lora_A" and name.startswith(prefix):
-                module = match["module"]
-                factors = self.adapter.factors(f"{module}.weight")
-                layer.get_submodule(module.removeprefix(prefix)).register_forward_hook(
-                    beside(*factors, self.options.dtype)
-                )
+        for module in sorted(self.adapter.modules()) if self.adapter else ():
+            if module.startswith(prefix):
+                linear = layer.get_submodule(module.removeprefix(prefix))
+                for pair in self.adapter.pairs(module):
+                    linear.register_forward_hook(beside(*pair, self.options.dtype))
 
     def watch(self, number: int) -> Callable[..., None]:
         """A hook that runs a layer once more, on the truth's input, and keeps what goes in and out where asked."""

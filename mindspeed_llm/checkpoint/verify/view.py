@@ -1,16 +1,18 @@
 """A source of logical tensors, shown as the HF tensors it stands for; and the HF tensors a conversion has to give."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource, part_of
 from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.tables import Entry, WeightTable
-from mindspeed_llm.checkpoint.verify.exact import Adapter, Delta, Right, right_values
+from mindspeed_llm.checkpoint.verify.exact import Adapter, Delta, Right, right_values, total
 
-LogicalReader = Callable[[str, Ranges | None], torch.Tensor]
+LogicalReader = Callable[[str, Ranges | None], Tensor]
 """(logical name, ranges of rows) -> values."""
 
 
@@ -29,7 +31,7 @@ class HfTensors(Protocol):
         """Element type."""
         ...
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Entries `start` to `stop` along the first dimension."""
         ...
 
@@ -49,7 +51,7 @@ class Places:
         entry, part = self.held[name][0]
         return entry.stored_shape(part)
 
-    def assemble(self, name: str, read: LogicalReader, start: int, stop: int | None) -> torch.Tensor:
+    def assemble(self, name: str, read: LogicalReader, start: int, stop: int | None) -> Tensor:
         """Entries `start` to `stop` of an HF tensor, from the logical tensors that `read` gives."""
         places = self.held[name]
         if places[0][0].hf[places[0][1]].expert is None:
@@ -84,24 +86,69 @@ class HfView:
         """Element type."""
         return self.source.dtype(self.places.held[name][0][0].name)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Entries `start` to `stop` along the first dimension."""
         return self.places.assemble(name, self.source.read, start, stop)
 
 
+class HfDeltas(Protocol):
+    """What an adapter adds to HF tensors."""
+
+    def delta(self, name: str, start: int = 0, stop: int | None = None) -> Delta | None:
+        """What it adds to entries `start` to `stop` of an HF tensor; None where it adds nothing."""
+        ...
+
+
+class LogicalDeltas:
+    """What logical factors add to HF tensors (`HfDeltas`)."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        """Show `adapter`; its weight table places the rows of B."""
+        self.adapter, self.places = adapter, Places(adapter.table)
+
+    def delta(self, name: str, start: int = 0, stop: int | None = None) -> Delta | None:
+        """What it adds to entries `start` to `stop` of an HF tensor."""
+        places = self.places.held.get(name)
+        if places is None or not any(self.adapter.adapts(entry.name) for entry, _ in places):
+            return None
+        rank = 1
+
+        def read(field: str, logical: str, rows: Ranges | None) -> Tensor:
+            nonlocal rank
+            delta = self.adapter.delta(logical, rows)
+            if delta is None:
+                height, *others = self.adapter.table.shape(logical)
+                count = height if rows is None else sum(end - begin for begin, end in rows)
+                return torch.zeros((count, *others), dtype=torch.float64)
+            rank = max(rank, delta.rank)
+            return getattr(delta, field)
+
+        value, scale = (
+            self.places.assemble(name, functools.partial(read, field), start, stop) for field in ("value", "scale")
+        )
+        return Delta(value, scale, rank)
+
+
 class Wanted:
-    """The HF tensors a conversion has to give: those of the source, with the adapter merged in and in its type."""
+    """The HF tensors a conversion has to give: those of the source, with adapters merged in and in its type."""
 
     def __init__(
-        self, source: HfTensors, table: WeightTable, adapter: Adapter | None, dtype: torch.dtype | None
+        self,
+        source: HfTensors,
+        table: WeightTable,
+        adapters: Sequence[HfDeltas] = (),
+        dtype: torch.dtype | None = None,
+        head_from: tuple[str, str] | None = None,
     ) -> None:
         """Show what `source` has to become.
 
         Args:
-            table: places the adapter's rows, and says which tensors may keep their type.
+            table: says which tensors may keep their type.
             dtype: that was asked for; None keeps each tensor's own.
+            head_from: (head, embedding) names, where an adapter gives a tied model a head of its own.
         """
-        self.source, self.adapter, self.asked = source, adapter, dtype
+        self.source, self.adapters, self.asked = source, adapters, dtype
+        self.renamed = dict([head_from]) if head_from else {}
         self.places = Places(table)
         self.found: HfTensors | None = None
         self.found_names: set[str] = set()
@@ -112,48 +159,31 @@ class Wanted:
 
     def names(self) -> list[str]:
         """Every tensor's name."""
-        return self.source.names()
+        return [*self.source.names(), *self.renamed]
+
+    def stored(self, name: str) -> str:
+        """The source's name of a tensor."""
+        return self.renamed.get(name, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """In elements."""
-        return self.source.shape(name)
+        return self.source.shape(self.stored(name))
 
     def dtype(self, name: str) -> torch.dtype:
         """The type the result has to have."""
-        own = self.source.dtype(name)
+        own = self.source.dtype(self.stored(name))
         places = self.places.held.get(name)
         if self.asked is None or places is None:
-            return own
+            return self.asked if name in self.renamed and self.asked else own
         keeps = places[0][0].row.keep_dtype and name in self.found_names
         return own if keeps and self.found.dtype(name) == own else self.asked
 
     def right(self, name: str, start: int = 0, stop: int | None = None) -> Right:
         """The right values of a tensor's entries `start` to `stop`."""
-        return right_values(self.source.read(name, start, stop), self.delta(name, start, stop), self.dtype(name))
+        added = [one for adapter in self.adapters if (one := adapter.delta(name, start, stop)) is not None]
+        return right_values(self.source.read(self.stored(name), start, stop), total(added), self.dtype(name))
 
-    def delta(self, name: str, start: int, stop: int | None) -> Delta | None:
-        """What the adapter adds there; None where it adds nothing."""
-        places = self.places.held.get(name)
-        if self.adapter is None or places is None or not any(self.adapter.adapts(entry.name) for entry, _ in places):
-            return None
-        rank = 1
-        sums = []
-        for field in ("value", "scale"):
-
-            def read(logical: str, rows: Ranges | None, field: str = field) -> torch.Tensor:
-                nonlocal rank
-                delta = self.adapter.delta(logical, rows)
-                if delta is None:
-                    shape = self.adapter.lora.tensors.table.shape(logical)
-                    count = shape[0] if rows is None else sum(end - begin for begin, end in rows)
-                    return torch.zeros((count, *shape[1:]), dtype=torch.float64)
-                rank = max(rank, delta.rank)
-                return getattr(delta, field)
-
-            sums.append(self.places.assemble(name, read, start, stop))
-        return Delta(sums[0], sums[1], rank)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """The right values; the result's own where it is one of two right ones."""
         right = self.right(name, start, stop)
         if name not in self.found_names or torch.equal(right.low, right.high):

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.checkpoint.formats.lazy import element_count
-from mindspeed_llm.checkpoint.verify.view import HfTensors, Wanted
+from mindspeed_llm.checkpoint.verify.exact import total
+from mindspeed_llm.checkpoint.verify.view import HfDeltas, HfTensors, Wanted
 
 BLOCK = 1 << 22
 """Elements compared at once."""
@@ -115,6 +116,35 @@ def compare_tensor(name: str, wanted: Wanted, found: HfTensors) -> Row:
     elif row.verdict == "equal" and row.rounded:
         row.verdict = "rounded"
     return row
+
+
+def compare_deltas(
+    base: HfTensors, wanted: Sequence[HfDeltas], found: HfDeltas, params_dtype: str | None = None
+) -> list[Row]:
+    """One row for each HF tensor that either adapter changes.
+
+    Factors may be divided and joined, and a ratio of scalings taken into one of them: equal are products within a few
+    float32 steps, or steps of the type the factors were cast to.
+    """
+    step = {None: 8 * 2.0**-24, "fp32": 8 * 2.0**-24, "fp16": 2.0**-9, "bf16": 2.0**-6}[params_dtype]
+    rows = []
+    for name in base.names():
+        row, touched = Row(name, elements=element_count(base.shape(name)), shape=base.shape(name)), False
+        for start, stop in blocks(base.shape(name)):
+            ours = total([one for adapter in wanted if (one := adapter.delta(name, start, stop)) is not None])
+            theirs = found.delta(name, start, stop)
+            if ours is None and theirs is None:
+                continue
+            touched = True
+            present = ours or theirs
+            zero = torch.zeros_like(present.value)
+            difference = ((ours.value if ours else zero) - (theirs.value if theirs else zero)).abs()
+            row.differing += int((~(difference <= step * present.scale)).sum())
+            row.largest = max(row.largest, float(difference.max()))
+        if touched:
+            row.verdict = "differs" if row.differing else "equal"
+            rows.append(row)
+    return rows
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
