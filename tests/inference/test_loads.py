@@ -1,5 +1,6 @@
 """Whatever `--load` and `--lora-load` name: training and inference compute what transformers or peft does with it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from tests.checkpoint.peft_tiny import TOKENS, adapt, load, logits, same_logits
 from tests.checkpoint.test_adapters_import import SHAPES
 from tests.distributed.pool import pool
-from tests.fixtures import done, hf_model, launch, once, refused, scratch, training
+from tests.evaluation.test_program import quiz
+from tests.fixtures import done, hf_model, launch, once, refused, scratch, training, tuned
 from tests.inference import live_tasks
 
 TP_PP = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
@@ -104,3 +106,18 @@ def test_training_from_a_torch_dist_folder_is_training_from_the_hf_folder(
         found.append((tmp_path / f"{name}_logs" / f"{name}.jsonl").read_text())
     losses = [[line.partition('"loss"')[2][:24] for line in text.splitlines()] for text in found]
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_evaluation_scores_a_peft_adapter_like_the_megatron_run_it_comes_from(tmp_path: Path) -> None:
+    peft = tmp_path / "peft"
+    argv = ["--load-model-type", "hf", "--save-model-type", "hf", "--save-lora-to-hf", "--merge-lora", "false"]
+    argv += ["--load-dir", hf_model(), "--lora-load", tuned(), "--save-dir", peft]
+    done(launch(1, "convert_ckpt.py", argv))
+    scores = []
+    for number, adapter in enumerate((None, tuned(), peft)):
+        words = ["--task", "mmlu", "--task-data-path", quiz(tmp_path / "mmlu"), "--load", hf_model()]
+        words += ["--output-path", tmp_path / f"{number}.json", *(("--lora-load", adapter) if adapter else ())]
+        done(launch(1, "evaluation.py", words))
+        scores.append(json.loads((tmp_path / f"{number}.json").read_text())["results"]["mmlu"]["subjects"])
+    assert scores[1] == scores[2]
+    assert scores[0] != scores[1], "the adapter changes the scores"
