@@ -11,7 +11,7 @@ from tests.checkpoint.peft_tiny import TOKENS, adapt, load, logits, same_logits
 from tests.checkpoint.test_adapters_import import SHAPES
 from tests.distributed.pool import pool
 from tests.evaluation.test_program import quiz
-from tests.fixtures import done, hf_model, launch, once, refused, scratch, training, tuned
+from tests.fixtures import done, hf_model, launch, once, refused, scratch, training
 from tests.inference import live_tasks
 
 TP_PP = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
@@ -108,16 +108,14 @@ def test_training_from_a_torch_dist_folder_is_training_from_the_hf_folder(
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
-def test_evaluation_scores_a_peft_adapter_like_the_megatron_run_it_comes_from(tmp_path: Path) -> None:
-    peft = tmp_path / "peft"
-    argv = ["--load-model-type", "hf", "--save-model-type", "hf", "--save-lora-to-hf", "--merge-lora", "false"]
-    argv += ["--load-dir", hf_model(), "--lora-load", tuned(), "--save-dir", peft]
-    done(launch(1, "convert_ckpt.py", argv))
+def test_evaluation_scores_a_peft_adapter_like_the_merged_model(tmp_path: Path) -> None:
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    adapt(hf_model(), adapter, **SHAPES["rslora"])
+    argv = ["--load-model-type", "hf", "--save-model-type", "hf", "--load-dir", hf_model(), "--lora-load", adapter]
+    done(launch(1, "convert_ckpt.py", [*argv, "--save-dir", merged]))
     scores = []
-    for number, adapter in enumerate((None, tuned(), peft)):
-        words = ["--task", "mmlu", "--task-data-path", quiz(tmp_path / "mmlu"), "--load", hf_model()]
-        words += ["--output-path", tmp_path / f"{number}.json", *(("--lora-load", adapter) if adapter else ())]
-        done(launch(1, "evaluation.py", words))
-        scores.append(json.loads((tmp_path / f"{number}.json").read_text())["results"]["mmlu"]["subjects"])
-    assert scores[1] == scores[2]
-    assert scores[0] != scores[1], "the adapter changes the scores"
+    for load in ((hf_model(),), (merged,), (hf_model(), "--lora-load", adapter)):
+        words = ["--task", "mmlu", "--task-data-path", quiz(tmp_path / "mmlu"), "--load", *load]
+        done(launch(1, "evaluation.py", [*words, "--output-path", tmp_path / "scores.json"]))
+        scores.append(json.loads((tmp_path / "scores.json").read_text())["results"]["mmlu"]["subjects"])
+    assert scores[2] == scores[1] and scores[2] != scores[0]
