@@ -6,6 +6,7 @@ The source's own layout, sizes and adapter settings are read from its files; fla
 """
 
 import contextlib
+import functools
 import sys
 import threading
 import time
@@ -112,7 +113,8 @@ def to_megatron(job: Job, total: int) -> None:
     def write(folder: Path) -> None:
         stop = threading.Event()
         with ThreadPoolExecutor(1) as pool, progress_bar(total) as bar:
-            hash_of = source_hash if job.adapter_only else content_hash
+            # One thread hashes while this one copies: more would take the copy's processor and the interpreter lock.
+            hash_of = source_hash if job.adapter_only else functools.partial(content_hash, threads=1)
             hashed = pool.submit(hash_of, job.base if job.adapter_only else job.source, stopped=stop.is_set)
             try:
                 job.target.write(job.source, folder, bar.update)

@@ -11,8 +11,9 @@ from mindspeed_llm.checkpoint.adapters.combine import combine
 from mindspeed_llm.checkpoint.atomic import iteration_folder
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
-from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, is_megatron
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.mcore_names import Dialect
+from mindspeed_llm.checkpoint.formats.run_folder import is_megatron
 from mindspeed_llm.checkpoint.formats.safetensors_file import is_export
 from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
 from mindspeed_llm.checkpoint.layout import Layout
@@ -205,7 +206,7 @@ def open_source(options: ConvertOptions) -> tuple[BaseSource, LoraSource | None]
         if is_torch_dist(folder):
             base, inside = TorchDistSource(folder, config, options.model_type_hf, options.ignore_unknown), None
         else:
-            inside = MegatronCheckpoint(folder, options.model_type_hf, config)
+            inside = MegatronCheckpoint(folder, options.model_type_hf, config, options.ignore_unknown)
             base = inside.base()
     if options.lora_load:
         if inside is not None and inside.lora_names:

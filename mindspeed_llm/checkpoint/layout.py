@@ -215,9 +215,17 @@ class Layout:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Layout":
-        """The layout written by `to_dict`."""
+        """The layout written by `to_dict`; `ValueError` when it describes none."""
         chunks = tuple(tuple(tuple(slots) for slots in row) for row in values["chunks"])
-        return cls(**{**values, "chunks": chunks})
+        layout = cls(**{**values, "chunks": chunks})
+        if any(type(size) is not int or size < 1 for size in (layout.tp, layout.pp, layout.ep, layout.etp)):
+            raise ValueError("a parallel size of its layout is no positive integer")
+        if not chunks or any(len(row) != layout.pp for row in chunks) or layout.tp % layout.etp:
+            raise ValueError("its layout's parallel sizes do not fit together")
+        held = [slot for place in layout.order() for slot in layout.slots(place[1], place[0]) if slot is not None]
+        if held != list(range(len(held))):
+            raise ValueError("its layout does not hold every layer once, in order")
+        return layout
 
     def __str__(self) -> str:
         """For people: "TP2 PP2 VPP2 EP4 ETP1"."""

@@ -7,7 +7,7 @@ the base and the adapter's settings are recorded, so that they need not be typed
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mindspeed_llm.checkpoint.atomic import write_text
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.hf_config import wrong_type
 
 FILE = "args.json"
 FORMAT_VERSION = 1
@@ -120,9 +121,23 @@ class Metadata:
                 rest["base"] = BaseRecord(**rest["base"])
             if rest.get("lora"):
                 rest["lora"] = LoraSettings.from_dict(rest["lora"])
-            return cls(**rest)
-        except (KeyError, TypeError, AttributeError) as error:
+            check_fields(rest.get("base"))
+            check_fields(rest.get("lora"))
+            found = cls(**rest)
+            check_fields(found)
+            return found
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{where}: does not describe a checkpoint ({type(error).__name__}: {error})") from error
+
+
+def check_fields(record: Any) -> None:
+    """`ValueError` naming a field of a dataclass whose value is not of the type it is declared with."""
+    for one in fields(record) if is_dataclass(record) else ():
+        value = getattr(record, one.name)
+        if not is_dataclass(value) and (expected := wrong_type(one.type, value)):
+            raise ValueError(f"{one.name} is {value!r:.60}, expected {expected}")
+    if isinstance(record, LoraSettings) and record.r < 1:
+        raise ValueError(f"r is {record.r}, expected a positive integer")
 
 
 def read_metadata(folder: str | Path) -> Metadata | None:

@@ -11,7 +11,8 @@ from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
-from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource, is_megatron
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource
+from mindspeed_llm.checkpoint.formats.run_folder import is_megatron
 from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
 from mindspeed_llm.checkpoint.metadata import BaseRecord
 from mindspeed_llm.checkpoint.tables import LORA_NAME

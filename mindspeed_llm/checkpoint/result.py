@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mindspeed_llm.checkpoint.atomic import TRACKER, StagedDirectory, aside_of, sync_path, write_aside
-from mindspeed_llm.checkpoint.formats.mcore import iterations
+from mindspeed_llm.checkpoint.formats.run_folder import iterations
 from mindspeed_llm.errors import InputError, UsageError
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

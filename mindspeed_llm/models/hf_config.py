@@ -78,7 +78,7 @@ def wrong_type(kind: Any, value: Any) -> str | None:
             integer will do for a number.
     """
     choices = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    plain = [get_origin(one) or one for one in choices]
+    plain = [dict if get_origin(one) is Mapping else get_origin(one) or one for one in choices]
     if type(value) in plain or (type(value) is int and float in plain):
         finite = not isinstance(value, float) or math.isfinite(value)
         items = [get_args(one)[0] for one in choices if type(value) is tuple and get_origin(one) is tuple]

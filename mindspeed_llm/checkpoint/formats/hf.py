@@ -12,7 +12,7 @@ import torch
 from mindspeed_llm.checkpoint.atomic import write_text
 from mindspeed_llm.checkpoint.formats.blocks import Progress, copy_part, no_progress, row_blocks
 from mindspeed_llm.checkpoint.formats.hf_folder import INDEX, SINGLE, read_folder
-from mindspeed_llm.checkpoint.formats.lazy import Readable, TensorSource, assemble, element_count
+from mindspeed_llm.checkpoint.formats.lazy import Readable, TensorSource, assemble, element_count, listed
 from mindspeed_llm.checkpoint.formats.quantised import dequantised
 from mindspeed_llm.checkpoint.formats.safetensors_file import SafetensorsWriter
 from mindspeed_llm.checkpoint.kinds import Ranges
@@ -143,13 +143,6 @@ def stored_predictions(config: ModelConfig, names: Iterable[str]) -> ModelConfig
     layers = range(config.num_layers, config.num_layers + config.mtp_num_layers)
     wanted = {hf.name for layer in layers for entry in of_layer.get(layer, []) for hf in entry.hf}
     return config if wanted & set(names) else dataclasses.replace(config, mtp_num_layers=0)
-
-
-def listed(names: Iterable[str], count: int = 5) -> str:
-    """The first names, and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return f"{names[:count]}{more}"
 
 
 def same_values(one: Readable, other: Readable) -> bool:

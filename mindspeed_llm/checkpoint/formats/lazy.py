@@ -8,7 +8,7 @@ costs its own bytes of memory, nothing stays mapped, and a column share does not
 import contextlib
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -148,6 +148,13 @@ def element_count(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def listed(names: Iterable[str], count: int = 5) -> str:
+    """The first names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{names[:count]}{more}"
 
 
 def is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:

@@ -10,7 +10,6 @@ held against the tensors' shapes.
 
 import argparse
 import dataclasses
-import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -19,12 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mindspeed_llm.checkpoint.atomic import TRACKER, iteration_folder
-from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, assemble
+from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, assemble, listed
 from mindspeed_llm.checkpoint.formats.mcore_names import FileNames, local_shape, lora_rank
-from mindspeed_llm.checkpoint.formats.torch_file import read_torch_file
+from mindspeed_llm.checkpoint.formats.run_folder import MODEL_KEY, read_ranks, resolve
 from mindspeed_llm.checkpoint.kinds import AxisMap, Ranges, whole_copies
-from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, RANK_FOLDER, Layout, Rank, Slots, deal
+from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout, Rank, Slots, deal
 from mindspeed_llm.checkpoint.metadata import Metadata, read_metadata
 from mindspeed_llm.checkpoint.tables import (
     EMBEDDING,
@@ -36,58 +34,12 @@ from mindspeed_llm.checkpoint.tables import (
     is_lora,
 )
 from mindspeed_llm.checkpoint.upstream_args import check_recorded, config_from_args
-from mindspeed_llm.errors import InputError
+from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families.base import Kind
 
-ITERATION_NUMBER = re.compile(r"^[0-9]{1,18}$")
-MODEL_KEY = re.compile(r"^model\d*$")
-
-
-def is_megatron(folder: str | Path) -> bool:
-    """Whether a folder looks like a Megatron checkpoint: a tracker, rank folders, or torch_dist's files."""
-    folder = Path(folder)
-    return os.path.lexists(folder / TRACKER) or holds_checkpoint(folder) or bool(iterations(folder))
-
-
-def holds_checkpoint(folder: Path) -> bool:
-    """Whether a folder itself is an iteration folder."""
-    return any(folder.glob("mp_rank_*")) or (folder / "metadata.json").is_file()
-
-
-def iterations(folder: Path) -> list[Path]:
-    """The iteration folders of a run folder, the newest last."""
-    found = [path for path in folder.glob("iter_*") if ITERATION_NUMBER.match(path.name[5:]) and holds_checkpoint(path)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def resolve(folder: str | Path) -> Path:
-    """The iteration folder of a run folder, or the folder itself when it is one.
-
-    A run folder's tracker names it; without a tracker it is the newest.
-
-    Raises:
-        InputError: neither, or the tracker points to nothing.
-    """
-    folder = Path(folder)
-    tracker = folder / TRACKER
-    if os.path.lexists(tracker):
-        try:
-            text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        except OSError as error:
-            raise InputError(f"{tracker}: cannot be read ({error.strerror}); write it anew") from error
-        if text != "release" and not ITERATION_NUMBER.match(text):
-            raise InputError(f"{tracker}: says {text!r:.40}, expected an iteration number or release")
-        found = folder / ("release" if text == "release" else iteration_folder(int(text)))
-        if not found.is_dir():
-            raise InputError(f"{tracker}: says {text}, but {found} does not exist; correct the tracker")
-        return found
-    if holds_checkpoint(folder):
-        return folder
-    if found := iterations(folder):
-        return found[-1]
-    there = "" if folder.is_dir() else " (no such folder)"
-    raise InputError(f"{folder}{there}: no Megatron checkpoint: neither {TRACKER} nor mp_rank_* folders")
+TRAINING_STATE = ("optimizer", "opt_param_scheduler")
+"""Keys of a rank file that hold no weights."""
 
 
 class Stored(NamedTuple):
@@ -103,6 +55,7 @@ class ShardedSource:
     def __init__(self, checkpoint: "MegatronCheckpoint", tensors: Mapping[str, Stored]) -> None:
         """Show `tensors` of an opened checkpoint."""
         self.path = checkpoint.folder
+        self.notes = checkpoint.notes
         self.metadata = checkpoint.metadata
         self.config = checkpoint.config
         self.table = checkpoint.table
@@ -138,12 +91,19 @@ class ShardedSource:
 class MegatronCheckpoint:
     """One iteration folder, opened: headers are read, tensors are not."""
 
-    def __init__(self, path: str | Path, family_name: str | None = None, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        family_name: str | None = None,
+        config: ModelConfig | None = None,
+        ignore_unknown: bool = False,
+    ) -> None:
         """Open a run or iteration folder.
 
         Args:
             family_name: `--model-type-hf`, for checkpoints that do not say their family.
             config: the model, if known from an HF folder; it replaces the pickled args, not an args.json.
+            ignore_unknown: tensors the weight table does not know are left out, and a note says so.
 
         Raises:
             InputError: files missing, truncated, or contradicting each other.
@@ -165,7 +125,14 @@ class MegatronCheckpoint:
                 f"{self.folder}: the files hold {self.layout.num_layers} layers, its settings say"
                 f" {self.config.num_layers}; a file is missing or from another model"
             )
-        self.tensors = self.collect(())
+        self.notes: list[str] = []
+        self.tensors = self.collect((), ignore_unknown)
+        if any(key in self.first for key in TRAINING_STATE) or any(self.folder.glob("*/distrib_optim.pt")):
+            self.notes.append(f"{self.folder}: optimizer state and schedules are left out; weights only")
+        if EMBEDDING in self.tensors:  # what the weights are wins over what the settings say they are
+            stored = str(self.tensors[EMBEDDING].parts[0].dtype).removeprefix("torch.")
+            self.config = dataclasses.replace(self.config, dtype=stored)
+            self.table = WeightTable(self.config)
 
     def config_of_args(self, family_name: str | None) -> ModelConfig:
         """The model as the file's own args describe it."""
@@ -212,7 +179,8 @@ class MegatronCheckpoint:
         expected = set(layout.ranks())
         if (layout.tp, layout.pp, layout.ep) != (tp, pp, ep) or expected != set(self.files):
             lost = ", ".join(layout.rank_folder(*rank) for rank in sorted(expected - set(self.files))[:3])
-            raise InputError(f"{self.folder}: holds no files of {layout}: missing {lost or 'none'}, or too many")
+            wrong = f"missing {lost}" if lost else f"its {len(self.files)} files are too many"
+            raise InputError(f"{self.folder}: does not hold the files of {layout}: {wrong}")
         return layout
 
     def layout_of_files(self, tp: int, pp: int, ep: int) -> Layout:
@@ -237,14 +205,18 @@ class MegatronCheckpoint:
             etp = 1
         return Layout(tp, pp, chunks, ep, etp, extends, v_shaped)
 
-    def collect(self, section: tuple[str, ...]) -> dict[str, Stored]:
+    def collect(self, section: tuple[str, ...], ignore_unknown: bool = False) -> dict[str, Stored]:
         """The ranks' shares of every tensor of a section, by logical name."""
         found: dict[str, dict[int, LazyTensor]] = {}
         whole: set[str] = set()
         for rank in self.layout.ranks():
             for vp_rank, key in enumerate(self.layout.model_keys()):
                 names = FileNames(self.table, self.layout, rank, vp_rank)
+                seen: set[str] = set()
                 for name, tensor, is_whole in self.local_tensors(section, key, rank, names):
+                    if name in seen:
+                        raise InputError(f"{tensor.path}: {name} is stored twice, under two names; remove one")
+                    seen.add(name)
                     entry = self.table.entries.get(LORA_NAME.sub(r"\g<module>.weight", name))
                     of_expert = entry is not None and entry.expert is not None
                     parts = found.setdefault(name, {})
@@ -254,9 +226,31 @@ class MegatronCheckpoint:
         if self.config.tie_word_embeddings:
             # The copy of a tied embedding on the last stage is the embedding's by definition.
             found.pop(OUTPUT_LAYER, None)
+        self.drop_unknown(found, ignore_unknown)
         order = {name: number for number, name in enumerate(self.table.entries)}
         names_in_order = sorted(found, key=lambda name: order.get(name, len(order)))
-        return {name: self.checked(name, found[name], name in whole) for name in names_in_order}
+        try:
+            return {name: self.checked(name, found[name], name in whole) for name in names_in_order}
+        except UsageError as error:
+            raise InputError(f"{self.folder}: its files do not fit its settings: {error}") from error
+
+    def drop_unknown(self, found: dict[str, Any], ignore_unknown: bool) -> None:
+        """Take the tensors that are neither in the weight table nor LoRA factors out; `InputError` if not asked to."""
+        strange = [name for name in found if name not in self.table.entries and not self.is_factor(name)]
+        if strange and not ignore_unknown:
+            raise InputError(
+                f"{self.folder}: {len(strange)} tensors are unknown to a {self.config.family} model {listed(strange)};"
+                " --ignore-unknown leaves them out"
+            )
+        if strange:
+            self.notes.append(f"{self.folder}: {len(strange)} unknown tensors are left out: {listed(strange)}")
+        for name in strange:
+            del found[name]
+
+    def is_factor(self, name: str) -> bool:
+        """Whether this is a LoRA factor of a weight of the table."""
+        match = LORA_NAME.match(name)
+        return match is not None and match["module"] + ".weight" in self.table.entries
 
     def local_tensors(
         self, section: tuple[str, ...], key: str, rank: Rank, names: FileNames
@@ -268,6 +262,8 @@ class MegatronCheckpoint:
             if not isinstance(state, Mapping) or step not in state:
                 raise InputError(f"{where}: has no {'/'.join((*section, key))}")
             state = state[step]
+        if not isinstance(state, Mapping) or not all(isinstance(file_key, str) for file_key in state):
+            raise InputError(f"{where}: {'/'.join((*section, key))} is no dictionary of tensors; the file is damaged")
         for file_key, tensor in state.items():
             if not isinstance(tensor, LazyTensor) or file_key.endswith("_extra_state"):
                 continue
@@ -277,14 +273,12 @@ class MegatronCheckpoint:
                 raise InputError(f"{where}: {file_key} is beyond the {len(names.slots)} layers of its stage") from error
 
     def checked(self, name: str, parts: dict[int, LazyTensor], whole: bool) -> Stored:
-        """A tensor's shares, each of the shape its settings give it."""
+        """A tensor's shares, all of one type and each of the shape its settings give it."""
         if name in self.table.entries:
             entry, shape = self.table.entries[name], self.table.shape(name)
-        elif is_lora(name):
+        else:
             entry = self.table.entry(LORA_NAME.match(name)["module"] + ".weight")
             shape = self.table.shape(name, lora_rank(name, next(iter(parts.values())).shape))
-        else:
-            raise InputError(f"{self.folder}: {name} is unknown to a {self.config.family} model of {self.layout}")
         count = self.layout.tp if entry.expert is None else self.layout.etp
         lost = sorted(set(range(count)) - set(parts))
         if lost:
@@ -301,6 +295,12 @@ class MegatronCheckpoint:
                 raise InputError(
                     f"{parts[rank].path}: {name} has shape {list(parts[rank].shape)}, {self.layout} asks for"
                     f" {list(wanted)}"
+                )
+            found, first = parts[rank].dtype, parts[0].dtype
+            if found != first or not found.is_floating_point or found.itemsize < 2:
+                raise InputError(
+                    f"{parts[rank].path}: {name} is {found}, expected"
+                    f" {f'{first} as on rank 0' if found != first else 'bfloat16, float16 or float32'}"
                 )
         return Stored(axis, [parts[rank] for rank in range(count)])
 
@@ -342,52 +342,6 @@ class MegatronCheckpoint:
         `section("optimizer", "exp_avg")` reads `file["optimizer"]["exp_avg"][model key][local parameter name]`.
         """
         return ShardedSource(self, self.collect(path))
-
-
-def read_ranks(folder: Path) -> dict[Rank, dict[str, Any]]:
-    """The files of an iteration folder by rank; `InputError` when one is missing."""
-    found: dict[Rank, Path] = {}
-    matches: list[tuple[re.Match[str], Path]] = []
-    for path in sorted(folder.glob("mp_rank_*")):
-        match = RANK_FOLDER.match(path.name)
-        if not match:
-            raise InputError(f"{path}: not a rank folder's name (mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT_PPP_EEE)")
-        matches.append((match, path))
-    if not matches:
-        raise InputError(f"{folder}: no mp_rank_* folders in it")
-    shapes = {tuple(group is not None for group in match.groups()) for match, _ in matches}
-    if len(shapes) > 1:
-        raise InputError(f"{folder}: rank folders of different layouts lie in it; remove those of an earlier run")
-    for match, path in matches:
-        found[Rank(int(match[1]), int(match[2] or 0), int(match[3] or 0))] = path / CHECKPOINT_FILE
-    files: dict[Rank, dict[str, Any]] = {}
-    for rank, path in found.items():
-        files[rank] = read_torch_file(path)
-        if not isinstance(files[rank], dict) or not any(MODEL_KEY.match(str(key)) for key in files[rank]):
-            raise InputError(f"{path}: not a checkpoint: it has no model")
-    if shapes == {(True, True, False)}:
-        files = as_expert_ranks(files)
-    sizes = [max(rank[axis] for rank in files) + 1 for axis in (0, 1)]
-    lost = [
-        f"{tp:02d}_{pp:03d}"
-        for pp in range(sizes[1])
-        for tp in range(sizes[0])
-        if not any(rank[:2] == (tp, pp) for rank in files)
-    ]
-    if lost:
-        raise InputError(f"{folder}: rank folders are missing for TP{sizes[0]} PP{sizes[1]}: mp_rank_{', '.join(lost)}")
-    return files
-
-
-def as_expert_ranks(files: dict[Rank, dict[str, Any]]) -> dict[Rank, dict[str, Any]]:
-    """Files whose one extra number is the expert's, not the stage's: their args say so."""
-    args = next(iter(files.values())).get("args")
-    if (
-        getattr(args, "pipeline_model_parallel_size", 1) == 1
-        and (getattr(args, "expert_model_parallel_size", 1) or 1) > 1
-    ):
-        return {Rank(rank.tp, 0, rank.pp): file for rank, file in files.items()}
-    return files
 
 
 def local_layers(files: Mapping[Rank, Mapping[str, Any]], pp_rank: int, key: str) -> set[int]:

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from mindspeed_llm.checkpoint.formats.hf import listed
-from mindspeed_llm.checkpoint.formats.lazy import Readable, assemble
-from mindspeed_llm.checkpoint.formats.mcore import is_megatron, resolve
+from mindspeed_llm.checkpoint.formats.lazy import Readable, assemble, listed
+from mindspeed_llm.checkpoint.formats.run_folder import is_megatron, resolve
 from mindspeed_llm.checkpoint.formats.torch_dist_file import METADATA, ChunkedTensor, StoredTensor, read_index
 from mindspeed_llm.checkpoint.formats.torch_dist_names import OPTIMIZER, WRAPPER, Spelling, spellings
 from mindspeed_llm.checkpoint.formats.torch_file import read_torch_file
