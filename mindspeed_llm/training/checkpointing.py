@@ -98,7 +98,8 @@ def save(
         write_metadata(staged.path, metadata)
         told = []
         if export is not None and export.model:
-            told.append(f"{staged.final / MODEL_FOLDER}: the model for transformers")
+            without = ", without its prediction layers" if metadata.model.mtp_num_layers else ""
+            told.append(f"{staged.final / MODEL_FOLDER}: the model for transformers{without}")
         if export is not None and export.adapter:
             told.append(f"{staged.final / ADAPTER_FOLDER}: {export_adapter(staged.path, export)}")
         staged.publish()
