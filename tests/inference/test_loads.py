@@ -114,13 +114,8 @@ def test_evaluation_scores_a_peft_adapter_like_the_merged_model(tmp_path: Path) 
     argv = ["--load-model-type", "hf", "--save-model-type", "hf", "--load-dir", hf_model(), "--lora-load", adapter]
     done(launch(1, "convert_ckpt.py", [*argv, "--save-dir", merged]))
     scores = []
-<<<<<<< HEAD
-    for loaded in ((hf_model(),), (merged,), (hf_model(), "--lora-load", adapter)):
-        words = ["--task", "mmlu", "--task-data-path", quiz(tmp_path / "mmlu"), "--load", *loaded]
-=======
     for named in ((hf_model(),), (merged,), (hf_model(), "--lora-load", adapter)):
         words = ["--task", "mmlu", "--task-data-path", quiz(tmp_path / "mmlu"), "--load", *named]
->>>>>>> save
         done(launch(1, "evaluation.py", [*words, "--output-path", tmp_path / "scores.json"]))
         scores.append(json.loads((tmp_path / "scores.json").read_text())["results"]["mmlu"]["subjects"])
     assert scores[2] == scores[1] and scores[2] != scores[0]
