@@ -7,6 +7,7 @@ The source's own layout, sizes and adapter settings are read from its files; fla
 
 import contextlib
 import functools
+import shlex
 import sys
 import threading
 import time
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         return 0
     total = sum(row.nbytes for row in job.target.rows(job.source))
     check_space(job.final, total)
-    for note in getattr(job.base, "notes", ()):
+    for note in job.notes:
         print(note, file=sys.stderr)
     write = {HfFolder: to_hf, PeftFolder: to_peft}.get(type(job.target), to_megatron)
     with one_thread(), ended_by_signals():
@@ -185,12 +186,21 @@ def report(job: Job, nbytes: int, seconds: float) -> None:
         f"converted {config.family} ({config.num_layers} layers, {config.dtype}){merged}: {origin} ->"
         f" {told}, {human(nbytes)} in {seconds:.1f} s: {job.final}"
     )
-    tokenizer = job.final if not megatron else job.origin or "TOKENIZER_DIR"
-    if not megatron:
-        print(f'next: python inference.py --load {job.final} --tokenizer-name-or-path {tokenizer} --prompt "..."')
-        return
-    print(
-        f"next: torchrun --nproc_per_node {layout.tp * layout.pp} posttrain_gpt.py --stage sft --finetune"
-        f" --load {job.final.parent} --save SAVE_DIR --data-path DATA_PREFIX --tokenizer-name-or-path {tokenizer}"
-        f" --tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
-    )
+    print(f"next: {next_command(job, layout)}")
+
+
+def next_command(job: Job, layout: Layout) -> str:
+    """A command that uses the result: training, or for a model with experts and for an HF folder generation."""
+    quoted = functools.partial(map, lambda word: shlex.quote(str(word)))
+    if isinstance(job.target, HfFolder):
+        load, tokenizer = quoted([job.final, job.final])
+        return f'python inference.py --load {load} --tokenizer-name-or-path {tokenizer} --prompt "..."'
+    load, tokenizer = quoted([job.final.parent, job.origin or "TOKENIZER_DIR"])
+    words = f"--load {load} --tokenizer-name-or-path {tokenizer}"
+    words += f" --tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
+    launch = f"torchrun --nproc_per_node {layout.world_size}"
+    if not job.source.config.num_experts:
+        return f"{launch} posttrain_gpt.py --stage sft --finetune {words} --save SAVE_DIR --data-path DATA_PREFIX"
+    ep, etp = (layout.ep * layout.tp, 1) if layout.tp_extends_ep else (layout.ep, layout.etp)
+    words += f" --expert-model-parallel-size {ep} --expert-tensor-parallel-size {etp}"
+    return f'{launch} inference.py {words} --prompt "..."'

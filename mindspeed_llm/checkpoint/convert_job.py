@@ -9,6 +9,14 @@ import torch
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.checkpoint.adapters.combine import combine
 from mindspeed_llm.checkpoint.atomic import iteration_folder
+from mindspeed_llm.checkpoint.convert_checks import (
+    WithoutPredictions,
+    check_model,
+    check_numbers,
+    check_places,
+    check_source_layout,
+    numbers,
+)
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
@@ -30,7 +38,7 @@ from mindspeed_llm.checkpoint.result import refuse_taken
 from mindspeed_llm.checkpoint.sizes import parse_size
 from mindspeed_llm.checkpoint.targets import FactorFiles, HfFolder, PeftFolder, RankFiles, Target, TorchDist
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
+from mindspeed_llm.models.config import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ITERATION = 1
@@ -50,6 +58,7 @@ class Job:
         final: the folder that will appear.
         target: how it is written.
         overwrite: a result that lies there is replaced.
+        notes: what is read otherwise than it lies there or left out, one line each, for the program to say.
     """
 
     source: TensorSource
@@ -59,6 +68,7 @@ class Job:
     final: Path
     target: Target
     overwrite: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def adapter_only(self) -> bool:
@@ -75,9 +85,12 @@ def prepare(options: ConvertOptions) -> Job:
     """
     options = with_formats(options)
     check_flags(options)
+    check_numbers(options)
     base, lora = open_source(options)
     final = result_folder(options, recorded_folders(base, lora))
-    check_architecture_flags(base.config, options, options.load_dir)
+    check_places(options, final, base, lora)
+    check_model(options, base.config)
+    check_source_layout(options, base)
     alone = options.save_lora_to_hf or not options.merge_lora
     if alone and lora is None:
         raise UsageError("--merge-lora false and --save-lora-to-hf need an adapter; give it with --lora-load")
@@ -86,6 +99,10 @@ def prepare(options: ConvertOptions) -> Job:
         source = lora.tensors if dtype is None else MergedSource(lora.tensors, None, dtype)
     else:
         source = base if lora is None and dtype is None else MergedSource(base, lora, dtype)
+    notes = list(base.notes)
+    if options.mtp_num_layers == 0 and source.config.mtp_num_layers and not alone:
+        source = WithoutPredictions(source)
+        notes.append(source.note)
     origin = companion_origin(options, base, lora)
     if origin is not None:
         differing = config_differences(ModelConfig.from_hf(origin), base.config)
@@ -98,7 +115,7 @@ def prepare(options: ConvertOptions) -> Job:
         )
     target = adapter_target(options, base, lora, origin) if alone else target_of(options, base.config)
     target.check(source)
-    return Job(source, base, lora, origin, final, target, options.overwrite)
+    return Job(source, base, lora, origin, final, target, options.overwrite, tuple(notes))
 
 
 def with_formats(options: ConvertOptions) -> ConvertOptions:
@@ -122,10 +139,25 @@ def check_flags(options: ConvertOptions) -> None:
         "--noop-layers": options.noop_layers,
     }
     wrong = [flag for flag, given in layout.items() if given]
-    if wrong and options.save_model_type == "hf":
-        raise UsageError(f"--save-model-type hf is not split over ranks; leave {', '.join(wrong)} out")
-    if wrong and options.ckpt_format == "torch_dist":
-        raise UsageError(f"--ckpt-format torch_dist loads at every layout; leave {', '.join(wrong)} out")
+    if options.save_model_type == "hf":
+        # Those about the pipeline may describe an mg source's layout, against which they are held later.
+        wrong = wrong if options.load_model_type == "hf" else [flag for flag in wrong if flag.startswith("--target")]
+        if options.ckpt_format == "torch_dist":
+            wrong.append("--ckpt-format")
+        if wrong:
+            raise UsageError(f"--save-model-type hf is not split over ranks; leave {', '.join(wrong)} out")
+    elif options.ckpt_format == "torch_dist":
+        stored = {
+            "--expert-tensor-parallel-size": options.expert_tensor_parallel_size,
+            "--moe-tp-extend-ep": options.moe_tp_extend_ep,
+            "--moe-grouped-gemm": options.moe_grouped_gemm,
+            "--schedules-method": options.schedules_method,
+            "--make-vocab-size-divisible-by": options.make_vocab_size_divisible_by != 1,
+            "--transformer-impl": options.transformer_impl != "local",
+        }
+        wrong += [flag for flag, given in stored.items() if given]
+        if wrong:
+            raise UsageError(f"--ckpt-format torch_dist loads at every layout; leave {', '.join(wrong)} out")
     if options.save_lora_to_hf and options.save_model_type != "hf":
         raise UsageError("--save-lora-to-hf writes a PEFT folder; give --save-model-type hf, or leave it out")
     if (
@@ -139,16 +171,6 @@ def check_flags(options: ConvertOptions) -> None:
         options.save_model_type,
     ):
         raise UsageError(f"--save-dir is --load-dir ({options.load_dir}); choose another folder")
-
-
-def numbers(text: str | None, flag: str) -> list[int] | None:
-    """The numbers of "4,8"; `UsageError` naming the flag for anything else."""
-    if text is None:
-        return None
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{flag} {text}: expected numbers separated by commas, as 4,8") from error
 
 
 def target_of(options: ConvertOptions, config: ModelConfig) -> Target:

@@ -95,7 +95,7 @@ class Layout:
         Raises:
             UsageError: a size is not positive, layers do not divide, or two options exclude each other.
         """
-        sizes = {"tensor": tp, "pipeline": pp, "expert": ep, "expert tensor": etp or tp}
+        sizes = {"tensor": tp, "pipeline": pp, "expert": ep, "expert tensor": tp if etp is None else etp}
         for what, value in sizes.items():
             if value < 1:
                 raise UsageError(f"{what} parallel size {value} is not positive")
@@ -103,6 +103,12 @@ class Layout:
             raise UsageError(f"expert tensor parallel size {etp} does not divide tensor parallel size {tp}")
         if tp_extends_ep and etp not in (None, 1):
             raise UsageError(f"--moe-tp-extend-ep does not cut experts; leave --expert-tensor-parallel-size {etp} out")
+        if layers_per_virtual_stage is not None and layers_per_virtual_stage < 1:
+            raise UsageError(f"--num-layers-per-virtual-pipeline-stage {layers_per_virtual_stage} is not positive")
+        if v_shaped and layers_per_virtual_stage:
+            raise UsageError(
+                "the V-shaped schedule has two chunks per stage; leave --num-layers-per-virtual-pipeline-stage out"
+            )
         slots = with_noops(num_layers, noop_layers)
         if stage_layers is not None:
             if layers_per_virtual_stage or noop_layers or v_shaped:
@@ -208,6 +214,12 @@ class Layout:
             return ExpertShare((ep_rank * self.tp + tp_rank) * count, count)
         count = num_experts // self.ep
         return ExpertShare(ep_rank * count, count, tp_rank % self.etp, self.etp)
+
+    @property
+    def world_size(self) -> int:
+        """Processes that hold the model once: several of them share a file where experts are cut less than the rest."""
+        experts = self.tp * self.ep if self.tp_extends_ep else self.etp * self.ep
+        return self.pp * math.lcm(self.tp, experts)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; `from_dict` reads it back."""

@@ -56,6 +56,7 @@ class ShardedSource:
         """Show `tensors` of an opened checkpoint."""
         self.path = checkpoint.folder
         self.notes = checkpoint.notes
+        self.layout = checkpoint.layout
         self.metadata = checkpoint.metadata
         self.config = checkpoint.config
         self.table = checkpoint.table
