@@ -11,7 +11,7 @@ class LoadOptions:
     """Checkpoint."""
 
     load: str | None = option(
-        None, help="Model to start from: a Megatron checkpoint of any layout, or an HF model folder."
+        None, help="Model to start from: a Megatron checkpoint of any layout (torch or torch_dist), or an HF folder."
     )
     exit_on_missing_checkpoint: bool = option(
         True, help="A --load without a checkpoint is always an error here; kept for upstream's scripts."

@@ -22,7 +22,8 @@ class LoraOptions:
         None, help="Layers that get an adapter; giving any turns LoRA on.", choices=TARGET_MODULES
     )
     lora_load: str | None = option(
-        None, help="Saved adapter to continue from (with --load for the base); with --finetune from step 0."
+        None,
+        help="Saved adapter, or PEFT folder, to continue from (with --load for the base); with --finetune from step 0.",
     )
     lora_fusion: bool = option(
         False, help="Compute base layer and adapter in one step with overlapped communication (CCLoRA); same numbers."

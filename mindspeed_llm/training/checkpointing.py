@@ -33,7 +33,7 @@ from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.causal_lm import CausalLM
 from mindspeed_llm.training.engine import Engine, finish_parameter_sync
-from mindspeed_llm.training.export import Export, export_adapter, export_model
+from mindspeed_llm.training.export import ADAPTER_FOLDER, MODEL_FOLDER, Export, export_adapter, export_model
 from mindspeed_llm.training.optimizer_state import FIELDS, export_state, import_state
 from mindspeed_llm.training.report import say
 
@@ -88,23 +88,36 @@ def save(
     if first:
         staged.create()
     barrier(device)
-    content = rank_content(engine, metadata, progress, device, adapter_only, with_optimizer, with_rng)
-    if parallel_state.get_data_parallel_rank() == 0:
-        ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-        path = staged.path / metadata.layout.rank_folder(*ranks) / CHECKPOINT_FILE
-        path.parent.mkdir(exist_ok=True)
-        write_torch_file(path, content)
+    write_rank_file(
+        staged.path, metadata, rank_content(engine, metadata, progress, device, adapter_only, with_optimizer, with_rng)
+    )
     if export is not None and export.model:
         export_model(engine.chunks, metadata.model, staged.path, export, current_place(device))
     barrier(device)
     if first:
         write_metadata(staged.path, metadata)
+        told = []
+        if export is not None and export.model:
+            without = ", without its prediction layers" if metadata.model.mtp_num_layers else ""
+            told.append(f"{staged.final / MODEL_FOLDER}: the model for transformers{without}")
         if export is not None and export.adapter:
-            say(f"  {export_adapter(staged.path, export)}")
+            told.append(f"{staged.final / ADAPTER_FOLDER}: {export_adapter(staged.path, export)}")
         staged.publish()
         write_tracker(folder, progress.iteration)
+        for line in told:
+            say(f"  {line}")
     barrier(device)
     return staged.final
+
+
+def write_rank_file(checkpoint: Path, metadata: Metadata, content: dict[str, Any]) -> None:
+    """Write this rank's file, unless another replica of the model does."""
+    if parallel_state.get_data_parallel_rank() != 0:
+        return
+    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    path = checkpoint / metadata.layout.rank_folder(*ranks) / CHECKPOINT_FILE
+    path.parent.mkdir(exist_ok=True)
+    write_torch_file(path, content)
 
 
 def rank_content(

@@ -28,7 +28,7 @@ from mindspeed_llm.checkpoint.verify import networks
 from mindspeed_llm.checkpoint.verify.gate import run_gate
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families import family
-from mindspeed_llm.models.families.base import Family, Join, Weight
+from mindspeed_llm.models.families.base import Family, Join, Kind, Weight
 
 MODEL = "model.safetensors"
 State = dict[str, torch.Tensor]
@@ -268,6 +268,18 @@ def bias_unknown() -> Iterator[None]:
         yield
 
 
+def gated_is_column() -> Any:
+    """Ranks hold blocks of all of fc1's rows, so that the first ones have gates only."""
+    return rows_changed(lambda row: dataclasses.replace(row, kind=Kind.COLUMN) if row.kind is Kind.GATED else row)
+
+
+def row_is_column() -> Any:
+    """Ranks hold rows of the output projection instead of columns."""
+    return rows_changed(
+        lambda row: dataclasses.replace(row, kind=Kind.COLUMN) if row.name.endswith("linear_proj.weight") else row
+    )
+
+
 def head_is_embedding() -> Any:
     """An output layer that is taken from the embedding although the model has one of its own."""
 
@@ -304,6 +316,8 @@ FAULTS_OF_TABLES: dict[str, Callable[[], Any]] = {
     "bias forgotten": bias_forgotten,
     "bias unknown": bias_unknown,
     "head is the embedding": head_is_embedding,
+    "gated cut as column": gated_is_column,
+    "row cut as column": row_is_column,
     "alpha wrong": alpha_wrong,
     "delta rounded": delta_rounded,
 }

@@ -60,7 +60,8 @@ def test_without_an_hf_folder_of_these_weights_the_verdict_is_partial(tmp_path: 
     report = gate(tmp_path / "merged", tmp_path / "again", "--save-model-type", "mg", *SPLIT)
     assert report["verdict"] == "PARTIAL" and report["status"] == 1
     assert statuses(report) == {
-        "weights": "PASS", "values": "PASS", "copies": "PASS", "logits": "PASS", "transformers": "SKIPPED"
+        "weights": "PASS", "values": "PASS", "copies": "PASS", "shares": "PASS", "logits": "PASS",
+        "transformers": "SKIPPED",
     }  # fmt: skip
     assert "holds other weights" in report["checks"][-1]["detail"]
 

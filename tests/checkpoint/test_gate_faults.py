@@ -29,9 +29,9 @@ FILES = {
     "mg expert transposed": ("square", (), {"weights", "logits"}),
     "mg bias missing": ("biased", (), {"files"}),
     "mg bias zero": ("biased", (), {"weights", "values", "logits"}),
-    "mg stale tied head": ("qwen2 tied", SPLIT, {"copies"}),
+    "mg stale tied head": ("qwen2 tied", SPLIT, {"copies", "shares"}),
     "mg NaN": ("qwen3", (), {"weights", "values", "logits"}),
-    "mg replica differs": ("qwen3", SPLIT, {"copies"}),
+    "mg replica differs": ("qwen3", SPLIT, {"copies", "shares"}),
     "mg padding differs": ("qwen3", SPLIT, {"copies"}),
 }
 
@@ -94,6 +94,18 @@ def test_a_wrong_row_of_the_table_fails_although_a_round_trip_cancels_it(fault: 
 def test_a_wrong_row_of_the_table_fails_on_the_way_to_hf(fault: str, tmp_path: Path) -> None:
     right = made(model(TABLES[fault]), tmp_path / "mg")
     assert failed(gate(right, tmp_path / "hf", table=fault)) == {"logits"}
+
+
+@pytest.mark.parametrize("fault", ["gated cut as column", "row cut as column"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "deepseek-v2-lite"])
+def test_shares_that_megatron_core_would_not_hold_fail_although_reading_them_back_cancels_it(
+    name: str, fault: str, tmp_path: Path
+) -> None:
+    there = gate(hf_folder(name), tmp_path / "mg", *SPLIT[:2], table=fault)
+    assert failed(there) == {"shares"}
+    if fault == "gated cut as column":
+        right = made(hf_folder(name), tmp_path / "right", *SPLIT[:2])
+        assert failed(gate(right, tmp_path / "hf", table=fault)) == {"shares"}
 
 
 def deltas(base: Path) -> dict[str, torch.Tensor]:

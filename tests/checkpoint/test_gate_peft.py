@@ -57,6 +57,15 @@ def test_a_merged_peft_adapter_is_held_against_pefts_own_merge(kind: str, route:
     assert set(statuses(report)) == (checks | {"adapter"} if plain else checks)
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_factors_on_blocks_of_experts_are_merged_as_peft_does(name: str, tmp_path: Path) -> None:
+    hf = in_bfloat16(hf_folder(name), tmp_path / "hf")
+    blocks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = {"target_modules": ["q_proj"], "target_parameters": blocks, "r": 2, "lora_alpha": 3}
+    report = gate(hf, tmp_path / "out", "--lora-load", peft_folder(tmp_path / "peft", hf, **settings))
+    assert report["status"] == 0, report["out"]
+
+
 def test_adapters_of_both_kinds_are_added_with_their_weights(tmp_path: Path) -> None:
     hf = in_bfloat16(hf_folder("qwen3"), tmp_path / "hf")
     loras = [peft_folder(tmp_path / "peft", hf, **EVERY_LINEAR), adapter(tmp_path / "lora", hf)]

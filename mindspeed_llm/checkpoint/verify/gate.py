@@ -19,6 +19,8 @@ import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.checkpoint.convert_job import Job
+from mindspeed_llm.checkpoint.formats.lazy import TensorSource
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource
 from mindspeed_llm.checkpoint.open import open_lora
 from mindspeed_llm.checkpoint.sizes import human, parse_size
 from mindspeed_llm.checkpoint.targets import HfFolder, PeftFolder
@@ -27,6 +29,7 @@ from mindspeed_llm.checkpoint.verify.exact import Adapter, ExactSource
 from mindspeed_llm.checkpoint.verify.networks import Network, Setting, agreements, engine, model_bytes
 from mindspeed_llm.checkpoint.verify.reference import NoReference
 from mindspeed_llm.checkpoint.verify.report import FILE, Verdict
+from mindspeed_llm.checkpoint.verify.shares import wrong_shares
 from mindspeed_llm.checkpoint.verify.sides import Sides, open_sides, peft_deltas
 from mindspeed_llm.checkpoint.verify.text import read_tokens
 from mindspeed_llm.checkpoint.verify.trace import Agreement
@@ -124,15 +127,28 @@ def check_weights(verdict: Verdict, sides: Sides, options: ConvertOptions) -> No
 
 
 def check_copies(verdict: Verdict, sides: Sides) -> None:
-    """What rank files hold more than once."""
-    if sides.checkpoint is None:
-        return
-    looked, verdict.copies = wrong_copies(sides.checkpoint)
-    detail = f"{looked} replicas, tied heads and padded shares agree with their originals"
-    if verdict.copies:
-        worst = verdict.copies[0]
-        detail = f"{len(verdict.copies)} of {looked} are wrong: {worst.name} in {worst.where} is {worst.problem}"
-    verdict.add("copies", not verdict.copies, detail)
+    """What rank files hold more than once, and which share of a tensor each of them holds."""
+    if sides.checkpoint is not None:
+        looked, verdict.copies = wrong_copies(sides.checkpoint)
+        detail = f"{looked} replicas, tied heads and padded shares agree with their originals"
+        if verdict.copies:
+            worst = verdict.copies[0]
+            detail = f"{len(verdict.copies)} of {looked} are wrong: {worst.name} in {worst.where} is {worst.problem}"
+        verdict.add("copies", not verdict.copies, detail)
+    for side, checkpoint in (("source", source_checkpoint(sides.base)), ("result", sides.checkpoint)):
+        if checkpoint is None or checkpoint.layout.tp == checkpoint.layout.etp == 1:
+            continue
+        looked, wrong = wrong_shares(checkpoint)
+        detail = f"{looked} of the {side}'s rank files are what megatron-core's modules hold"
+        if wrong:
+            verdict.copies = verdict.copies + wrong
+            detail = f"{len(wrong)} of {looked} of the {side} are wrong: {wrong[0].name} in {wrong[0].where}"
+        verdict.add("shares", not wrong, detail)
+
+
+def source_checkpoint(base: TensorSource) -> MegatronCheckpoint | None:
+    """The source's rank files; None for other formats."""
+    return MegatronCheckpoint(base.path, config=base.config) if isinstance(base, ShardedSource) else None
 
 
 def check_logits(verdict: Verdict, sides: Sides, setting: Setting) -> None:

@@ -17,8 +17,8 @@ from mindspeed_llm.device import quiet
 
 PROCESS_BYTES = 1_200_000_000
 """Memory of a process that has imported torch, transformers and megatron-core, and of what both networks say."""
-HEADROOM = 1.6
-"""Memory of a float32 model that is being loaded, in units of its own: the files it comes from are mapped meanwhile."""
+HEADROOM = 1.2
+"""Memory of a model that is being loaded, in units of its own."""
 
 
 @dataclass

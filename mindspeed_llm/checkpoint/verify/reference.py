@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mindspeed_llm.checkpoint.verify.trace import Trace
-from mindspeed_llm.checkpoint.verify.view import HfTensors
+from mindspeed_llm.checkpoint.verify.view import HfTensors, gathered
 from mindspeed_llm.errors import InputError
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -45,11 +45,16 @@ class NoReference(Exception):
 class Lazy:
     """An HF tensor that transformers reads when it wants it, as it reads a slice of a safetensors file."""
 
-    def __init__(self, tensors: HfTensors, name: str) -> None:
-        self.tensors, self.name = tensors, name
+    def __init__(self, tensors: HfTensors, name: str, dtype: torch.dtype) -> None:
+        self.tensors, self.name, self.dtype = tensors, name, dtype
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.tensors.read(self.name)[index]
+        return self.whole()[index]
+
+    def whole(self) -> Tensor:
+        """The tensor, in the type of the network."""
+        shape = self.tensors.shape(self.name)
+        return gathered(lambda start, stop: self.tensors.read(self.name, start, stop), shape, self.dtype)
 
     def get_shape(self) -> list[int]:
         """As safetensors' slices answer."""
@@ -184,7 +189,7 @@ class Reference:
 
     def loaded(self, made: type, folder: Path, names: list[str]) -> Any:
         """The model with its values, as any user loads one."""
-        state = {name: Lazy(self.tensors, name) for name in names}
+        state = {name: Lazy(self.tensors, name, self.dtype) for name in names}
         model, info = made.from_pretrained(
             None, config=self.config, state_dict=state, dtype=self.dtype, output_loading_info=True
         )
@@ -213,7 +218,7 @@ class Reference:
         """Give a module's parameters their values; `InputError` when some stay without."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        state = {name: Lazy(self.tensors, name) for name in names}
+        state = {name: Lazy(self.tensors, name, self.dtype) for name in names}
         with quiet():
             convert_and_load_state_dict_in_model(self.model, state, self.loading)
         lost = [name for name, one in [*module.named_parameters(), *module.named_buffers()] if one.is_meta]
@@ -259,7 +264,7 @@ class Reference:
 
         def before(one: nn.Module, args: Any) -> None:
             if tied:
-                one.weight = nn.Parameter(self.tensors.read(EMBEDDING).to(self.dtype), requires_grad=False)
+                one.weight = nn.Parameter(Lazy(self.tensors, EMBEDDING, self.dtype).whole(), requires_grad=False)
             else:
                 self.fill(names, one)
 

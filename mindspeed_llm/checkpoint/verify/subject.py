@@ -6,6 +6,7 @@ from the source, and dropped; embedding and head have their values only while th
 Shapes: s tokens, h hidden, v vocabulary; a batch of one row.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.verify.exact import Adapter
 from mindspeed_llm.checkpoint.verify.trace import Trace, layer_difference
+from mindspeed_llm.checkpoint.verify.view import gathered
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import CausalLM
@@ -124,13 +126,18 @@ class Subject:
         parameter.data = torch.empty(0)
 
         def before(one: nn.Module, args: Any) -> None:
-            parameter.data = self.source.read(name).to(self.options.dtype)
+            shape = self.source.shape(name)
+            parameter.data = gathered(functools.partial(self.rows, name), shape, self.options.dtype)
 
         def after(one: nn.Module, args: Any, out: Any) -> None:
             parameter.data = torch.empty(0)
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a logical tensor."""
+        return self.source.read(name, [(start, stop)])
 
     @torch.no_grad()
     def copy(self, name: str, parameter: Tensor) -> None:

@@ -1,19 +1,44 @@
 """A source of logical tensors, shown as the HF tensors it stands for; and the HF tensors a conversion has to give."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mindspeed_llm.checkpoint.formats.lazy import TensorSource, part_of
+from mindspeed_llm.checkpoint.formats.lazy import TensorSource, element_count, part_of
 from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.tables import Entry, WeightTable
 from mindspeed_llm.checkpoint.verify.exact import Adapter, Delta, Right, right_values, total
 
 LogicalReader = Callable[[str, Ranges | None], Tensor]
 """(logical name, ranges of rows) -> values."""
+
+
+BLOCK = 1 << 22
+"""Elements read, compared or cast at once."""
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Ranges along the first dimension of at most `BLOCK` elements, or one entry."""
+    count = shape[0] if shape else 1
+    step = max(1, BLOCK // max(1, element_count(shape[1:])))
+    return ((start, min(start + step, count)) for start in range(0, count, step))
+
+
+def gathered(read: Callable[[int, int], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in another type, read block by block, so that it is never in memory in both types.
+
+    Args:
+        read: gives entries `start` to `stop` along the first dimension.
+    """
+    if not shape:
+        return read(0, 1).to(dtype)
+    values = torch.empty(shape, dtype=dtype)
+    for start, stop in blocks(shape):
+        values[start:stop] = read(start, stop)
+    return values
 
 
 class HfTensors(Protocol):

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from mindspeed_llm.checkpoint.formats.lazy import element_count
 from mindspeed_llm.checkpoint.verify.exact import total
-from mindspeed_llm.checkpoint.verify.view import HfDeltas, HfTensors, Wanted
+from mindspeed_llm.checkpoint.verify.view import HfDeltas, HfTensors, Wanted, blocks
 
-BLOCK = 1 << 22
-"""Elements compared at once."""
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -65,7 +63,7 @@ class Row:
         return {**asdict(self), "passed": self.passed}
 
 
-def compare_weights(wanted: Wanted, found: HfTensors, left_out: Iterator[str] | set[str] = frozenset()) -> list[Row]:
+def compare_weights(wanted: Wanted, found: HfTensors, left_out: Set[str] = frozenset()) -> list[Row]:
     """One row for each tensor that has to be there or is.
 
     Args:
@@ -145,13 +143,6 @@ def compare_deltas(
             row.verdict = "differs" if row.differing else "equal"
             rows.append(row)
     return rows
-
-
-def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges along the first dimension of at most `BLOCK` elements, or one entry."""
-    count = shape[0] if shape else 1
-    step = max(1, BLOCK // max(1, element_count(shape[1:])))
-    return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -1,1 +1,0 @@
-"""Adapters that peft saved, in training, inference and evaluation: as peft itself computes them."""
