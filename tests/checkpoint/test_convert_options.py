@@ -13,9 +13,13 @@ from mindspeed_llm.checkpoint.convert import main
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
+from mindspeed_llm.checkpoint.layout import Layout
+from mindspeed_llm.checkpoint.merge import MergedSource
+from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings
+from mindspeed_llm.checkpoint.open import open_lora
 from mindspeed_llm.errors import UsageError
 from tests.checkpoint.families import make_family
-from tests.checkpoint.tiny import make_hf
+from tests.checkpoint.tiny import TARGETS, make_hf, random_adapter, write_adapter
 
 V1 = "--use-mcore-models --model-type GPT --load-model-type hf --save-model-type mg"
 BACK = "--use-mcore-models --model-type GPT --load-model-type mg --save-model-type hf"
@@ -50,15 +54,16 @@ FORWARD = [
     " --tokenizer-model None --model-type-hf llama2 --params-dtype bf16",
     f"{V1} {ONE} --load-dir @mistral --tokenizer-model None --model-type-hf llama2 --params-dtype bf16",
     f"{V1} {ONE} --load-dir @internlm3 --tokenizer-model None --model-type-hf llama2 --params-dtype bf16",
-    f"{V1} {ONE} --load-dir @llama --tokenizer-model None --model-type-hf llama2 --w-pack True --post-norm --no-checking",
+    f"{V1} {ONE} --load-dir @llama --tokenizer-model None --model-type-hf llama2 --w-pack True --post-norm",
     # experts
     f"{V1} --target-tensor-parallel-size 2 --target-pipeline-parallel-size 2 --target-expert-parallel-size 2"
     " --moe-grouped-gemm --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec --load-dir @qwen3_moe"
     " --tokenizer-model None --model-type-hf qwen3-moe --params-dtype bf16",
     "--moe-grouped-gemm --target-tensor-parallel-size 2 --target-expert-parallel-size 4 --expert-tensor-parallel-size 1"
     " --load-dir @qwen3_moe --model-type-hf qwen3-moe",
-    "--moe-grouped-gemm --target-tensor-parallel-size 2 --target-pipeline-parallel-size 2 --target-expert-parallel-size 2"
-    " --moe-tp-extend-ep --noop-layers 4,5 --num-layers 6 --first-k-dense-replace 1 --mtp-num-layers 1"
+    "--moe-grouped-gemm --target-tensor-parallel-size 2 --target-pipeline-parallel-size 2"
+    " --target-expert-parallel-size 2 --moe-tp-extend-ep --noop-layers 4,5 --num-layers 6"
+    " --first-k-dense-replace 1 --mtp-num-layers 1"
     " --load-dir @deepseek_v3 --model-type-hf deepseek3 --save-layer-by-layer",
     "--target-pipeline-parallel-size 2 --schedules-method dualpipev --num-layers 4 --mtp-num-layers 0"
     " --load-dir @deepseek_v3 --model-type-hf deepseek3",
@@ -79,6 +84,46 @@ def test_upstreams_command_lines_split_a_model_that_comes_back_whole(words: str,
     )
     left = content_hash(HFSource(tmp_path / "hf")) == content_hash(HFSource(folders / family))
     assert left == ("--mtp-num-layers 0" not in words)
+
+
+def test_export_commands_of_other_tools_mean_the_same(folders: Path, tmp_path: Path) -> None:
+    hf = folders / "qwen3"
+    export = f"--model {hf} --tensor_model_parallel_size 2 --to_mcore true --torch_dtype bfloat16"
+    assert main([*export.split(), "--save", str(tmp_path / "mg")]) == 0
+    assert MegatronCheckpoint(tmp_path / "mg").layout == Layout.even(4, 2)
+    assert main(f"--mcore_model {tmp_path}/mg --to_hf true --output_dir {tmp_path}/hf".split()) == 0
+    primus = f"--framework megatron_bridge --load {tmp_path}/mg --convert_to_hf --hf_save_path {tmp_path}/primus"
+    assert main([*primus.split(), "--tensor_model_parallel_size", "2"]) == 0
+    assert (
+        content_hash(HFSource(tmp_path / "hf"))
+        == content_hash(HFSource(tmp_path / "primus"))
+        == content_hash(HFSource(hf))
+    )
+
+
+@pytest.mark.parametrize("spelling", ["--mcore_adapters", "--adapter_load"])
+def test_an_adapter_alone_names_the_base_it_belongs_to(spelling: str, folders: Path, tmp_path: Path) -> None:
+    source = HFSource(folders / "qwen3")
+    factors, settings = random_adapter(source.table), LoraSettings(3, 7.0, TARGETS)
+    record = BaseRecord(str(folders / "qwen3"), content_hash(source))
+    write_adapter(tmp_path / "lora", source.table, factors, Layout.even(4, 2, 2), settings, base=record)
+    merge = f"{spelling} {tmp_path}/lora --torch_dtype bfloat16"
+    assert main([*f"{merge} --to_hf true --output_dir {tmp_path}/hf".split()]) == 0
+    merged = content_hash(MergedSource(source, open_lora(tmp_path / "lora")))
+    assert content_hash(HFSource(tmp_path / "hf")) == merged
+    assert main([*f"{merge} --to_mcore true --save {tmp_path}/mg --tensor_model_parallel_size 2".split()]) == 0
+    assert MegatronCheckpoint(tmp_path / "mg").metadata.content_hash == merged
+    alone = f"{spelling} {tmp_path}/lora --merge_lora false --tensor_model_parallel_size 2 --to_hf true"
+    assert main([*alone.split(), "--save", str(tmp_path / "peft")]) == 0
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+    moved = BaseRecord(str(tmp_path / "gone"), None)
+    write_adapter(tmp_path / "lost", source.table, factors, Layout.even(4, 1, 1), settings, base=moved)
+    with pytest.raises(UsageError, match="--lora-load .*lost records .*gone, which does not exist"):
+        main(f"{spelling} {tmp_path}/lost --to_hf --save {tmp_path}/none".split())
+    with pytest.raises(UsageError, match="--load-dir must be given"):
+        main(["--save-dir", str(tmp_path / "none")])
+    with pytest.raises(UsageError, match="--to-hf and --to-mcore name different formats"):
+        main(f"{spelling} {tmp_path}/lora --to_hf --to_mcore --save {tmp_path}/none".split())
 
 
 def test_leaving_prediction_layers_behind_is_said_and_leaves_the_rest(
@@ -124,7 +169,7 @@ WRONG = [
     ("--target-tensor-parallel-size two", "expects .*got 'two'"),
     ("--num-layers 5", "--num-layers says 5, the model says 4"),
     ("--num-layers 5 --noop-layers 0,1", "--num-layers says 5, the model says 4"),
-    ("--first-k-dense-replace 1", "--first-k-dense-replace says 1, the model has 4 layers before the first with experts"),
+    ("--first-k-dense-replace 1", "--first-k-dense-replace says 1, the model has 4 layers before"),
     ("--mtp-num-layers 1", "--mtp-num-layers says 1, .* holds 0 prediction layers; leave it out, or give 0"),
     ("--mtp-num-layers -1", "--mtp-num-layers says -1"),
     ("--add-qkv-bias", "--add-qkv-bias says True, the model says False"),
@@ -141,16 +186,16 @@ WRONG = [
     ("--noop-layers 1,1", "--noop-layers 1,1: needs different places below 6"),
     ("--noop-layers 0,1 --target-pipeline-parallel-size 4", "6 layers are not divisible by pipeline parallel size 4"),
     ("--target-pipeline-parallel-size 4 --schedules-method dualpipev", "not divisible"),
-    ("--target-pipeline-parallel-size 2 --schedules-method dualpipev --num-layers-per-virtual-pipeline-stage 2", "V-sh"),
+    ("--target-pipeline-parallel-size 2 --schedules-method dualpipev --num-layers-per-virtual-pipeline-stage 2", "V"),
     ("--schedules-method zigzag", "dualpipev"),
     ("--expert-tensor-parallel-size 2", "expert tensor parallel size 2 does not divide tensor parallel size 1"),
-    ("--moe-tp-extend-ep --target-tensor-parallel-size 2 --expert-tensor-parallel-size 2", "--moe-tp-extend-ep does not"),
+    ("--moe-tp-extend-ep --target-tensor-parallel-size 2 --expert-tensor-parallel-size 2", "--moe-tp-extend-ep"),
     ("--target-expert-parallel-size 2", "the model has no experts"),
     ("--ckpt-format zarr", "unknown value of --ckpt-format"),
     ("--ckpt-format torch_dist --target-tensor-parallel-size 2", "loads at every layout; leave --target-tensor"),
     ("--ckpt-format torch_dist --moe-grouped-gemm --noop-layers 1", "leave --noop-layers, --moe-grouped-gemm out"),
     ("--save-model-type hf", "hf to hf without --lora-load or --params-dtype changes nothing"),
-    ("--save-model-type hf --params-dtype fp32 --target-tensor-parallel-size 2", "leave --target-tensor-parallel-size out"),
+    ("--save-model-type hf --params-dtype fp32 --target-tensor-parallel-size 2", "leave --target-tensor-paral"),
     ("--save-model-type hf --params-dtype fp32 --noop-layers 1", "leave --noop-layers out"),
     ("--save-model-type hf --params-dtype fp32 --ckpt-format torch_dist", "leave --ckpt-format out"),
     ("--load-model-type mg", "is an HF folder; give --load-model-type hf"),
