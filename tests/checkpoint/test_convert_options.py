@@ -1,10 +1,15 @@
 """Every converter command line of the guides is understood; flags are held against the model, files and each other."""
 
 import json
+import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
@@ -17,9 +22,12 @@ from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.merge import MergedSource
 from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings
 from mindspeed_llm.checkpoint.open import open_lora
+from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.errors import UsageError
+from mindspeed_llm.models.config import ModelConfig
 from tests.checkpoint.families import make_family
-from tests.checkpoint.tiny import TARGETS, make_hf, random_adapter, write_adapter
+from tests.checkpoint.tiny import TARGETS, hf_config, make_hf, random_adapter, write_adapter
+from tests.conftest import REPO
 
 V1 = "--use-mcore-models --model-type GPT --load-model-type hf --save-model-type mg"
 BACK = "--use-mcore-models --model-type GPT --load-model-type mg --save-model-type hf"
@@ -302,3 +310,30 @@ def test_a_dry_run_of_an_hf_result_lists_the_tensors_of_each_file(
         for name, tensor in HFSource(tmp_path / "hf").tensors.items()
     }
     assert {(row[0], row[1]): (row[2].split()[0], row[3]) for row in rows} == found
+
+
+MEASURED = """
+import sys
+from mindspeed_llm.checkpoint.convert import main
+main(sys.argv[1:])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def test_a_dry_run_tells_the_memory_the_run_then_takes(tmp_path: Path) -> None:
+    raw = {**hf_config(layers=4), "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 16000}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(raw))
+    names = WeightTable(ModelConfig.from_hf(tmp_path / "hf")).hf_names
+    tensors = {hf: torch.zeros(entry.stored_shape(part), dtype=torch.bfloat16) for hf, (entry, part) in names.items()}
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 150e6
+    words = ["--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "mg", "--target-tensor-parallel-size", 2]
+
+    def last_lines(*more: str) -> list[str]:
+        command = [sys.executable, "-c", MEASURED, *map(str, words), *more]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPO).stdout.splitlines()
+
+    told = int(re.search(r"about (\d+) MiB of memory", last_lines("--dry-run")[-2])[1])
+    taken = int(last_lines()[-1]) / 1024
+    assert taken <= told <= 2 * taken and taken < 600
