@@ -16,3 +16,27 @@ ALIASES: dict[str, str] = {
     # the converter of the current upstream spells the expert size like Megatron does
     "target_expert_model_parallel_size": "target_expert_parallel_size",
 }
+
+ALIASES_BY_SCRIPT: dict[str, dict[str, str]] = {
+    # the export commands of ms-swift and Primus, in the converter's words; elsewhere some of these are options
+    "convert_ckpt.py": {
+        "tensor_model_parallel_size": "target_tensor_parallel_size",
+        "pipeline_model_parallel_size": "target_pipeline_parallel_size",
+        "expert_model_parallel_size": "target_expert_parallel_size",
+        "model": "load_dir",
+        "mcore_model": "load_dir",
+        "load": "load_dir",
+        "adapter_load": "lora_load",
+        "mcore_adapters": "lora_load",
+        "save": "save_dir",
+        "output_dir": "save_dir",
+        "hf_save_path": "save_dir",
+        "convert_to_hf": "to_hf",
+        "torch_dtype": "params_dtype",
+    },
+}
+
+
+def aliases_for(script: str) -> dict[str, str]:
+    """The other names that one entry script ("convert_ckpt.py") understands."""
+    return {**ALIASES, **ALIASES_BY_SCRIPT.get(script, {})}

@@ -8,6 +8,7 @@ from mindspeed_llm.arguments.schema import Program, option
 FORMATS = ("hf", "mg")
 CHECKPOINT_FORMATS = ("torch", "torch_dist")
 IMPLEMENTATIONS = ("local", "transformer_engine")
+DTYPES = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
 SCHEDULES = ("dualpipev",)
 
 
@@ -32,7 +33,13 @@ python convert_ckpt.py --load-model-type hf --save-model-type mg \\
     save_model_type: str | None = option(
         None, help="Format of the result; left out, mg for an hf source and hf for an mg source.", choices=FORMATS
     )
-    load_dir: str = option(help="Folder of the source. A run folder stands for its newest checkpoint.")
+    to_hf: bool = option(False, help="Another way to say --save-model-type hf, of whatever source.")
+    to_mcore: bool = option(False, help="Another way to say --save-model-type mg.")
+    load_dir: str | None = option(
+        None,
+        help="Folder of the source. A run folder stands for its newest checkpoint; left out, the base that --lora-load "
+        "records.",
+    )
     save_dir: str = option(
         help="Folder of the result. Where it holds a config.json, an hf result goes to its subfolder mg2hg."
     )
@@ -74,7 +81,7 @@ python convert_ckpt.py --load-model-type hf --save-model-type mg \\
     )
     model_type_hf: str | None = option(None, help="Model family, e.g. qwen3; left out, as config.json says.")
     params_dtype: str | None = option(
-        None, help="Type of the result's weights; left out, the source's own.", choices=("bf16", "fp16", "fp32")
+        None, help="Type of the result's weights; left out, the source's own.", choices=DTYPES
     )
     make_vocab_size_divisible_by: int = option(
         1, help="Pad an mg result's embedding to a multiple of this times the tensor-parallel size.", unit="rows"

@@ -3,7 +3,7 @@
 from itertools import groupby
 from pathlib import Path
 
-from mindspeed_llm.arguments.aliases import ALIASES
+from mindspeed_llm.arguments.aliases import ALIASES, ALIASES_BY_SCRIPT
 from mindspeed_llm.arguments.flags import Flag, flags_of, spelling
 from mindspeed_llm.arguments.help_text import default_text
 from mindspeed_llm.arguments.programs import PROGRAMS
@@ -31,7 +31,9 @@ def document() -> str:
             parts.append(f"### {title}\n")
             parts.append(_table(("option", "value", "meaning"), [_row(flag) for flag in flags]))
     parts.append("## Other names\n")
-    parts.append(_table(("name", "stands for"), [(_code(a), _code(t)) for a, t in sorted(ALIASES.items())]))
+    scopes = [("every script", ALIASES), *ALIASES_BY_SCRIPT.items()]
+    names = [(_code(a), _code(t), scope) for scope, table in scopes for a, t in sorted(table.items())]
+    parts.append(_table(("name", "stands for", "understood by"), names))
     parts.append(
         "## Accepted from upstream's scripts, needing nothing here\n\n"
         "Those given are listed once at the start of a run.\n"

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, TypeVar
 
-from mindspeed_llm.arguments.aliases import ALIASES
+from mindspeed_llm.arguments.aliases import aliases_for
 from mindspeed_llm.arguments.flags import Flag, flags_of, spelling
 from mindspeed_llm.arguments.help_text import help_text
 from mindspeed_llm.arguments.job_file import read_job
@@ -83,6 +83,7 @@ class _Reader:
         self.prog = prog
         self.flags: dict[str, Flag] = {flag.name: flag for flag in flags_of(cls)}
         self.tolerated: dict[str, Accepted] = accepted_for(cls.SCRIPT)
+        self.aliases = aliases_for(cls.SCRIPT)
         self.values: dict[str, Any] = {}
         self.accepted: dict[str, None] = {}
 
@@ -115,7 +116,7 @@ class _Reader:
         return True
 
     def _canonical(self, name: str) -> str:
-        target = ALIASES.get(name, name)
+        target = self.aliases.get(name, name)
         return target if name not in self.flags and target in self.flags else name
 
     def _set(self, name: str, values: list[Any], origin: str) -> None:
@@ -144,7 +145,7 @@ class _Reader:
 
     def _unknown(self, name: str, origin: str) -> UsageError:
         known = [*self.flags, *self.tolerated, "config", "help"]
-        known += [alias for alias, target in ALIASES.items() if target in self.flags]
+        known += [alias for alias, target in self.aliases.items() if target in self.flags]
         close = [spelling(n) for n in nearest(name, known)]
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         return UsageError(f"unknown option {origin}{hint} ({self.prog} --help lists all)")

@@ -70,6 +70,7 @@ ACCEPTED: dict[str, Accepted] = {
 
 ACCEPTED_BY_SCRIPT: dict[str, dict[str, Accepted]] = {
     "convert_ckpt.py": {
+        "framework": Accepted(_MCORE, 1, ("megatron_bridge", "megatron")),
         "model_type": Accepted("GPT is the only model type", 1, ("GPT",)),
         "loader": Accepted("--load-model-type names the source format", 1),
         "saver": Accepted("--save-model-type names the target format", 1),

@@ -22,7 +22,7 @@ from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.checkpoint.adapters.export import write_into
 from mindspeed_llm.checkpoint.adapters.peft_folder import write_base_record
 from mindspeed_llm.checkpoint.adapters.servers import describe_servers
-from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare
+from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare, with_formats
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource, copy_companions
 from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         UsageError: flags that contradict each other, the model or the adapter.
         InputError: a source that is missing, damaged or does not fit, or a result that cannot be written.
     """
-    options = parse(ConvertOptions, argv, ConvertOptions.SCRIPT)
+    options = with_formats(parse(ConvertOptions, argv, ConvertOptions.SCRIPT))
     started = time.monotonic()
     job = prepare(options)
     if options.dry_run:

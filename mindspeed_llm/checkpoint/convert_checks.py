@@ -6,10 +6,14 @@ from pathlib import Path
 import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
+from mindspeed_llm.checkpoint.adapters.peft_config import PeftConfig
+from mindspeed_llm.checkpoint.adapters.peft_folder import is_peft
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import ShardedSource
+from mindspeed_llm.checkpoint.formats.run_folder import resolve
 from mindspeed_llm.checkpoint.kinds import Ranges
+from mindspeed_llm.checkpoint.metadata import read_metadata
 from mindspeed_llm.checkpoint.open import BaseSource
 from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.errors import UsageError
@@ -20,6 +24,38 @@ POSITIVE = (
     "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage", "make_vocab_size_divisible_by",
     "num_layers", "lora_r",
 )  # fmt: skip
+
+
+def said_format(options: ConvertOptions) -> str | None:
+    """The result's format by whichever flag names it; `UsageError` when two name different ones."""
+    said = {"--save-model-type": options.save_model_type}
+    said |= {"--to-hf": "hf"} if options.to_hf else {}
+    said |= {"--to-mcore": "mg"} if options.to_mcore else {}
+    named = {value for value in said.values() if value}
+    if len(named) > 1:
+        raise UsageError(
+            f"{' and '.join(flag for flag, value in said.items() if value)} name different formats; give one"
+        )
+    return next(iter(named), None)
+
+
+def recorded_base(adapters: list[str] | None) -> str:
+    """The folder of the model that the first adapter records as its base.
+
+    Raises:
+        UsageError: there is no adapter, or it records none that still exists.
+    """
+    if not adapters:
+        raise UsageError("--load-dir must be given (convert_ckpt.py --help explains it)")
+    if is_peft(adapters[0]):
+        recorded = PeftConfig.read(Path(adapters[0])).base_model_name_or_path
+    else:
+        metadata = read_metadata(resolve(adapters[0]))
+        recorded = metadata.base.path if metadata and metadata.base else None
+    if recorded is None or not Path(recorded).is_dir():
+        where = f"records {recorded}, which does not exist" if recorded else "records no base"
+        raise UsageError(f"--load-dir is not given, and --lora-load {adapters[0]} {where}; give the base's folder")
+    return recorded
 
 
 def check_numbers(options: ConvertOptions) -> None:

@@ -1,6 +1,7 @@
 """A conversion with everything opened and checked, before anything is written."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from mindspeed_llm.checkpoint.convert_checks import (
     check_places,
     check_source_layout,
     numbers,
+    recorded_base,
+    said_format,
 )
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
@@ -40,7 +43,15 @@ from mindspeed_llm.checkpoint.targets import FactorFiles, HfFolder, PeftFolder, 
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    name: dtype
+    for dtype, names in {
+        torch.bfloat16: ("bf16", "bfloat16"),
+        torch.float16: ("fp16", "float16"),
+        torch.float32: ("fp32", "float32"),
+    }.items()
+    for name in names
+}
 ITERATION = 1
 """The iteration number of a conversion, as upstream writes it."""
 HF_SUBFOLDER = "mg2hg"
@@ -119,13 +130,24 @@ def prepare(options: ConvertOptions) -> Job:
 
 
 def with_formats(options: ConvertOptions) -> ConvertOptions:
-    """The options with both formats named: the source's as its files show, the result's the other one."""
+    """The options with the source and both formats named: its own as its files show, the result's the other one."""
+    options = dataclasses.replace(options, load_dir=options.load_dir or recorded_base(options.lora_load))
     folder = Path(options.load_dir)
     if not folder.is_dir():
         raise InputError(f"--load-dir {folder}: no such folder")
+    try:
+        os.stat(options.save_dir)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a loop of links, a file among the parents, too long a name
+        raise InputError(f"--save-dir {options.save_dir}: cannot be used ({error.strerror}); choose another") from error
     loaded = options.load_model_type or ("mg" if is_megatron(folder) else "hf")
-    saved = options.save_model_type or ("hf" if loaded == "mg" or options.save_lora_to_hf else "mg")
-    return dataclasses.replace(options, load_model_type=loaded, save_model_type=saved)
+    saved = said_format(options) or ("hf" if loaded == "mg" or options.save_lora_to_hf else "mg")
+    options = dataclasses.replace(options, load_model_type=loaded, save_model_type=saved)
+    if options.to_hf:  # where this flag comes from, sizes are those of the converting processes
+        sizes = dict.fromkeys((f"target_{one}_parallel_size" for one in ("tensor", "pipeline", "expert")), 1)
+        options = dataclasses.replace(options, **sizes)
+    return options
 
 
 def check_flags(options: ConvertOptions) -> None:

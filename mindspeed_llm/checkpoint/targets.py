@@ -188,7 +188,7 @@ class PeftFolder:
         write_into(self.lora, folder, self.base_path)
 
 
-PROCESS_BYTES = 320 << 20
+PROCESS_BYTES = 340 << 20
 """Memory of a converting process before the first tensor: Python, torch and numpy, measured."""
 BLOCKS = 6
 """Blocks in memory at once: one being written, two being hashed, and what joining or casting each of them takes."""

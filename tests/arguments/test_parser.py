@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
@@ -116,9 +117,19 @@ def test_a_wrong_option_is_refused_in_one_line_naming_it_and_the_remedy(words: l
         assert part in message
 
 
+@dataclass
+class Demanding(Program):
+    """A program that cannot do without two options."""
+
+    SCRIPT: ClassVar[str] = "demanding.py"
+    EXAMPLE: ClassVar[str] = "python demanding.py --source a --target b"
+    source: str = option(help="From.")
+    target: str = option(help="To.")
+
+
 def test_required_options_are_all_named_when_missing() -> None:
-    message = refusal("--load-model-type", "hf", program=PROGRAMS["convert_ckpt.py"])
-    assert "--load-dir, --save-dir must be given" in message
+    assert "--source, --target must be given" in refusal(program=Demanding)
+    assert "--save-dir must be given" in refusal("--load-model-type", "hf", program=PROGRAMS["convert_ckpt.py"])
 
 
 def test_a_name_is_never_abbreviated() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mindspeed_llm.arguments.aliases import ALIASES
+from mindspeed_llm.arguments.aliases import ALIASES, ALIASES_BY_SCRIPT
 from mindspeed_llm.arguments.docs import DOCUMENT, document
 from mindspeed_llm.arguments.flags import flags_of
 from mindspeed_llm.arguments.parser import parse
@@ -88,6 +88,9 @@ def test_an_alias_stands_for_an_option_and_hides_none() -> None:
     for alias, target in ALIASES.items():
         assert target in ALL_FLAGS, alias
         assert alias not in ALL_FLAGS, alias
+    for script, table in ALIASES_BY_SCRIPT.items():
+        own = {flag.name for flag in flags_of(PROGRAMS[script])}
+        assert set(table.values()) <= own and not set(table) & (own | set(ALIASES)), script
 
 
 def test_every_flag_that_needs_nothing_or_is_refused_has_its_reason() -> None:

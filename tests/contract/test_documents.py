@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_llm.arguments.aliases import ALIASES
+from mindspeed_llm.arguments.aliases import ALIASES, ALIASES_BY_SCRIPT
 from mindspeed_llm.arguments.flags import flags_of, spelling
 from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.programs import PROGRAMS
@@ -28,7 +28,7 @@ FOREIGN |= {"--node_rank", "--master_addr", "--master_port", "--no-such-flag"}
 
 def known_flags() -> set[str]:
     names = {flag.name for program in PROGRAMS.values() for flag in flags_of(program)}
-    names |= set(ALIASES) | set(ACCEPTED) | set(REFUSED)
+    names |= set(ALIASES).union(*ALIASES_BY_SCRIPT.values()) | set(ACCEPTED) | set(REFUSED)
     for table in ACCEPTED_BY_SCRIPT.values():
         names |= set(table)
     return {spelling(name) for name in names} | FOREIGN
