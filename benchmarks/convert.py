@@ -11,8 +11,8 @@ written, and the peak of resident memory, mapped pages included.
 
     goal = 1.5 x copy + 1.5 s, first byte within 3 s, 600 MiB
 
-`--scale` converts a generated mixture of experts of about so many GB, once, hf -> mg TP2 PP2 EP2, and prints memory. Its
-source is a file with holes; the result is written in full.
+`--scale` converts a generated mixture of experts of about so many GB, once, hf -> mg TP2 PP2 EP2, and prints memory.
+The source is a file with holes; the result is written in full.
 """
 
 import argparse

@@ -18,11 +18,21 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from safetensors.torch import load_file
+
+from mindspeed_llm.checkpoint.adapters.export import write_peft
+from mindspeed_llm.checkpoint.adapters.factors import AdapterTensors
+from mindspeed_llm.checkpoint.adapters.settings import settings_of
+from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.convert import main
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
+from mindspeed_llm.checkpoint.formats.lazy import InMemory
 from mindspeed_llm.checkpoint.open import open_base
+from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.families.base import Kind
 from tests.checkpoint.families import TINY, hf_values, make_family
 from tests.conftest import REPO
 
@@ -154,7 +164,71 @@ def run_case(case: Case, folder: Path) -> None:
     assert found == expected, f"{case}: content {found[:12]}, not {expected[:12]}"
 
 
-def page(done: list[Case]) -> str:
+class AdapterCase(NamedTuple):
+    """A PEFT folder to a Megatron LoRA checkpoint, that to another layout, and that back."""
+
+    family: str
+    layout_in: str
+    layout_out: str
+
+    def __str__(self) -> str:
+        return "-".join(self).replace(" ", "_").replace(",", "")
+
+
+def adapter_cases(seed: int = SEED) -> list[AdapterCase]:
+    """Seeded cases in which every family meets every layout it can have, on both sides."""
+    generator = random.Random(seed)
+    found = []
+    for family in TINY:
+        layouts = [layout for layout in LAYOUTS if not reason(family, "torch", layout) and layout != "TP2 padded"]
+        other = generator.sample(layouts, len(layouts))
+        found += [AdapterCase(family, *pair) for pair in zip(layouts, other, strict=True)]
+    return found
+
+
+def linear_modules(table: WeightTable) -> list[str]:
+    """The logical modules of the decoder that LoRA adapts: its linear layers, experts' too."""
+    kinds = (Kind.COLUMN, Kind.ROW, Kind.QKV, Kind.GATED)
+    entries = [entry for entry in table.entries.values() if entry.kind in kinds and len(entry.shape) == 2]
+    return [entry.name.removesuffix(".weight") for entry in entries if entry.name.startswith("decoder.layers.")]
+
+
+@cache
+def original_adapter(family: str) -> Path:
+    """A PEFT folder with random factors of rank 3 on every linear layer of the family's tiny model."""
+    folder, _ = original(family)
+    table = HFSource(folder).table
+    generator = torch.Generator().manual_seed(SEED)
+    modules = linear_modules(table)
+    tensors: dict[str, InMemory] = {}
+    for module in modules:
+        rows, columns = table.entries[f"{module}.weight"].shape
+        tensors[f"{module}.lora_A.weight"] = InMemory(torch.randn(3, columns, generator=generator))
+        tensors[f"{module}.lora_B.weight"] = InMemory(torch.randn(rows, 3, generator=generator))
+    settings = settings_of(dict.fromkeys(modules, 3), dict.fromkeys(modules, 2.0), table)
+    lora = LoraSource(AdapterTensors(folder, table, tensors), settings, None, None, None)
+    write_peft(lora, folder.parent / "peft", str(folder))
+    return folder.parent / "peft"
+
+
+def run_adapter_case(case: AdapterCase, folder: Path) -> None:
+    """Run a case in an empty folder; `AssertionError` when a factor does not arrive."""
+    base, _ = original(case.family)
+    first = original_adapter(case.family)
+    steps = [("first", LAYOUTS[case.layout_in]), ("second", LAYOUTS[case.layout_out]), ("back", "--save-lora-to-hf")]
+    load = first
+    for name, flags in steps:
+        words = f"--load-dir {base} --lora-load {load} --save-dir {folder / name} --merge-lora false {flags}"
+        words += "" if name == "back" else " --save-model-type mg"
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert main(words.split()) == 0
+        load = folder / name
+    expected, found = (load_file(path / "adapter_model.safetensors") for path in (first, load))
+    assert set(found) == set(expected), case
+    assert all(torch.equal(found[name], values) for name, values in expected.items()), case
+
+
+def page(done: list[Case], adapters: list[AdapterCase]) -> str:
     """The table of what was run."""
     lines = [
         "# Weights: families, formats, layouts",
@@ -198,22 +272,30 @@ def page(done: list[Case]) -> str:
             empty = reason(family, name, "any" if name in WITHOUT_LAYOUT else "1 rank")
             cells.append("none" if empty else f"{count[0]} + {count[1]}")
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "## Adapters",
+        "",
+        f"{len(adapters)} more conversions of adapters alone: a PEFT folder with factors on every linear layer of the",
+        "family (experts' too) to a Megatron LoRA checkpoint, that to one of another layout, and that back to a PEFT",
+        "folder, every factor bit-equal. Every family meets every layout it can have on both sides.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def write_page() -> int:
     """Run every case and write the page; the number of failures is the exit status."""
-    chosen, failures = cases(), 0
-    for case in chosen:
+    chosen, adapters, failures = cases(), adapter_cases(), 0
+    for case in [*chosen, *adapters]:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                run_case(case, Path(folder))
+                (run_case if isinstance(case, Case) else run_adapter_case)(case, Path(folder))
             except Exception as error:  # every case is to be run; the page is written only when none failed
                 failures += 1
                 print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr)
-    print(f"{len(chosen)} conversions, {failures} failures")
+    print(f"{len(chosen)} conversions, {len(adapters)} of adapters, {failures} failures")
     if not failures:
-        PAGE.write_text(page(chosen), encoding="utf-8")
+        PAGE.write_text(page(chosen, adapters), encoding="utf-8")
     return min(failures, 1)
 
 

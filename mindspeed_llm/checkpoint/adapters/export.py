@@ -200,6 +200,7 @@ def stacked_patterns(
         alike = {(len(share.ranks), share.alpha) for share in kind}
         every = [
             entry for entry in table.entries.values() if entry.expert is not None and len(entry.shape) == 2
+            and entry.layer < table.config.num_layers  # peft knows no prediction layers
             and entry.name.endswith(kind[0].entry.name.rpartition("local_experts.")[2].partition(".")[2])
         ]  # fmt: skip
         if len(alike) > 1 or len(kind) != parts * len(every):
