@@ -193,7 +193,7 @@ PROCESS_BYTES = 340 << 20
 BLOCKS = 6
 """Blocks in memory at once: one being written, two being hashed, and what joining or casting each of them takes."""
 EXPERT_COPIES = 8
-"""A weight of one expert that lies transposed is read whole: its parts, joined, transposed; and what the allocator keeps.
+"""An expert's weight that lies transposed is read whole: its parts, joined, transposed; and what the allocator keeps.
 Measured with weights of 25 MB: 7."""
 
 
