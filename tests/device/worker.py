@@ -41,7 +41,8 @@ def view(rank: int) -> dict[str, Any]:
     importlib.import_module("megatron.core.models.gpt")
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     modules = [m for name, m in sys.modules.items() if name.startswith("megatron.core") and m is not None]
-    inside = [m.torch for m in modules if isinstance(getattr(m, "torch", None), types.ModuleType)]
+    named = [m.torch for m in modules if isinstance(getattr(m, "torch", None), types.ModuleType)]
+    inside = [one for one in named if not one.__name__.startswith("megatron.")]  # a module of its own is called so
     chosen = device.select()
     return {
         "same": chosen is device.select("cpu"),
