@@ -7,6 +7,7 @@ The source's own layout, sizes and adapter settings are read from its files; fla
 
 import contextlib
 import functools
+import json
 import shlex
 import sys
 import threading
@@ -19,7 +20,7 @@ import torch
 
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
-from mindspeed_llm.checkpoint.adapters.export import write_into
+from mindspeed_llm.checkpoint.adapters.peft_config import FILE as PEFT_CONFIG
 from mindspeed_llm.checkpoint.adapters.peft_folder import write_base_record
 from mindspeed_llm.checkpoint.adapters.servers import describe_servers
 from mindspeed_llm.checkpoint.convert_job import HF_SUBFOLDER, ITERATION, Job, prepare, with_formats
@@ -161,7 +162,8 @@ def to_peft(job: Job, total: int) -> None:
     """Write a PEFT folder, and say which servers take it."""
 
     def write(folder: Path) -> None:
-        print(describe_servers(write_into(job.lora, folder, job.target.base_path)))
+        job.target.write(job.source, folder, lambda nbytes: None)
+        print(describe_servers(json.loads((folder / PEFT_CONFIG).read_text())))
         write_base_record(folder, BaseRecord(job.target.base_path, source_hash(job.base)))
 
     staged(job.final, False, job.overwrite, write)

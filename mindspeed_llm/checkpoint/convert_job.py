@@ -90,11 +90,13 @@ class Job:
 def prepare(options: ConvertOptions) -> Job:
     """Open and check everything.
 
+    Args:
+        options: with both formats named (`with_formats`).
+
     Raises:
         UsageError: flags that contradict each other, the model or the adapter.
         InputError: a source that is missing, damaged or does not fit.
     """
-    options = with_formats(options)
     check_flags(options)
     check_numbers(options)
     base, lora = open_source(options)

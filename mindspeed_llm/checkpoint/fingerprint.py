@@ -1,6 +1,7 @@
 """One number for the weights of a model, the same for the HF folder, any layout of it, and the export back."""
 
 import hashlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
@@ -35,8 +36,17 @@ def content_hash(source: TensorSource, threads: int = THREADS, stopped: Callable
     """
 
     def lines(name: str) -> list[str]:
-        return [part_line(source, name, part, stopped) for part in range(len(source.table.entry(name).hf))]
+        return [part_line(source, name, part, unwanted) for part in range(len(source.table.entry(name).hf))]
+
+    interrupted = threading.Event()
+
+    def unwanted() -> bool:
+        return interrupted.is_set() or stopped()
 
     with ThreadPoolExecutor(threads) as pool:
-        found = [line for group in pool.map(lines, source.names()) for line in group]
+        try:
+            found = [line for group in pool.map(lines, source.names()) for line in group]
+        except BaseException:  # leaving the block waits for the threads: they are to end now
+            interrupted.set()
+            raise
     return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()

@@ -1,12 +1,12 @@
 """From a source straight into the parameters of a live model: every rank reads only its own slices."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource, assemble, part_of
+from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource, part_of
 from mindspeed_llm.checkpoint.formats.mcore_names import local_shape
 from mindspeed_llm.checkpoint.kinds import AxisMap
 from mindspeed_llm.checkpoint.layout import ExpertShare
@@ -124,10 +124,3 @@ def local_slice(
 ) -> torch.Tensor:
     """One rank's share of an unsharded tensor (a parameter, its gradient or optimizer state)."""
     return part_of(InMemory(logical).read, table.shard_map(name, tp_size, padded_rows), tp_rank)
-
-
-def join_slices(
-    table: WeightTable, name: str, shares: Sequence[torch.Tensor], padded_rows: int | None = None
-) -> torch.Tensor:
-    """The unsharded tensor of all ranks' shares: the inverse of `local_slice`."""
-    return assemble([InMemory(share) for share in shares], table.shard_map(name, len(shares), padded_rows))

@@ -18,7 +18,7 @@ import torch
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.kinds import Ranges
-from mindspeed_llm.checkpoint.tables import WeightTable
+from mindspeed_llm.checkpoint.tables import WeightTable, is_lora
 from mindspeed_llm.errors import InputError
 
 TILE_COLUMNS = 2048
@@ -75,7 +75,7 @@ class MergedSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of the values `read` returns."""
-        kept = self.table.entry(name).row.keep_dtype
+        kept = not is_lora(name) and self.table.entry(name).row.keep_dtype
         return self.base.dtype(name) if kept else self.result_dtype or self.base.dtype(name)
 
     def read(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> torch.Tensor:

@@ -160,10 +160,15 @@ def stored_ranks(tensors: TensorSource) -> dict[str, int]:
 def source_hash(source: TensorSource, stopped: Callable[[], bool] = lambda: False) -> str:
     """The content hash of a base: as recorded when it was converted, else computed from its tensors now.
 
-    An HF folder is always computed: its files can change without a trace. `stopped` is that of `content_hash`.
+    An HF folder is computed by every program: its files can change without a trace. An opened source remembers it,
+    for it is asked several times and takes a read of the whole model. `stopped` is that of `content_hash`.
     """
     metadata = getattr(source, "metadata", None)
-    return (metadata.content_hash if metadata else None) or content_hash(source, stopped=stopped)
+    if metadata and metadata.content_hash:
+        return metadata.content_hash
+    known = getattr(source, "known_hash", None) or content_hash(source, stopped=stopped)
+    source.known_hash = known
+    return known
 
 
 def check_base(

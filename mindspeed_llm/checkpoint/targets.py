@@ -1,6 +1,6 @@
 """What a conversion writes: an HF folder, rank files, or a torch_dist checkpoint. Each knows its tensors and bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,11 +12,11 @@ from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.formats.blocks import BLOCK_BYTES, Progress
 from mindspeed_llm.checkpoint.formats.hf import plan_shards, shard_files, write_hf
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource, element_count
-from mindspeed_llm.checkpoint.formats.mcore_names import Dialect, factor_tensors, file_tensors
+from mindspeed_llm.checkpoint.formats.mcore_names import Dialect, FileTensor, factor_tensors, file_tensors
 from mindspeed_llm.checkpoint.formats.mcore_writer import check_layout, write_factors, write_mcore
 from mindspeed_llm.checkpoint.formats.torch_dist_writer import write_torch_dist
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
-from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout
+from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout, Rank
 
 
 class Row(NamedTuple):
@@ -82,6 +82,16 @@ class HfFolder:
         write_hf(source, folder, self.shard_bytes, progress)
 
 
+def rank_rows(source: TensorSource, layout: Layout, tensors: Callable[[Rank, int], list[FileTensor]]) -> Iterator[Row]:
+    """The tensors of every rank file; `tensors` gives those of a rank's chunk, by its virtual rank."""
+    for rank in layout.ranks():
+        file = f"{layout.rank_folder(*rank)}/{CHECKPOINT_FILE}"
+        for vp_rank, model in enumerate(layout.model_keys()):
+            for one in tensors(rank, vp_rank):
+                names = tuple(share.name for share in one.shares)
+                yield Row(names, file, f"{model}/{one.key}", one.shape, source.dtype(names[0]))
+
+
 @dataclass(frozen=True)
 class RankFiles:
     """Per-rank torch files of a layout.
@@ -107,12 +117,12 @@ class RankFiles:
 
     def rows(self, source: TensorSource) -> Iterator[Row]:
         """Every tensor of every file: replicated ones and a tied output layer count as often as they are stored."""
-        for rank in self.layout.ranks():
-            file = f"{self.layout.rank_folder(*rank)}/{CHECKPOINT_FILE}"
-            for vp_rank, model in enumerate(self.layout.model_keys()):
-                for one in file_tensors(source.table, self.layout, rank, vp_rank, self.dialect, self.padded(source)):
-                    names = tuple(share.name for share in one.shares)
-                    yield Row(names, file, f"{model}/{one.key}", one.shape, source.dtype(names[0]))
+        padded = self.padded(source)
+        return rank_rows(
+            source,
+            self.layout,
+            lambda rank, vp: file_tensors(source.table, self.layout, rank, vp, self.dialect, padded),
+        )
 
     def write(self, source: TensorSource, folder: Path, progress: Progress) -> None:
         """Write the rank files."""
@@ -151,12 +161,7 @@ class FactorFiles:
 
     def rows(self, source: TensorSource) -> Iterator[Row]:
         """Every factor of every file."""
-        for rank in self.layout.ranks():
-            file = f"{self.layout.rank_folder(*rank)}/{CHECKPOINT_FILE}"
-            for vp_rank, model in enumerate(self.layout.model_keys()):
-                for one in factor_tensors(source, self.layout, rank, vp_rank):
-                    name = one.shares[0].name
-                    yield Row((name,), file, f"{model}/{one.key}", one.shape, source.dtype(name))
+        return rank_rows(source, self.layout, lambda rank, vp: factor_tensors(source, self.layout, rank, vp))
 
     def write(self, source: TensorSource, folder: Path, progress: Progress) -> None:
         """Write the rank files."""
@@ -184,7 +189,7 @@ class PeftFolder:
             yield Row((name,), "adapter_model.safetensors", name, source.shape(name), source.dtype(name))
 
     def write(self, source: TensorSource, folder: Path, progress: Progress) -> None:
-        """Write the folder's files."""
+        """Write the folder's files: small ones, all at once."""
         write_into(self.lora, folder, self.base_path)
 
 

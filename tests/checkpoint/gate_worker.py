@@ -21,7 +21,7 @@ from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.checkpoint import merge, tables
 from mindspeed_llm.checkpoint.convert import main
-from mindspeed_llm.checkpoint.convert_job import prepare
+from mindspeed_llm.checkpoint.convert_job import prepare, with_formats
 from mindspeed_llm.checkpoint.kinds import AxisMap, Segment, hf_map
 from mindspeed_llm.checkpoint.tables import HfPart, WeightTable
 from mindspeed_llm.checkpoint.verify import networks
@@ -45,7 +45,7 @@ def convert(rank: int, words: Sequence[str], damage: str = "", table: str = "") 
     with contextlib.redirect_stdout(said), FAULTS_OF_TABLES[table]() if table else contextlib.nullcontext():
         if damage:
             assert main(list(words)) == 0
-            options = parse(ConvertOptions, [*words, "--overwrite"], ConvertOptions.SCRIPT)
+            options = with_formats(parse(ConvertOptions, [*words, "--overwrite"], ConvertOptions.SCRIPT))
             job = prepare(options)
             FAULTS_OF_FILES[damage](job.final)
             status = 0 if run_gate(job, options).status == "PASS" else 1

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.programs import PROGRAMS
+from mindspeed_llm.checkpoint import open as open_sources
 from mindspeed_llm.checkpoint.convert import main
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
+from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.merge import MergedSource
@@ -107,6 +109,43 @@ def test_export_commands_of_other_tools_mean_the_same(folders: Path, tmp_path: P
         == content_hash(HFSource(tmp_path / "primus"))
         == content_hash(HFSource(hf))
     )
+
+
+@pytest.mark.parametrize("cast", ["", "--params-dtype bf16"])
+def test_an_adapter_alone_takes_another_layout_and_type(cast: str, folders: Path, tmp_path: Path) -> None:
+    source = HFSource(folders / "qwen3")
+    factors = random_adapter(source.table)
+    write_adapter(tmp_path / "lora", source.table, factors, Layout.even(4, 2, 2), LoraSettings(3, 7.0, TARGETS))
+    words = (
+        f"--lora-load {tmp_path}/lora --merge-lora false --save-model-type mg --target-tensor-parallel-size 1 {cast}"
+    )
+    assert main([*words.split(), "--load-dir", str(folders / "qwen3"), "--save-dir", str(tmp_path / "alone")]) == 0
+    again = open_lora(tmp_path / "alone").tensors
+    dtype = torch.bfloat16 if cast else torch.float32
+    assert set(again.names()) == set(factors)
+    assert all(torch.equal(again.read(name), factors[name].to(dtype)) for name in factors)
+
+
+def test_a_base_is_hashed_once_whatever_asks_for_it(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, base = HFSource(folders / "qwen3"), str(folders / "qwen3")
+    record = BaseRecord(base, content_hash(source))
+    for name in ("one", "two"):
+        settings = LoraSettings(3, 7.0, TARGETS)
+        write_adapter(
+            tmp_path / name, source.table, random_adapter(source.table), Layout.even(4), settings, base=record
+        )
+    hashed = []
+
+    def counted(source: TensorSource, *args: object, **kwargs: object) -> str:
+        hashed.append(source)
+        return content_hash(source, *args, **kwargs)
+
+    monkeypatch.setattr(open_sources, "content_hash", counted)
+    merge = f"--load-dir {base} --lora-load {tmp_path}/one {tmp_path}/two --lora-weights 0.5 0.5"
+    assert main([*merge.split(), "--save-model-type", "hf", "--save-dir", str(tmp_path / "out")]) == 0
+    assert len(hashed) == 1
 
 
 @pytest.mark.parametrize("spelling", ["--mcore_adapters", "--adapter_load"])
@@ -314,6 +353,7 @@ def test_a_dry_run_of_an_hf_result_lists_the_tensors_of_each_file(
 
 MEASURED = """
 import sys
+from mindspeed_llm.checkpoint import open as open_sources
 from mindspeed_llm.checkpoint.convert import main
 main(sys.argv[1:])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

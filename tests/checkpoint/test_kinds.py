@@ -5,12 +5,12 @@ import torch
 
 from mindspeed_llm.checkpoint.formats.lazy import InMemory, assemble, part_of
 from mindspeed_llm.checkpoint.kinds import AxisMap, Segment, hf_map, padded_vocabulary, shard_map, vocabulary_map
-from mindspeed_llm.checkpoint.live import join_slices, local_slice
+from mindspeed_llm.checkpoint.live import local_slice
 from mindspeed_llm.checkpoint.tables import WeightTable, file_key, logical_name
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families.base import Join, Kind
-from tests.checkpoint.tiny import TARGETS, hf_config, random_adapter
+from tests.checkpoint.tiny import TARGETS, hf_config, join_slices, random_adapter
 
 CONFIG = ModelConfig.from_hf_dict(hf_config(), "here")
 TABLE = WeightTable(CONFIG)

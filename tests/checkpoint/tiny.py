@@ -1,13 +1,14 @@
 """Small models with no two sizes alike, made without transformers, and short ways to convert them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from mindspeed_llm.checkpoint.atomic import iteration_folder, write_tracker
-from mindspeed_llm.checkpoint.formats.lazy import TensorSource
+from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource, assemble
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.mcore_writer import write_mcore
 from mindspeed_llm.checkpoint.formats.torch_file import write_torch_file
@@ -113,3 +114,10 @@ def write_adapter(
         write_metadata(target, Metadata(table.config, layout, 20, lora=settings, **fields))
     write_tracker(folder, 20)
     return folder
+
+
+def join_slices(
+    table: WeightTable, name: str, shares: Sequence[torch.Tensor], padded_rows: int | None = None
+) -> torch.Tensor:
+    """The unsharded tensor of all ranks' shares: the inverse of `local_slice`."""
+    return assemble([InMemory(share) for share in shares], table.shard_map(name, len(shares), padded_rows))

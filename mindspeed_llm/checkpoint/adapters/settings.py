@@ -85,11 +85,6 @@ def short_targets(chosen: Iterable[str], modules: Iterable[str]) -> tuple[str, .
     return tuple(sorted(names))
 
 
-def targeted_modules(settings: LoraSettings, table: WeightTable) -> set[str]:
-    """The logical modules that settings adapt."""
-    return {module for module in module_entries(table) if settings.adapts(module)}
-
-
 def settings_of(
     ranks: Mapping[str, int], scalings: Mapping[str, float], table: WeightTable, dropout: float = 0.0
 ) -> LoraSettings:

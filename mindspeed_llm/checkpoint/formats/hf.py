@@ -34,7 +34,10 @@ class HFSource:
 
     Attributes:
         notes: what was done to the weights that is not plain reading, one line each, for the program to say.
+        known_hash: the content hash, once somebody asked for it (`open.source_hash`).
     """
+
+    known_hash: str | None = None
 
     def __init__(self, folder: str | Path, ignore_unknown: bool = False) -> None:
         """Read config and headers, and hold them against the weight table.

@@ -50,7 +50,13 @@ class Stored(NamedTuple):
 
 
 class ShardedSource:
-    """Tensors that lie in rank files, by logical name (`TensorSource`)."""
+    """Tensors that lie in rank files, by logical name (`TensorSource`).
+
+    Attributes:
+        known_hash: the content hash, once somebody asked for it (`open.source_hash`).
+    """
+
+    known_hash: str | None = None
 
     def __init__(self, checkpoint: "MegatronCheckpoint", tensors: Mapping[str, Stored]) -> None:
         """Show `tensors` of an opened checkpoint."""

@@ -56,7 +56,10 @@ class TorchDistSource:
     Attributes:
         metadata: what its args.json says; None without one.
         notes: what was left out, one line each, for the program to say.
+        known_hash: the content hash, once somebody asked for it (`open.source_hash`).
     """
+
+    known_hash: str | None = None
 
     def __init__(
         self,
