@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindspeed_llm.data.finish import content_hashes
+from mindspeed_llm.data.division import content_hashes
 from mindspeed_llm.data.handlers import Handler
 from mindspeed_llm.data.indexed_file import IndexedFileWriter
 from mindspeed_llm.data.intake import CHUNK_ROWS, in_chunks
