@@ -20,7 +20,7 @@ from mindspeed_llm.data.layout import Format, LFDefaultTemplate, Thinking
 from mindspeed_llm.data.messages import Conversation, Message, PlainTurns, Preference
 from mindspeed_llm.data.tokenizer import Tokenizer
 from mindspeed_llm.data.tools import arguments_text, arguments_value, parse_calls, parse_tools, wrapped
-from mindspeed_llm.data.whole_text import Laid, WholeTextEncoder
+from mindspeed_llm.data.whole_text import Laid, WholeTextEncoder, laid_out
 from mindspeed_llm.errors import InputError, UsageError
 
 BREAK = "\ufdd1"  # a noncharacter put into control tokens that are to stay text, until they are marked
@@ -268,7 +268,7 @@ class HfEncoder(ChatEncoder):
                 pieces.append(piece)
             texts.append("".join(pieces))
             spans.append([(places[start], places[stop]) for start, stop in characters])
-        return [Laid(ids, found) for ids, found in self.marked.encode_spans(texts, spans)]
+        return laid_out(self.marked, texts, spans, [""] * len(texts))
 
 
 def _checked(quote: Callable[[str], str]) -> Callable[[str], str]:
