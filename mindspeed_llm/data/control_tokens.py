@@ -70,6 +70,15 @@ class Spelling:
         matches = self._every.finditer(text) if self._every is not None else iter(())
         return next((found.start() for found in matches if found.start() < place < found.end()), place)
 
+    def first(self, text: str) -> str | None:
+        """The control token that a text begins with."""
+        found = self._every.match(text) if self._every is not None else None
+        return found[0] if found else None
+
+    def last(self, text: str) -> str | None:
+        """The control token that a text ends with."""
+        return max((token for token in self.marks if text.endswith(token)), key=len, default=None)
+
     def plain(self, text: str) -> str:
         """A marked text with its control tokens as the vocabulary spells them."""
         tokens = list(self.marks)
