@@ -67,6 +67,11 @@ class IndexedDataset:
         masks = [part["attention_mask"] for part in self._parts if "attention_mask" in part]
         return any(len(mask) > 0 and int(mask[0].max(initial=0)) > 1 for mask in masks)
 
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether a row may hold several texts: made with `--pack`, or by a program that left no report."""
+        return any(report is None or report["pack"] for report in self.reports)
+
     def __len__(self) -> int:
         return len(self.lengths)
 
