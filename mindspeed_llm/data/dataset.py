@@ -71,6 +71,7 @@ class IndexedDataset:
     def content_hashes(self) -> np.ndarray:
         """[rows] uint64, a hash of each row's tokens; every token is read once."""
         return np.concatenate([hash_rows(part["input_ids"].prefix) for part in self._parts])
+
     @property
     def may_be_packed(self) -> bool:
         """Whether a row may hold several texts: made with `--pack`, or by a program that left no report."""
