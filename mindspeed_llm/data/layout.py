@@ -176,7 +176,7 @@ class Template:
     def answer(self, message: Message, idx: int) -> Blocks:
         """The blocks of an answer: its thought, its text and its calls."""
         content = message["content"]
-        calls = list(message.get("calls") or ())
+        calls = message.get("calls") or ()
         if message["role"] == "function":
             calls, content = parse_calls(content), ""
         if message.get("thought"):
@@ -206,7 +206,8 @@ class Template:
             previous = role
             blocks: Blocks = []
             if position == 0:
-                blocks.append(Block(self.prefix))
+                if self.prefix.slots:
+                    blocks.append(Block(self.prefix))
                 blocks += self.system_block(system or self.default_system, tools)
             elif position % 2 == 0 and self.separates:
                 blocks.append(Block(self.separator))
@@ -290,11 +291,10 @@ class ReasoningTemplate(Template):
         for (source, target), answer in zip(turns, answers, strict=True):
             if self.has_thought(answer):
                 continue
-            block = self._empty
             if thinking == "true":
-                target.insert(0, block)
+                target.insert(0, self._empty)
             else:
-                source.append(block)
+                source.append(self._empty)
         return turns
 
     def final_turn(
@@ -330,8 +330,8 @@ class ReasoningTemplate(Template):
         """Whether an answer brings a thought, or at least one of its tags."""
         if message.get("thought"):
             return True
-        content = message["content"]
-        return message["role"] == "assistant" and any(tag in content for tag in self.tags)
+        content, (opening, closing) = message["content"], self.tags
+        return message["role"] == "assistant" and (opening in content or closing in content)
 
     def without_thought(self, message: Message) -> Message:
         """The message, an answer's thoughts and the line breaks before its text removed."""

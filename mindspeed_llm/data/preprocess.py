@@ -4,6 +4,7 @@ The files are written aside and renamed into place when all are complete; whatev
 behind and the old files as they were.
 """
 
+import gc
 import logging
 import signal
 import sys
@@ -39,6 +40,9 @@ from mindspeed_llm.errors import InputError
 FIELDS = CHAT_FIELDS
 LOOKED_AT = 1000  # rows that a preview looks at, at least, for enough that are written
 
+GARBAGE_THRESHOLD = 20_000  # objects made before cycles among them are looked for
+SWITCH_SECONDS = 0.1  # how long a thread may run while another waits
+
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +55,9 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse(PreprocessOptions, argv, "preprocess_data.py")
     previous = signal.signal(signal.SIGTERM, _exit_on_signal)  # so that what is written aside is removed
+    # rows hold no cycles, and threads hand over where they wait: both limits are too low for this work
+    gc.set_threshold(GARBAGE_THRESHOLD)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         if options.inspect is not None:
             inspect_prefix(Path(options.inspect), options.preview or 10, options.tokenizer_name_or_path)

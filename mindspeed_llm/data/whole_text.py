@@ -6,12 +6,12 @@ thoughts and tool calls are tokens and the others text.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mindspeed_llm.data.control_tokens import MarkedTokenizer, SegmentTokenizer, Spelling, collides
-from mindspeed_llm.data.layout import ANSWER, PLACEHOLDER, TEXT, Block, Blocks, Format, Special, Template, Turn
+from mindspeed_llm.data.layout import ANSWER, PLACEHOLDER, TEXT, Blocks, Format, Special, Template, Turn
 from mindspeed_llm.data.tokenizer import Tokenizer
 
 # added tokens that a model writes itself: tags of thoughts, of tool calls and of their arguments
@@ -51,7 +51,7 @@ class WholeTextEncoder:
         tags = self.answer_tags = [token for token in added if ANSWER_TAGS.search(token) or token in words]
         self._answer = self.spelling.literal if allow_control_tokens else self.spelling.only(tags)
         self._text = self.spelling.literal if allow_control_tokens else str
-        self._formats: dict[Format, list[str]] = {}
+        self._formats: dict[int, tuple[Format, list[str]]] = {}  # by identity: hashing a format's slots takes longer
         self._literals: dict[str, str] = {}
 
     def tokenize(self, rows: Sequence[Sequence[Turn]]) -> list[Laid]:
@@ -91,9 +91,11 @@ class WholeTextEncoder:
         """The marked text of some blocks."""
         rendered: list[str] = []
         for block in blocks:
-            for part in self._compiled(block.format):
+            known = self._formats.get(id(block.format))
+            for part in known[1] if known else self._compiled(block.format):
                 if part == "{{content}}":
-                    rendered += self._fragments(block)
+                    for text, author in block.content:
+                        rendered.append(self._written(text, author))
                 elif part == "{{idx}}":
                     rendered.append(str(block.idx))
                 elif part == "{{name}}":
@@ -103,9 +105,6 @@ class WholeTextEncoder:
                 else:
                     rendered.append(part)
         return "".join(rendered)
-
-    def _fragments(self, block: Block) -> Iterable[str]:
-        return [self._written(text, author) for text, author in block.content]
 
     def _written(self, text: str, author: str) -> str:
         """A text with the control tokens marked that its author may write."""
@@ -119,17 +118,15 @@ class WholeTextEncoder:
 
     def _compiled(self, layout: Format) -> list[str]:
         """A format as literal texts, marked, and placeholders."""
-        if layout not in self._formats:
-            parts: list[str] = []
-            for slot in layout.slots:
-                if isinstance(slot, Special):
-                    parts.append(self.spelling.literal(self.special(slot.name)))
-                else:
-                    parts += [
-                        p if PLACEHOLDER.fullmatch(p) else self.spelling.literal(p) for p in PLACEHOLDER.split(slot)
-                    ]
-            self._formats[layout] = [part for part in parts if part]
-        return self._formats[layout]
+        parts: list[str] = []
+        for slot in layout.slots:
+            if isinstance(slot, Special):
+                parts.append(self.spelling.literal(self.special(slot.name)))
+            else:
+                parts += [p if PLACEHOLDER.fullmatch(p) else self.spelling.literal(p) for p in PLACEHOLDER.split(slot)]
+        # the format is kept with its parts, so that its identity is not another's later
+        self._formats[id(layout)] = (layout, [part for part in parts if part])
+        return self._formats[id(layout)][1]
 
 
 class _CollisionError(Exception):
