@@ -3,10 +3,8 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -150,32 +148,52 @@ def test_other_programs_files_are_merged_by_name(golden: Path, tmp_path: Path) -
         preprocess(parse(PreprocessOptions, names, "preprocess_data.py"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_run_killed_at_any_moment_finishes_when_run_again(tokenizer: Path, tmp_path: Path, count: int) -> None:
-    source = write_rows(tmp_path / "rows.jsonl", 4000)
-    more = [*SPLIT, *PACK, "--num-shards", str(count)]
-    begin = time.monotonic()
-    subprocess.run(_command(source, tmp_path / "one" / "x", tokenizer, more), check=True, capture_output=True)
-    whole = time.monotonic() - begin
-    draw = random.Random(count)
-    for moment in range(6):
-        prefix = tmp_path / f"kill{moment}" / "x"
-        killed = subprocess.Popen(_command(source, prefix, tokenizer, more), stderr=subprocess.DEVNULL)
-        time.sleep(whole * draw.uniform(0.2, 1.0))
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-        again = subprocess.run(
-            _command(source, prefix, tokenizer, [*more, "--overwrite"] if killed.returncode == 0 else more),
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert again.returncode == 0 or "--overwrite" in again.stderr, again.stderr
-        assert data_files(prefix.parent) == data_files(tmp_path / "one")
-        assert not list(prefix.parent.glob(".*"))
+SHARDED = (*SPLIT, *PACK, "--num-shards", "3")
+KILLS = int(os.environ.get("KILLS", "4"))  # per phase; KILLS=20 for a long run by hand
 
 
-def _command(source: Path, prefix: Path, tokenizer: Path, more: list[str]) -> list[str]:
-    return [sys.executable, str(REPO / "preprocess_data.py"), *words(source, prefix, tokenizer, *more)]
+def driven(trials: list[dict]) -> list[dict | None]:
+    """What became of each trial of `killing.py`."""
+    command = [sys.executable, str(Path(__file__).with_name("killing.py"))]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, input=json.dumps({"trials": trials}), capture_output=True, text=True,
+                          env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("phase", "more"),
+    [
+        ("tokenising", SHARDED), ("merging", SHARDED), ("dividing", SHARDED), ("packing", SHARDED),
+        ("publishing", SHARDED), ("tokenising", ()), ("publishing", SPLIT),
+    ],
+    ids=["tokenising", "merging", "dividing", "packing", "publishing", "tokenising alone", "publishing alone"],
+)  # fmt: skip
+def test_a_run_killed_at_any_moment_of_a_phase_finishes_when_run_again_without_making_parts_anew(
+    tokenizer: Path, tmp_path: Path, phase: str, more: tuple[str, ...]
+) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", 1500)
+    draw = random.Random(f"{phase} {more}")
+    run(source, tmp_path / "one" / "x", tokenizer, *more)
+    kills = []
+    for number in range(KILLS):
+        argv = words(source, tmp_path / str(number) / "x", tokenizer, *more)
+        count_argv = words(source, tmp_path / "count" / "x", tokenizer, *more)
+        kills.append({"argv": argv, "count_argv": count_argv, "phase": phase, "share": draw.random()})
+    assert driven(kills) == [None] * KILLS, "every trial is killed"
+    parts = [len(list((tmp_path / str(number)).glob("x_shard_*_report.json"))) for number in range(KILLS)]
+    merged = [(tmp_path / str(number) / "x_report.json").exists() for number in range(KILLS)]
+    again = driven([{"argv": trial["argv"], "phase": None} for trial in kills])
+    whole = data_files(tmp_path / "one")
+    assert len(whole) == (6 if not more else 18)
+    for number, answer in enumerate(again):
+        folder = tmp_path / str(number)
+        assert answer is not None and (not answer["error"] or (merged[number] and "--overwrite" in answer["error"]))
+        assert data_files(folder) == whole
+        assert not list(folder.glob(".*")) and not list(folder.glob("*_shard_*"))
+        if "--num-shards" in more:
+            assert len(answer["made"]) <= (0 if merged[number] else 3 - parts[number]), "made parts are not made again"
 
 
 def test_the_parts_of_any_number_of_rows_cover_them_once(tokenizer: Path, tmp_path: Path) -> None:
