@@ -130,8 +130,6 @@ REFUSED: dict[str, str] = {
     "save_to_legacy": _LEGACY,
     "load_hf_from_config": "exported files are written directly; give --hf-cfg-dir for config and tokenizer",
     "save_lora_to_hf": "exporting the adapter alone is not supported yet; leave it out to export the merged model",
-    "reset_attention_mask": "training on packed rows is not supported yet; preprocess without --pack",
-    "reset_position_ids": "training on packed rows is not supported yet; preprocess without --pack",
     "padded_samples": "samples are never padded to fill an epoch: epochs are joined instead",
     "full_shuffle_instruction_dataset": "each epoch is shuffled anew by --seed; use --no-shuffle to keep the order",
     "is_pairwise_dataset": "preference training is not supported yet; --stage sft reads instruction data",

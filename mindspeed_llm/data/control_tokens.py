@@ -7,6 +7,7 @@ without control tokens both tokenizers give the same ids.
 """
 
 import json
+import os
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
@@ -22,14 +23,18 @@ MARK = "\ufdd0"  # a noncharacter: valid in strings, meant for use within a prog
 FIRST = 0x100000  # the marked tokens are numbered in the last private-use plane
 _MARKED = re.compile(MARK + "[\U00100000-\U0010ffff]")
 _SPLIT = re.compile(f"({_MARKED.pattern})")
+REPLACED = "\ufffd"  # stands for bytes that are no character
 Span = tuple[int, int]
 
 
 class Marked(Protocol):
     """A tokenizer for texts in which control tokens are marked."""
 
-    def encode_spans(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Any, list[Span]]]:
-        """Ids of each text, and its spans (start and stop in UTF-8 bytes) in tokens: those that hold any of them."""
+    def encode_spans(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> Sequence[tuple[Any, list[Span] | None]]:
+        """Ids of each text, and its spans (start and stop in UTF-8 bytes) in tokens: those that hold any of them; None
+        where the tokenizer does not let these be told."""
 
 
 class Spelling:
@@ -63,6 +68,15 @@ class Spelling:
         """The place, or the beginning of the control token within which it lies."""
         matches = self._every.finditer(text) if self._every is not None else iter(())
         return next((found.start() for found in matches if found.start() < place < found.end()), place)
+
+    def first(self, text: str) -> str | None:
+        """The control token that a text begins with."""
+        found = self._every.match(text) if self._every is not None else None
+        return found[0] if found else None
+
+    def last(self, text: str) -> str | None:
+        """The control token that a text ends with."""
+        return max((token for token in self.marks if text.endswith(token)), key=len, default=None)
 
     def plain(self, text: str) -> str:
         """A marked text with its control tokens as the vocabulary spells them."""
@@ -202,46 +216,76 @@ class MarkedTokenizer:
 class SegmentTokenizer:
     """Any tokenizer, given what stands between control tokens bit by bit; the way of slow tokenizers.
 
-    These do not tell where a token stands. It is found by tokenising what precedes, which may end otherwise when alone:
-    a token or two around an answer can then count as part of it.
+    These do not tell where a token stands. It is read off the text of the first n tokens, which grows with n; where
+    that is not the text itself, as with tokenizers that change letters or spaces, no place can be told.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], spelling: Spelling, ids: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[list[int]], str],
+        spelling: Spelling,
+        ids: Mapping[str, int],
+    ) -> None:
         """Args:
         encode: ids of a text in which control tokens are text.
+        decode: text of ids, nothing tidied.
         ids: of the control tokens.
         """
         self.encode = encode
+        self.decode = decode
         self.ids = {mark: ids[token] for token, mark in spelling.marks.items()}
 
-    def encode_spans(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Any, list[Span]]]:
+    def encode_spans(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> list[tuple[Any, list[Span] | None]]:
         """See `Marked`."""
         return [self._one(text, row) for text, row in zip(texts, spans, strict=True)]
 
-    def _one(self, text: str, spans: Sequence[Span]) -> tuple[Any, list[Span]]:
-        ids = self._ids(text)
-        found = []
-        for start, stop in spans:
-            raw = text.encode()
-            first = _alike(ids, self._ids(raw[:start].decode()))
-            last = len(ids) - _alike(ids[::-1], self._ids(raw[stop:].decode())[::-1])
-            found.append((first, max(first, last) if stop > start else first))
+    def _one(self, text: str, spans: Sequence[Span]) -> tuple[Any, list[Span] | None]:
+        ids: list[int] = []
+        pieces: list[tuple[int, int, str, list[int]]] = []  # first character, first token, text, ids
+        place = 0
+        for piece in _SPLIT.split(text):
+            own = [self.ids[piece]] if piece in self.ids else self.encode(piece) if piece else []
+            pieces.append((place, len(ids), piece, own))
+            ids += own
+            place += len(piece)
+        found: list[Span] | None = []
+        for span in spans:
+            edges = [self._edge(pieces, _characters(text, place), side) for side, place in enumerate(span)]
+            if found is None or edges[0] is None or edges[1] is None:
+                found = None
+            else:
+                found.append((edges[0], max(edges) if span[1] > span[0] else edges[0]))
         return np.array(ids, np.int32), found
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in _SPLIT.split(text):
-            if piece in self.ids:
-                ids.append(self.ids[piece])
-            elif piece:
-                ids += self.encode(piece)
-        return ids
+    def _edge(self, pieces: Sequence[tuple[int, int, str, list[int]]], place: int, side: int) -> int | None:
+        """The first token that holds text from a character on (side 0), or the first that holds nothing before it."""
+        begin, at, piece, own = pieces[max(bisect_right(pieces, place, key=lambda entry: entry[0]) - 1, 0)]
+        if place - begin in (0, len(piece)) or piece in self.ids:
+            return at + (len(own) if place > begin else 0)
+        if REPLACED in piece or self.decode(own) != piece:
+            return None
+        count = self._holding(piece, own, place - begin)
+        ends_there = self.decode(own[:count]) == piece[: place - begin]
+        return at + (count if side or ends_there else count - 1)
 
+    def _holding(self, piece: str, ids: list[int], size: int) -> int:
+        """How many of a piece's tokens it takes to hold its first `size` characters.
 
-def _alike(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many ids are the same from the beginning."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(ids), len(others)))
+        Where a character is divided among tokens, the text of some of them may hide characters before it: the four
+        tokens before the place that the search finds, as many as a character has bytes, are looked at again.
+        """
+
+        def holds(count: int) -> bool:
+            return len(os.path.commonprefix([piece, self.decode(ids[:count])])) >= size
+
+        found, before = len(ids), len(ids)
+        while before is not None:
+            found = bisect_left(range(before), True, key=holds)
+            before = next((n for n in range(found - 1, max(found - 5, -1), -1) if holds(n)), None)
+        return found
 
 
 def _token_spans(places: np.ndarray, bounds: np.ndarray) -> np.ndarray:

@@ -72,6 +72,11 @@ class IndexedDataset:
         """[rows] uint64, a hash of each row's tokens; every token is read once."""
         return np.concatenate([hash_rows(part["input_ids"].prefix) for part in self._parts])
 
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether a row may hold several texts: made with `--pack`, or by a program that left no report."""
+        return any(report is None or report["pack"] for report in self.reports)
+
     def __len__(self) -> int:
         return len(self.lengths)
 

@@ -15,7 +15,7 @@ from mindspeed_llm.data import llama_factory
 from mindspeed_llm.data.encode import Limits
 from mindspeed_llm.data.encoders import Encoder
 from mindspeed_llm.data.finish import Packing
-from mindspeed_llm.data.handlers import DEFAULT_HANDLER, Handler, Reading, get_handler
+from mindspeed_llm.data.handlers import DEFAULT_HANDLER, Handler, Reading, get_handler, needs_template
 from mindspeed_llm.data.report import FORMAT
 from mindspeed_llm.data.rows import file_hash, find_files
 from mindspeed_llm.data.self_cognition import FORM, HANDLER, MAP_KEYS, is_self_cognition, self_cognition_rows
@@ -279,6 +279,12 @@ def _warnings(options: PreprocessOptions, mixture: Mixture, encoder: Encoder, ha
         )
     if options.append_eod and encoder.answers_end_with_eos():
         found.append(f"template {options.prompt_type} already ends answers with end-of-text; --append-eod adds another")
+    trains = handler.KIND in ("chat", "preference") and needs_template(handler)
+    if trains and not options.append_eod and not encoder.ends_answers():
+        found.append(
+            f"template {options.prompt_type} puts no token of this tokenizer after an answer, so that the model is not "
+            "taught to stop; --append-eod adds end-of-text to every row"
+        )
     return found
 
 

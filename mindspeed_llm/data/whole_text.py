@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed_llm.data.control_tokens import MarkedTokenizer, SegmentTokenizer, Spelling, collides
+from mindspeed_llm.data.control_tokens import Marked, MarkedTokenizer, SegmentTokenizer, Spelling, collides
 from mindspeed_llm.data.layout import ANSWER, PLACEHOLDER, TEXT, Blocks, Format, Special, Template, Turn
 from mindspeed_llm.data.tokenizer import Tokenizer
 
+UNTOLD = (
+    "this slow tokenizer does not give the text back, so that answers cannot be told from prompts in it; use the "
+    "model's tokenizer.json"
+)
 # added tokens that a model writes itself: tags of thoughts, of tool calls and of their arguments
 ANSWER_TAGS = re.compile(r"think|thought|tool|arg_", re.IGNORECASE)
 
@@ -62,8 +66,7 @@ class WholeTextEncoder:
             faults.append("" if text is not None else "its text holds the characters that mark control tokens here")
             texts.append(text or "")
             spans.append(row_spans)
-        encoded = self.marked.encode_spans(texts, spans)
-        return [Laid(ids, token_spans, fault) for (ids, token_spans), fault in zip(encoded, faults, strict=True)]
+        return laid_out(self.marked, texts, spans, faults)
 
     def text(self, row: Sequence[Turn]) -> str:
         """The rendered text of a row, control tokens as the vocabulary spells them."""
@@ -129,6 +132,23 @@ class WholeTextEncoder:
         return self._formats[id(layout)][1]
 
 
+def laid_out(
+    marked: Marked, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], faults: Sequence[str]
+) -> list[Laid]:
+    """Marked texts with spans in bytes as tokens, all in one batch.
+
+    Args:
+        faults: what is already wrong with each, empty for nothing.
+    """
+    rows = []
+    for (ids, found), row, fault in zip(marked.encode_spans(texts, spans), spans, faults, strict=True):
+        if found is None:
+            rows.append(Laid([], [(0, 0)] * len(row), fault or UNTOLD))
+        else:
+            rows.append(Laid(ids, found, fault))
+    return rows
+
+
 class _CollisionError(Exception):
     """A text holds marks."""
 
@@ -142,4 +162,4 @@ def marked_tokenizer(tokenizer: Tokenizer, spelling: Spelling) -> MarkedTokenize
     rust = tokenizer.rust
     if rust is not None:
         return MarkedTokenizer(rust, spelling)
-    return SegmentTokenizer(tokenizer.encode_as_text, spelling, tokenizer.control_tokens())
+    return SegmentTokenizer(tokenizer.encode_as_text, tokenizer.decode_as_it_is, spelling, tokenizer.control_tokens())
