@@ -1,6 +1,7 @@
 """The program as a whole: same files whatever the number of workers, nothing lost, nothing half-written."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -305,21 +306,26 @@ def test_with_a_fast_tokenizer_neither_torch_nor_transformers_is_loaded(tokenize
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("kill", "to_all"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGKILL, False)],
+)
 def test_a_stopped_run_publishes_nothing_and_leaves_no_process(
-    tokenizer: Path, tmp_path: Path, kill: signal.Signals
+    tokenizer: Path, tmp_path: Path, kill: signal.Signals, to_all: bool
 ) -> None:
     source = write(tmp_path / "rows.jsonl", rows(500) * 60)
     command = [sys.executable, str(REPO / "preprocess_data.py")]
     command += words(source, tmp_path / "out" / "x", tokenizer, "--workers", "2")
-    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         while not list((tmp_path / "out").glob(".x.*.partial/*.bin")) and process.poll() is None:
             time.sleep(0.02)
         time.sleep(0.5)
-        process.send_signal(kill)
+        # a terminal's Ctrl-C and a scheduler's cancel go to every process of the run
+        os.killpg(process.pid, kill) if to_all else process.send_signal(kill)
         process.wait(timeout=30)
         assert process.returncode != 0
-        process.stderr.read()  # ends only when no worker holds the pipe any more
+        said = process.stderr.read()  # ends only when no worker holds the pipe any more
     left = list((tmp_path / "out").iterdir())
-    assert left == [] if kill == signal.SIGTERM else all(path.name.startswith(".x.") for path in left)
+    assert left == [] if kill != signal.SIGKILL else all(path.name.startswith(".x.") for path in left)
+    assert "Traceback" not in said and (kill != signal.SIGINT or said.strip().endswith("error: interrupted"))
