@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
-from mindspeed_llm.data import shards
+from mindspeed_llm.data import intake, shards
 from mindspeed_llm.data.indexed_file import IndexedFile
 from mindspeed_llm.data.preprocess import preprocess
 from mindspeed_llm.errors import InputError
@@ -76,6 +77,59 @@ def test_parts_merged_are_byte_equal_to_one_run(
     assert data_files(tmp_path / "all") == one == data_files(tmp_path / "last")
     assert counts_of(once) == counts_of(merged) == counts_of(later)
     assert not list((tmp_path / "all").glob("*_shard_*")), "parts are removed when the run has merged them itself"
+
+
+@pytest.mark.parametrize("kind", ["counts", "interleaved", "preferences", "running text"])
+def test_parts_of_every_kind_of_rows_and_sources_are_byte_equal_to_one_run(
+    source: Path, tokenizer: Path, tmp_path: Path, kind: str
+) -> None:
+    preferences = tmp_path / "pairs.jsonl"
+    with preferences.open("w") as stream:
+        for i in range(90):
+            row = {"instruction": f"q{i}", "chosen": "a " * (i % 9), "rejected": None if i == 40 else "b " * (i % 5)}
+            stream.write(json.dumps({**row, "text": "word " * (i % 13)}) + "\n")
+    template = ["--prompt-type", "qwen3"]
+    named = [*template, "--model-name", "小黄", "Bot", "--model-author", "Team"]
+    more = {
+        "counts": ["--dataset", f"{source}#130", f"{source}#700", "self-cognition#200", *named, *PACK, *SPLIT],
+        "interleaved": ["--dataset", str(source), "self-cognition#20", "--mix-strategy", "interleave_over", *named],
+        "preferences": ["--input", str(preferences), "--handler-name", "AlpacaStylePairwiseHandler", *template, *SPLIT],
+        "running text": ["--input", str(preferences), *SPLIT],
+    }[kind]
+    common = [*more, "--tokenizer-name-or-path", str(tokenizer), "--output-prefix"]
+    reports = []
+    for folder, options in (("one", ["--workers", "2"] if kind == "counts" else []), ("all", ["--num-shards", "4"])):
+        words = [*common, str(tmp_path / folder / "x"), *options]
+        reports.append(preprocess(parse(PreprocessOptions, words, "preprocess_data.py")))
+    assert len(data_files(tmp_path / "one")) == {"interleaved": 6, "preferences": 24, "running text": 6}.get(kind, 18)
+    assert data_files(tmp_path / "one") == data_files(tmp_path / "all")
+    assert counts_of(reports[0]) == counts_of(reports[1])
+
+
+def test_a_run_keeps_few_bytes_per_row(tokenizer: Path, tmp_path: Path) -> None:
+    peaks = []
+    for count in (15_000, 45_000):
+        file = tmp_path / f"{count}.txt"
+        file.write_text("".join(f"{i % 97}\n" for i in range(count)))
+        words = ["--input", str(file), "--output-prefix", str(tmp_path / f"{count}" / "x"), "--num-shards", "2"]
+        words += ["--tokenizer-name-or-path", str(tokenizer), "--split", "90,5,5"]
+        options = parse(PreprocessOptions, words, "preprocess_data.py")
+        tracemalloc.start()
+        preprocess(options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 30_000 < 32
+
+
+@pytest.mark.parametrize(("rows", "characters"), [(1, 2_000_000), (7, 2_000_000), (500, 100)])
+def test_the_files_do_not_depend_on_how_many_rows_are_tokenised_at_once(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, characters: int
+) -> None:
+    run(source, tmp_path / "one" / "x", tokenizer, *PACK)
+    monkeypatch.setattr(intake, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(intake, "CHUNK_CHARACTERS", characters)
+    run(source, tmp_path / "two" / "x", tokenizer, *PACK)
+    assert data_files(tmp_path / "one") == data_files(tmp_path / "two")
 
 
 def test_equal_rows_are_in_one_part_of_a_split_and_shares_are_as_asked(tokenizer: Path, tmp_path: Path) -> None:
