@@ -18,6 +18,7 @@ from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata
 from mindspeed_llm.checkpoint.recorded import tokenizer_folder
 from mindspeed_llm.data.batch import cut_count
 from mindspeed_llm.data.dataset import IndexedDataset, RowSource, split_dataset
+from mindspeed_llm.data.encoders import make_encoder
 from mindspeed_llm.data.report import check_data_matches
 from mindspeed_llm.data.sampler import EpochSampler
 from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
@@ -155,10 +156,13 @@ def open_data(options: PosttrainOptions, start: Start) -> tuple[IndexedDataset, 
     folder = tokenizer_folder(options.tokenizer, start.base)
     tokenizer = load_tokenizer(folder) if folder else None
     if tokenizer is not None:
+        named = options.tokenizer
         for report in dataset.reports:
-            check_data_matches(
-                report, tokenizer.content_hash, options.tokenizer.prompt_type, options.tokenizer.enable_thinking
-            )
+            check_data_matches(report, tokenizer.content_hash, named.prompt_type, named.enable_thinking)
+        if named.prompt_type and any(dataset.reports):  # it is the data's, and so one of this tokenizer
+            template = make_encoder(named.prompt_type, named.prompt_type_path, tokenizer).template
+            for report in dataset.reports:
+                check_data_matches(report, tokenizer.content_hash, template_hash=template.content_hash)
     check_resumed_template(start, dataset)
     return dataset, tokenizer
 
