@@ -55,9 +55,9 @@ class IndexedDataset:
         self._ends = np.cumsum([len(part["input_ids"]) for part in self._parts])
 
     @property
-    def report(self) -> dict[str, Any] | None:
-        """The first prefix' report, None when it has none."""
-        return self.reports[0]
+    def sizes(self) -> list[int]:
+        """Rows of each prefix."""
+        return [len(part["input_ids"]) for part in self._parts]
 
     @property
     def neat_packed(self) -> bool:
@@ -101,7 +101,9 @@ class Subset:
         return self.source[int(self.rows[row])]
 
 
-def split_dataset(source: RowSource, split: str, seed: int) -> tuple[Subset, Subset, Subset]:
+def split_dataset(
+    source: RowSource, split: str, seed: int, sizes: Sequence[int] | None = None
+) -> tuple[Subset, Subset, Subset]:
     """Training, validation and test part of the rows, disjoint and together all of them.
 
     Args:
@@ -109,20 +111,28 @@ def split_dataset(source: RowSource, split: str, seed: int) -> tuple[Subset, Sub
         split: up to three shares, e.g. "95,5,0"; they need not sum to 100. A share above zero gets at least one row
             where there are rows enough.
         seed: chooses the rows; each part keeps them in their order.
+        sizes: rows of the data sets that stand one after the other in `source`, each divided on its own; left out,
+            they are one.
 
     Raises:
         UsageError: the shares cannot be read.
         InputError: fewer rows than parts.
     """
     shares = split_shares(split)
-    counts = _counts(len(source), shares)
-    if any(share and not count for share, count in zip(shares, counts, strict=True)):
-        raise InputError(
-            f"{len(source)} rows cannot be divided into the {np.count_nonzero(shares)} parts of --split {split}"
-        )
-    order = np.random.default_rng(seed).permutation(len(source))
-    bounds = np.cumsum(counts)[:-1]
-    train, valid, test = (Subset(source, np.sort(part)) for part in np.split(order, bounds))
+    parts: list[list[np.ndarray]] = [[], [], []]
+    begin = 0
+    for number, size in enumerate(sizes or [len(source)]):
+        counts = _counts(size, shares)
+        if any(share and not count for share, count in zip(shares, counts, strict=True)):
+            which = f" of data set {number + 1}" if sizes and len(sizes) > 1 else ""
+            raise InputError(
+                f"{size} rows{which} cannot be divided into the {np.count_nonzero(shares)} parts of --split {split}"
+            )
+        order = np.random.default_rng(seed).permutation(size) + begin
+        for part, rows in zip(parts, np.split(order, np.cumsum(counts)[:-1]), strict=True):
+            part.append(np.sort(rows))
+        begin += size
+    train, valid, test = (Subset(source, np.concatenate(part)) for part in parts)
     return train, valid, test
 
 
@@ -151,7 +161,9 @@ def _counts(rows: int, shares: list[float]) -> list[int]:
 
 def _open_fields(prefix: Path) -> dict[str, IndexedFile]:
     """The indexed files of a prefix by field, checked to belong together."""
-    base = _base_of(prefix)
+    base = find_base(prefix)
+    if base is None:
+        raise _missing(prefix)
     fields = {}
     for field in (*REQUIRED_FIELDS, "attention_mask"):
         file = Path(f"{base}_{field}_document")
@@ -167,8 +179,8 @@ def _open_fields(prefix: Path) -> dict[str, IndexedFile]:
     return fields
 
 
-def _base_of(prefix: Path) -> Path:
-    """`<prefix>_packed`, also when the prefix was given with that ending, or as one of the files."""
+def find_base(prefix: Path) -> Path | None:
+    """`<prefix>_packed`, also when the prefix was given with that ending or as one of its files; None without files."""
     name = prefix.name
     for kind in (".bin", ".idx"):
         name = name.removesuffix(kind)
@@ -177,9 +189,14 @@ def _base_of(prefix: Path) -> Path:
     for base in (f"{name}_packed", name):
         if any((prefix.parent / f"{base}_{field}_document.idx").exists() for field in REQUIRED_FIELDS):
             return prefix.parent / base
+    return None
+
+
+def _missing(prefix: Path) -> InputError:
+    """The error for a prefix without files, naming those that there are."""
     if not prefix.parent.is_dir():
-        raise InputError(f"no data {prefix}: the folder {prefix.parent} does not exist")
+        return InputError(f"no data {prefix}: the folder {prefix.parent} does not exist")
     ending = "_packed_input_ids_document.idx"
     there = sorted(f.name.removesuffix(ending) for f in prefix.parent.iterdir() if f.name.endswith(ending))
     found = f"prefixes there: {', '.join(there[:8])}" if there else "that folder holds no preprocessed data"
-    raise InputError(f"no data {prefix}{ending} ({found}); --data-path is the --output-prefix of preprocess_data.py")
+    return InputError(f"no data {prefix}{ending} ({found}); --data-path is the --output-prefix of preprocess_data.py")
