@@ -237,8 +237,8 @@ def check_data_matches(
             )
     if None not in (template_hash, made.get("sha256")) and template_hash != made["sha256"]:
         raise InputError(
-            f"{name} were made with another text of template {made.get('name')} (sha256 {made['sha256'][:12]}) than the "
-            f"run's (sha256 {str(template_hash)[:12]}); preprocess again, or name the templates file they were made with "
+            f"{name} were made with another text of template {made.get('name')} (sha256 {made['sha256'][:12]}) "
+            f"than the run's (sha256 {str(template_hash)[:12]}); preprocess again, or name their templates file "
             "by --prompt-type-path"
         )
 
