@@ -41,7 +41,7 @@ def received(folder: Path, kind: str = "train", size: int = 1) -> list[list[Row]
 
 def _bare(tokens: list[int], labels: list[int]) -> Row:
     """A row up to its last trained label's token: what stands behind cannot be told from padding."""
-    last = max((n for n, label in enumerate(labels) if label != -100), default=-1)
+    last = max((n for n, label in enumerate(labels) if label != -100), default=-2)
     return tokens[: last + 2], labels[: last + 2]
 
 
@@ -73,9 +73,10 @@ def test_the_engine_receives_the_rows_of_a_shuffled_epoch_in_its_documented_orde
 def test_a_blend_keeps_its_shares_pass_after_pass_and_resumes_in_the_middle_of_one_at_another_layout(
     tmp_path: Path,
 ) -> None:
-    first, second = data(rows=11, longest=9), data(rows=7, longest=12)
+    first, second = data(rows=11, longest=9), data(rows=7, longest=12, extra=("--system", "old stones"))
     blend = ("--data-path", 3, first, 1, second)
-    out = run(tmp_path / "whole", *blend, steps=10)
+    per_token = "--calculate-per-token-loss"
+    out = run(tmp_path / "whole", *blend, per_token, "--save-interval", 4, steps=10)
     assert f"a pass has 14 of 11 rows (75.0%) of {first}, 4 of 7 rows (25.0%) of {second}" in out
     rows = [[_bare(*row) for row in rows_of(prefix)] for prefix in (first, second)]
     assert not [row for row in rows[0] if row in rows[1]], "the two cannot be told apart"
@@ -86,35 +87,30 @@ def test_a_blend_keeps_its_shares_pass_after_pass_and_resumes_in_the_middle_of_o
     for part in rows:
         times = [stream[:36].count(row) for row in part]
         assert max(times) - min(times) <= 1
-    half = run(tmp_path / "half", *blend, "--save-interval", 4, steps=4)
-    more = ("--micro-batch-size", 1, "--auto-resume", "--no-load-rng")
-    resumed = run(tmp_path / "half", *blend, *more, steps=10, size=2)
-    assert "resumed at step 4" in resumed and "warning" not in half + resumed
-    folder = tmp_path / "half_seen"
-    text = (folder / "train_0.jsonl").read_text().splitlines()
-    (folder / "train_0.jsonl").write_text("\n".join(text[4:]))
-    assert received(folder, size=2) == seen(tmp_path / "whole")[4:]
-    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    more = ("--lora-load", tmp_path / "whole" / "iter_0000004", "--micro-batch-size", 1, "--no-load-rng", per_token)
+    resumed = run(tmp_path / "rest", *blend, *more, steps=10, size=2)
+    assert "resumed at step 4" in resumed and "warning" not in resumed
+    assert seen(tmp_path / "rest", size=2) == seen(tmp_path / "whole")[4:]
+    assert losses(tmp_path / "rest") == pytest.approx(losses(tmp_path / "whole")[4:], rel=1e-5)
 
 
 @pytest.mark.distributed
 def test_length_grouping_fills_batches_with_rows_of_like_length_on_every_rank(tmp_path: Path) -> None:
-    grouped = ("--group-by-length", "--micro-batch-size", 1)
-    run(tmp_path / "run", *grouped, "--epochs", 2, size=2, steps=None)
+    many = data(rows=90)
+    common = ("--data-path", many, "--epochs", 1, "--save-interval", 20)
+    run(tmp_path / "run", *common, "--group-by-length", "--micro-batch-size", 1, size=2, steps=None)
     steps = seen(tmp_path / "run", size=2)
-    rows = [_bare(*row) for row in rows_of(data())]
-    stream = [row for step in steps for row in step]
-    assert len(steps) == 15 and sorted(stream[:29]) == sorted(rows) and sorted(stream[29:58]) == sorted(rows)
-    spread = np.mean([max(map(len, lengths)) - min(map(len, lengths)) for lengths in
-                      ([row[0] for row in step] for step in steps[:7])])  # fmt: skip
-    shuffled = [order(1234, 0, range(29))[n : n + 4] for n in range(0, 28, 4)]
-    plain = np.mean([max(len(rows[n][0]) for n in step) - min(len(rows[n][0]) for n in step) for step in shuffled])
-    assert spread < plain / 2
-    assert max(len(row[0]) for row in steps[0]) == max(len(row[0]) for row in rows), "the longest comes first"
-    run(tmp_path / "half", *grouped, "--epochs", 2, "--save-interval", 3, size=2, steps=None)
-    other = ("--length-grouping", "--micro-batch-size", 2, "--epochs", 2)
-    again = run(tmp_path / "one", "--lora-load", tmp_path / "half" / "iter_0000003", *other, steps=None)
-    assert "resumed at step 3" in again and seen(tmp_path / "one") == steps[3:]
+    rows = [_bare(*row) for row in rows_of(many)]
+    lengths = [[len(tokens) for tokens, _ in step] for step in steps]
+    assert len(steps) == 23
+    assert sorted([row for step in steps for row in step][:90]) == sorted(rows), "the epoch is complete"
+    shuffled = [[len(rows[n][0]) for n in order(1234, 0, range(90))[b : b + 4]] for b in range(0, 88, 4)]
+    grouped, plain = ([max(step) - min(step) for step in some] for some in (lengths[:22], shuffled))
+    assert sum(grouped) < sum(plain) / 2
+    assert max(lengths[0]) == max(map(max, lengths)), "the longest comes first"
+    other = ("--length-grouping", "--micro-batch-size", 2, "--lora-load", tmp_path / "run" / "iter_0000020")
+    again = run(tmp_path / "one", *common, *other, steps=None)
+    assert "resumed at step 20" in again and seen(tmp_path / "one") == steps[20:]
 
 
 @pytest.mark.distributed
@@ -178,8 +174,8 @@ def test_raw_rows_give_the_run_of_their_prepared_files_and_are_prepared_once(tmp
     third = run(tmp_path / "third", *RAW, "--dataset", file, "--num-workers", 0, steps=6)
     assert "rows prepared by an earlier run" in third and "rows prepared by" not in again
     assert losses(tmp_path / "third") == losses(tmp_path / "again")
-    divided = run(tmp_path / "divided", *RAW, "--input", file, "--split", "70,30,0", "--pack", steps=2)
-    assert "validation rows" in divided and "validation loss at iteration 2" in divided
+    divided = run(tmp_path / "divided", *RAW, "--input", file, "--split", "70,30,0", "--pack", steps=3)
+    assert "validation rows" in divided and "validation loss at iteration 3" in divided
 
 
 @pytest.mark.distributed
@@ -200,7 +196,7 @@ def test_a_failure_while_rows_are_prepared_ends_every_rank_at_once_with_its_caus
 
 @pytest.mark.distributed
 def test_without_shared_storage_each_node_prepares_its_own_and_other_rows_are_refused(tmp_path: Path) -> None:
-    argv = training(tmp_path / "run", *RAW, "--input", "raw.jsonl", "--no-shared-storage", steps=2)
+    argv = training(tmp_path / "run", *RAW, "--input", "raw.jsonl", "--no-shared-storage", steps=3)
     for rank in range(2):
         (tmp_path / f"node{rank}").mkdir()
         raw(tmp_path / f"node{rank}")
@@ -223,5 +219,7 @@ def test_every_data_set_of_a_blend_must_fit_the_model_and_the_others(tmp_path: P
 
 
 def test_a_resumed_run_is_told_when_its_rows_come_in_another_order(tmp_path: Path) -> None:
-    run(tmp_path / "run", "--save-interval", 2, steps=2)
-    assert "warning: --seed changed since" in run(tmp_path / "run", "--auto-resume", "--seed", 7, steps=3)
+    run(tmp_path / "run", "--save-interval", 2, steps=3)
+    from_2 = ("--lora-load", tmp_path / "run" / "iter_0000002")
+    assert "warning: --seed changed since" in run(tmp_path / "other", *from_2, "--seed", 7, steps=3)
+    assert "changed since" not in run(tmp_path / "same", *from_2, steps=3)
