@@ -22,8 +22,8 @@ class DataOptions:
     test_data_path: list[str] = option([], help="With --train-data-path: prefixes to test on at the end.", nargs="*")
     split: str = option(
         "100,0,0",
-        help="Shares of the rows for training, validation and test: drawn by --seed from prepared files, by each row's "
-        "content from raw rows.",
+        help="Shares of the rows for training, validation and test. A row's part follows from its tokens, so that "
+        "equal rows stay together.",
         unit="parts",
     )
     data_cache_dir: str | None = option(
@@ -40,6 +40,19 @@ class DataOptions:
     )
     pad_to_multiple_of: int = option(
         8, help="With --no-pad-to-seq-lengths: round the padded length up to this multiple.", unit="tokens"
+    )
+    padding_free: bool = option(
+        False,
+        help="Lay the rows of a micro-batch one behind the other instead of padding them; attention and positions "
+        "start anew at each row: same losses, no work for padding. Files made with --neat-pack always are.",
+    )
+    reset_attention_mask: bool = option(
+        False,
+        help="In files made with --pack, let no token see beyond the end-of-text token before it. Files made with "
+        "--neat-pack need no such flag, and their bounds are the rows' own even where turns end with that token.",
+    )
+    reset_position_ids: bool = option(
+        False, help="In files made with --pack, count positions anew behind every end-of-text token."
     )
     cut_max_seqlen: bool = option(
         False, help="Cut a long row at --seq-length; left out, prompt and answer of each turn are cut in proportion."
@@ -61,6 +74,11 @@ class DataOptions:
         """Whether --split asks for validation or test rows."""
         return any(float(share) for share in self.split.split(",")[1:])
 
+    @property
+    def lays_out_flat(self) -> bool:
+        """Whether a micro-batch is one sequence of rows rather than rows padded to one length."""
+        return self.padding_free or self.reset_attention_mask or self.reset_position_ids
+
     def check(self) -> None:
         """Raise UsageError for shares that cannot be read, lengths below one token and data named twice."""
         parts = self.split.split(",")
@@ -75,7 +93,7 @@ class DataOptions:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
         if self.cut_max_seqlen and self.no_cut_token:
             raise UsageError("--cut-max-seqlen cuts long rows and --no-cut-token refuses them; give one of the two")
-        if self.length_grouping and not self.no_pad_to_seq_lengths:
+        if self.length_grouping and not (self.no_pad_to_seq_lengths or self.lays_out_flat):
             raise UsageError("--length-grouping needs --no-pad-to-seq-lengths: rows padded to --seq-length are alike")
         if self.length_grouping and self.no_shuffle:
             raise UsageError("--length-grouping chooses the rows' order and --no-shuffle keeps it; give one of the two")

@@ -9,7 +9,7 @@ import numpy as np
 from mindspeed_llm.arguments.data import DataOptions
 from mindspeed_llm.data.blend import Blend, parse_data_path
 from mindspeed_llm.data.dataset import IndexedDataset, RowSource, find_base, split_dataset
-from mindspeed_llm.data.finish import PARTS
+from mindspeed_llm.data.division import PARTS
 from mindspeed_llm.data.index_cache import lengths_origin
 from mindspeed_llm.errors import UsageError
 
@@ -57,11 +57,11 @@ class Parts:
         return [lengths_origin(file.lengths) for file in self.files]
 
 
-def open_parts(options: DataOptions, seed: int) -> Parts:
+def open_parts(options: DataOptions) -> Parts:
     """Open the files that --data-path, or --train-, --valid- and --test-data-path name.
 
     A prefix of --data-path without files of its own stands for `<prefix>_train`, `_valid` and `_test`, the parts that
-    `preprocess_data.py --split` writes. Otherwise --split divides each data set by the seed.
+    `preprocess_data.py --split` writes. Otherwise --split divides the rows by their content.
 
     Raises:
         UsageError: no data, or --split for data that are divided already.
@@ -84,7 +84,7 @@ def open_parts(options: DataOptions, seed: int) -> Parts:
     if not options.divides:
         return Parts(Part(whole, prefixes, whole.sizes, weights), None, None, [whole])
     bounds = np.cumsum([0, *whole.sizes])
-    subsets = split_dataset(whole, options.split, seed, whole.sizes)
+    subsets = split_dataset(whole, options.split)
     train, valid, test = (
         Part(part, prefixes, np.diff(np.searchsorted(part.rows, bounds)).tolist()) if len(part) else None
         for part in subsets

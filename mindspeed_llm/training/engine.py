@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models.causal_lm import CausalLM
+from mindspeed_llm.models.packed import packed_rows
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""A micro-batch on the device: tokens and labels [b, s]; of packed rows [1, s], and `packed`, their `PackedRows`."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     """One micro-batch through one model chunk."""
     batch = next(batches)
-    output = model(batch["tokens"], None, None, labels=batch["labels"])
+    output = model(batch["tokens"], None, None, labels=batch["labels"], packed_seq_params=batch.get("packed"))
     return output, sum_loss
 
 
@@ -215,8 +218,7 @@ def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
     """Train on one global batch.
 
     Args:
-        batches: this DP rank's micro-batches, each {"tokens": [b, s], "labels": [b, s]} on the device, labels already
-            shifted and IGNORE where nothing is predicted.
+        batches: this DP rank's micro-batches, labels already shifted and IGNORE where nothing is predicted.
     """
     for chunk in engine.wrapped:
         chunk.zero_grad_buffer()
@@ -262,4 +264,9 @@ def evaluate(engine: Engine, global_batches: Iterator[Sequence[Batch]]) -> float
 def to_device(batch: dict[str, Any], device: torch.device) -> Batch:
     """A collated batch of numpy arrays as device tensors, with only what the model reads."""
     move = partial(torch.as_tensor, device=device)
-    return {"tokens": move(batch["tokens"]), "labels": move(batch["labels"])}
+    moved: Batch = {"tokens": move(batch["tokens"]), "labels": move(batch["labels"])}
+    if "cu_seqlens" in batch:
+        starts = numpy.flatnonzero(batch["position_ids"][0] == 0)
+        position_lengths = numpy.diff(starts, append=batch["position_ids"].size)
+        moved["packed"] = packed_rows(numpy.diff(batch["cu_seqlens"]).tolist(), position_lengths.tolist(), device)
+    return moved

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_llm.arguments.data import DataOptions
-from mindspeed_llm.data.batch import CutRule, collate, cut_count, first_overlong
+from mindspeed_llm.data.batch import CutRule, collate, collate_flat, cut_count, first_overlong
 from mindspeed_llm.data.dataset import RowSource, Sample
 from mindspeed_llm.data.encode import IGNORE_INDEX
 from mindspeed_llm.data.sampler import NO_ROW, EpochSampler
@@ -84,20 +84,27 @@ NOTHING: Sample = {
 }
 
 
-def collate_of(options: DataOptions, pad_id: int, multiple: int) -> Collate:
+def collate_of(options: DataOptions, pad_id: int, multiple: int, end_id: int | None = None) -> Collate:
     """How the options make rows into a micro-batch: the one place that chooses.
 
     Args:
         pad_id: token behind a row's end.
         multiple: padded lengths are multiples of it; the TP size divides it under sequence parallelism.
+        end_id: token that ends a text, for --reset-attention-mask and --reset-position-ids.
     """
+    common = {
+        "pad_id": pad_id,
+        "seq_length": options.seq_length,
+        "pad_to_multiple_of": multiple,
+        "cut": cut_rule(options),
+    }
+    if not options.lays_out_flat:
+        return partial(collate, pad_to_longest=options.no_pad_to_seq_lengths, **common)
     return partial(
-        collate,
-        pad_id=pad_id,
-        seq_length=options.seq_length,
-        pad_to_multiple_of=multiple,
-        pad_to_longest=options.no_pad_to_seq_lengths,
-        cut=cut_rule(options),
+        collate_flat,
+        attention_end=end_id if options.reset_attention_mask else None,
+        position_end=end_id if options.reset_position_ids else None,
+        **common,
     )
 
 
@@ -123,6 +130,6 @@ def check_lengths(source: RowSource, options: DataOptions) -> None:
 
 def length_multiple(options: DataOptions, tensor: int, sequence_parallel: bool) -> int:
     """What padded lengths must be a multiple of: the option's, and TP's under sequence parallelism."""
-    multiple = options.pad_to_multiple_of if options.no_pad_to_seq_lengths else 1
+    multiple = options.pad_to_multiple_of if options.no_pad_to_seq_lengths and not options.lays_out_flat else 1
     parts = tensor if sequence_parallel else 1
     return math.lcm(multiple, parts)

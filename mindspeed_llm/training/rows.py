@@ -12,8 +12,8 @@ from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.arguments.rows import RowOptions
 from mindspeed_llm.checkpoint.recorded import tokenizer_folder
+from mindspeed_llm.data.division import PARTS, split_shares
 from mindspeed_llm.data.encoders import CHAT_TEMPLATE
-from mindspeed_llm.data.finish import PARTS
 from mindspeed_llm.data.index_cache import IndexCache, wait_for
 from mindspeed_llm.data.on_the_fly import prepare_rows
 from mindspeed_llm.data.prefixes import Parts, open_parts
@@ -79,7 +79,7 @@ def open_rows(options: PosttrainOptions, start: Start) -> Rows:
     tokenizer = done_by_each(lambda: load_tokenizer(folder) if folder else None)
 
     def opened() -> Parts:
-        parts = open_parts(data, options.training.seed)
+        parts = open_parts(data)
         _check_made(options, parts, tokenizer)
         return parts
 
@@ -135,8 +135,7 @@ def _data_of(options: PosttrainOptions, prefix: Path) -> Any:
     """The data options of prepared files that raw rows have become."""
     if not options.data.divides:
         return replace(options.data, data_path=[str(prefix)], split="100,0,0")
-    shares = [float(share) for share in options.data.split.split(",")]
-    there = [part for part, share in zip(PARTS, shares, strict=False) if share]
+    there = [part for part, share in zip(PARTS, split_shares(options.data.split), strict=True) if share]
     paths = {f"{part}_data_path": [f"{prefix}_{part}"] for part in there}
     return replace(options.data, data_path=[], split="100,0,0", **paths)
 
@@ -195,18 +194,12 @@ def _check_made(options: PosttrainOptions, parts: Parts, tokenizer: Tokenizer | 
     """Refuse rows that this run cannot train on, or that were made for another model.
 
     Raises:
-        InputError: neatly packed rows; another tokenizer, template or thinking mode; data sets that differ in them.
+        InputError: another tokenizer, template or thinking mode; data sets that differ in them.
     """
     said = options.tokenizer
     reports = {
         str(prefix): report for file in parts.files for prefix, report in zip(file.prefixes, file.reports, strict=True)
     }
-    for file in parts.files:
-        if file.neat_packed:
-            raise InputError(
-                f"--data-path {' '.join(map(str, file.prefixes))}: the rows are packed with --neat-pack and must not "
-                "see each other, which training does not support yet; preprocess again with --pack or without packing"
-            )
     named = said.prompt_type if said.prompt_type != CHAT_TEMPLATE else None
     digest = get_template(named, said.prompt_type_path).content_hash if named else None
     for prefix, report in reports.items():
@@ -237,3 +230,34 @@ def check_resumed_template(start: Start, rows: Rows) -> None:
             f"{recorded.enable_thinking}), the data were made with {rows.template} (thinking {rows.enable_thinking}); "
             "preprocess again"
         )
+
+
+def with_bounds_kept(options: PosttrainOptions, parts: Parts) -> PosttrainOptions:
+    """The options with what the data ask for: files made with --neat-pack are laid out flat, row by row.
+
+    There, and where a row holds a single text, --reset-attention-mask and --reset-position-ids have nothing to add.
+    """
+    data = options.data
+    neat = any(file.neat_packed for file in parts.files)
+    if neat:
+        data = replace(data, padding_free=True)
+    if neat or not any(file.may_be_packed for file in parts.files):
+        data = replace(data, reset_attention_mask=False, reset_position_ids=False)
+    return replace(options, data=data)
+
+
+def text_end(options: PosttrainOptions, tokenizer: Tokenizer | None) -> int | None:
+    """The token behind which --reset-attention-mask and --reset-position-ids begin anew; None without these flags.
+
+    Raises:
+        UsageError: the tokenizer names no such token, or there is no tokenizer.
+    """
+    if not (options.data.reset_attention_mask or options.data.reset_position_ids):
+        return None
+    if tokenizer is None or tokenizer.eos_id is None:
+        raise UsageError(
+            "--reset-attention-mask and --reset-position-ids look for the tokenizer's end-of-text token, and "
+            f"{'no tokenizer was found' if tokenizer is None else 'it names none'}; give "
+            "--tokenizer-name-or-path one that has it, or pack with --neat-pack"
+        )
+    return tokenizer.eos_id

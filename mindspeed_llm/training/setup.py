@@ -31,7 +31,7 @@ from mindspeed_llm.training.engine import Engine, create_engine
 from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
 from mindspeed_llm.training.report import say
-from mindspeed_llm.training.rows import Rows, open_rows
+from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
 from mindspeed_llm.training.schedule import Schedule
 from mindspeed_llm.training.start import Start, find_start
 
@@ -79,7 +79,7 @@ def engine_options(options: PosttrainOptions) -> EngineOptions:
         layers_per_virtual_stage=cut.num_layers_per_virtual_pipeline_stage,
         sequence_parallel=cut.sequence_parallel and cut.tensor_model_parallel_size > 1,
         dtype=DTYPES[training.dtype_name],
-        variable_seq_lengths=options.data.no_pad_to_seq_lengths,
+        variable_seq_lengths=options.data.no_pad_to_seq_lengths or options.data.lays_out_flat,
         recompute_granularity=training.recompute_granularity,
         recompute_method=training.recompute_method,
         recompute_num_layers=training.recompute_num_layers,
@@ -93,10 +93,11 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     export = plan_export(options, start)
     model = start.base.config
     check_architecture_flags(model, options.model, start.base_path)
+    rows = open_rows(options, start)
+    options = with_bounds_kept(options, rows.parts)
     engine = engine_options(options)
     layout = Layout.even(model.num_layers, engine.tensor, engine.pipeline, engine.layers_per_virtual_stage)
     check_divides(options, start, layout)
-    rows = open_rows(options, start)
     parallel.start(
         device,
         engine.tensor,
@@ -130,7 +131,8 @@ def check_divides(options: PosttrainOptions, start: Start, layout: Layout) -> No
     for entry in start.base.table.entries.values():
         entry.shard_map(layout.tp, None)
     data = options.data
-    if options.parallel.sequence_parallel and not data.no_pad_to_seq_lengths and data.seq_length % layout.tp:
+    padded = not (data.no_pad_to_seq_lengths or data.lays_out_flat)
+    if options.parallel.sequence_parallel and padded and data.seq_length % layout.tp:
         raise UsageError(
             f"--seq-length {data.seq_length} does not divide by --tensor-model-parallel-size {layout.tp}, which "
             "--sequence-parallel needs; change one of them"
@@ -172,7 +174,7 @@ def feeds(
     training, data, cut = options.training, options.data, options.parallel
     multiple = length_multiple(data, cut.tensor_model_parallel_size, cut.sequence_parallel)
     place = device.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
-    collate = collate_of(data, rows.pad_id, multiple)
+    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer))
     ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     sizes = (training.micro_batch_size, *ranks, micro_batches)
     parts = rows.parts

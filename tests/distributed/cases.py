@@ -47,6 +47,7 @@ class Case:
         virtual_layers: layers of a model chunk under interleaving.
         recompute: "full", "selective" or None.
         ragged: micro-batches differ in length; else all are padded to one.
+        packed: the rows of a micro-batch stand one behind the other, without padding.
         lora: train an adapter; else every weight.
         steps: global batches to train on.
         dtype: of parameters; the reference is fp32.
@@ -63,6 +64,7 @@ class Case:
     fused: bool = True
     recompute: str | None = None
     ragged: bool = True
+    packed: bool = False
     per_token: bool = False
     tied: bool = False
     lora: bool = True
@@ -87,7 +89,7 @@ class Case:
             "overlap" if self.overlap else "",
             "full-tuning" if not self.lora else "fused" if self.fused else "modular",
             f"recompute-{self.recompute}" if self.recompute else "",
-            "" if self.ragged else "padded",
+            "packed" if self.packed else "" if self.ragged else "padded",
             "per-token" if self.per_token else "",
             "tied" if self.tied else "",
             "" if self.dtype == "float32" else self.dtype,

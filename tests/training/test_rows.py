@@ -85,12 +85,12 @@ def test_the_validation_loss_is_transformers_loss_on_the_rows_kept_back(tmp_path
 
     out = run(tmp_path / "run", "--split", "59,41,0", "--eval-interval", 3, "--lr", 0, "--min-lr", 0, *SHORT)
     found = [float(line.split("value: ")[1].split()[0]) for line in out.splitlines() if "validation loss" in line]
-    assert "17 training rows" in out and len(found) == 2 and found[0] == found[1]
-    train, kept, _ = split_dataset(IndexedDataset(data()), "59,41,0", 1234)
-    assert len(kept) == 12 and not set(train.rows.tolist()) & set(kept.rows.tolist())
+    train, kept, _ = split_dataset(IndexedDataset(data()), "59,41,0")
+    assert f"{len(train)} training rows" in out and len(found) == 2 and found[0] == found[1]
+    assert len(train) + len(kept) == 29 and len(kept) > 3 and not set(train.rows.tolist()) & set(kept.rows.tolist())
     model = Qwen3ForCausalLM.from_pretrained(hf_model()).float()
     total = count = 0.0
-    for row in (kept[number] for number in range(12)):
+    for row in (kept[number] for number in range(len(kept))):
         batch = collate([row], 0, 256, 8, pad_to_longest=True)
         with torch.no_grad():
             logits = model(torch.as_tensor(batch["tokens"])).logits[0]
