@@ -7,6 +7,7 @@ and the tokenizer stripped of its control tokens. A conversation is a list of (r
 import json
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,19 @@ class Vocabulary:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         self.bos, self.eos = config.get("bos_token") or "", config.get("eos_token") or "<|endoftext|>"
 
+    @lru_cache(maxsize=20_000)  # noqa: B019 - pieces of templates come again and again
+    def pieces(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self.plain.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
     def mark(self, text: str, wanted: Callable[[str], bool] = lambda token: True) -> str:
         for token in sorted(self.tokens, key=len, reverse=True):
             if wanted(token):
                 text = text.replace(token, self.tokens[token])
         return text
+
+    def added(self, token: str) -> int:
+        return self.marks[self.tokens[token]]["id"]
 
     def mark_tags(self, text: str, words: list[str]) -> str:
         return self.mark(text, lambda t: any(tag in t for tag in TAGS) or any(t in word for word in words))
@@ -69,9 +78,9 @@ class Vocabulary:
                 ids.append(self.marks[piece]["id"])
                 places.append((at, at + len(piece)))
             elif piece:
-                found = self.plain.encode(piece, add_special_tokens=False)
-                ids += found.ids
-                places += [(at + a, at + max(b, a + 1)) for a, b in found.offsets]
+                found, offsets = self.pieces(piece)
+                ids += found
+                places += [(at + a, at + max(b, a + 1)) for a, b in offsets]
             at += len(piece)
         return ids, places
 
@@ -143,7 +152,7 @@ class Reader:
         return "\n".join([*lines, "</tool_call>"])
 
     def system(self, system: str, tools: Tools) -> str:
-        text = system or self.entry.get("default_system", "")
+        text = system or self.vocabulary.mark(self.entry.get("default_system", ""))
         layout = self.slots("system", ["{{content}}"])
         if not tools:
             return layout.replace("{{content}}", text) if text else ""
@@ -267,13 +276,5 @@ class Reader:
     def tokens(self, parts: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
         """(ids, labels) of some parts; a token is trained when it holds any trained character."""
         ids, places = self.vocabulary.encode("".join(text for text, _ in parts))
-        spans, at = [], 0
-        for text, trained in parts:
-            if trained and text:
-                spans.append((at, at + len(text)))
-            at += len(text)
-        labels = [
-            token if any(a < stop and b > start for start, stop in spans) else -100
-            for token, (a, b) in zip(ids, places, strict=True)
-        ]
-        return ids, labels
+        trained = "".join(("x" if flag else " ") * len(text) for text, flag in parts)
+        return ids, [token if "x" in trained[a:b] else -100 for token, (a, b) in zip(ids, places, strict=True)]
