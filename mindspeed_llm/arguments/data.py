@@ -13,7 +13,12 @@ class DataOptions:
     data_path: list[str] = option(
         [], help="Prefix of the preprocessed files, without _packed_...; several prefixes are joined.", nargs="*"
     )
-    split: str = option("100,0,0", help="Shares of the rows for training, validation and test.", unit="parts")
+    split: str = option(
+        "100,0,0",
+        help="Shares of the rows for training, validation and test. A row's part follows from its tokens, so that "
+        "equal rows stay together.",
+        unit="parts",
+    )
     seq_length: int = option(4096, help="Longest row; longer ones are cut (and counted).", unit="tokens")
     no_pad_to_seq_lengths: bool = option(
         False, help="Pad each micro-batch to its own longest row instead of --seq-length: same losses, less work."

@@ -222,7 +222,7 @@ def feeds(
 ) -> tuple[Feed, Feed | None]:
     """Training and validation batches of this rank."""
     training, cut = options.training, options.parallel
-    train, valid, _ = split_dataset(dataset, options.data.split, training.seed)
+    train, valid, _ = split_dataset(dataset, options.data.split)
     pad_id = 0 if tokenizer is None else next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
     end_id = text_end(options, tokenizer)
     multiple = length_multiple(options.data, cut.tensor_model_parallel_size, cut.sequence_parallel)
