@@ -31,6 +31,8 @@ def own_positions(whole: Tensor, dim: int, group: ProcessGroup | None) -> Tensor
     """
     if group is None or group.size() == 1:
         return whole
+    if whole.size(dim) % (2 * group.size()):
+        raise ValueError(f"a sequence of {whole.size(dim)} cannot be cut into 2 x {group.size()} pieces")
     parts = whole.chunk(2 * group.size(), dim)
     return torch.cat([parts[number] for number in pieces(group.rank(), group.size())], dim)
 
