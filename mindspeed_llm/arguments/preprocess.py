@@ -8,6 +8,11 @@ from mindspeed_llm.arguments.sources import SourceOptions
 from mindspeed_llm.arguments.tokenizer import THINKING_MODES, TOKENIZER_TYPES
 from mindspeed_llm.errors import UsageError
 
+COUNTS = (
+    "workers", "n_subs", "log_interval", "seq_length", "max_length", "max_chars_per_row", "num_shards",
+    "pad_to_multiple_of",
+)  # fmt: skip
+
 
 @dataclass
 class PreprocessOptions(Program):
@@ -67,7 +72,9 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
     pad_to_multiple_of: int = option(1, help="Fill documents of running text up to a multiple of this.", unit="tokens")
     tokenizer_type: str = option("PretrainedFromHF", help="Kind of tokenizer.", choices=TOKENIZER_TYPES)
     seq_length: int | None = option(
-        None, help="Longest row; longer ones are cut. Left out, rows keep their length.", unit="tokens"
+        None,
+        help="Longest row; longer ones are cut, unless --max-length says otherwise. Left out, rows keep their length.",
+        unit="tokens",
     )
     max_length: int | None = option(
         None, help="Longest row; what becomes of a longer one says --truncation-strategy.", unit="tokens"
@@ -122,23 +129,44 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
     overwrite: bool = option(False, help="Replace existing files of the same prefix.")
 
     def check(self) -> None:
-        """Raise UsageError for counts below one and packing without its length."""
-        counts = ("workers", "n_subs", "log_interval", "seq_length", "max_length", "max_chars_per_row", "num_shards")
-        for name in counts:
+        """Raise UsageError for counts below one and for options that need others or contradict them."""
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         self._check_mode()
+        self._check_lengths()
+        if self.inspect is None:
+            self.sources.check_used(self.input, self.handler_name)
+        if self.mask_history and self.train_on_prompt:
+            raise UsageError("--mask-history trains only the last answer, --train-on-prompt everything; give one")
+
+    def _check_lengths(self) -> None:
+        """Raise UsageError for lengths that have no effect, and for packing without its length."""
         if self.pack and self.seq_length is None:
             raise UsageError("--pack needs --seq-length, the length of the joined sequences")
         if self.neat_pack and not self.pack:
             raise UsageError("--neat-pack needs --pack")
+        if self.max_length is None:
+            if self.truncation_strategy != "delete":
+                raise UsageError(
+                    f"--truncation-strategy {self.truncation_strategy} needs --max-length, the longest row"
+                )
+        elif self.compat is not None:
+            raise UsageError("--max-length is not upstream's; with --compat upstream give --seq-length")
+        elif self.seq_length is not None and self.max_length > self.seq_length:
+            raise UsageError(
+                f"--max-length {self.max_length} is above --seq-length {self.seq_length}; give at most that, or one of "
+                "the two"
+            )
 
     def _check_mode(self) -> None:
         """Raise UsageError unless the options name one thing to do, and what it needs."""
         if self.preview < 0:
             raise UsageError(f"--preview {self.preview}: must not be negative")
         if self.inspect is not None:
+            if self.input is not None or self.sources.dataset:
+                raise UsageError("--inspect prints files that exist; leave --input and --dataset out")
             return
         if (self.input is None) == (not self.sources.dataset):
             given = "neither is" if self.input is None else "both are"
@@ -150,5 +178,11 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
                 raise UsageError(f"{flag} is required")
         if self.merge_group_keys and self.input is None:
             raise UsageError("--merge-group-keys needs --input, the folder of the files to merge")
+        if self.merge_group_keys and (self.num_shards > 1 or self.shard_index is not None or self.preview):
+            raise UsageError(
+                "--merge-group-keys merges parts that are there; leave --num-shards, --shard-index and --preview out"
+            )
+        if self.shard_index is not None and self.num_shards == 1 and "num_shards" not in self.parsed.given:
+            raise UsageError("--shard-index needs --num-shards, the number of parts")
         if self.shard_index is not None and not 0 <= self.shard_index < self.num_shards:
             raise UsageError(f"--shard-index {self.shard_index}: must be 0 to {self.num_shards - 1} (--num-shards)")

@@ -1,9 +1,13 @@
 """Where the rows of a run come from, when it is more than one file or folder."""
 
+import re
 from dataclasses import dataclass
 
 from mindspeed_llm.arguments.schema import option
 from mindspeed_llm.errors import UsageError
+
+ENTRIES = "LlamaFactoryInstructionHandler"
+SELF_COGNITION = re.compile(r"(^|/)self[-_]cognition(#\d+)?$", re.IGNORECASE)
 
 
 @dataclass
@@ -36,6 +40,35 @@ class SourceOptions:
         [], help="For self-cognition: the model's name, or two names (Chinese, English).", nargs="+"
     )
     model_author: list[str] = option([], help="For self-cognition: its maker, one or two likewise.", nargs="+")
+
+    def check_used(self, single: str | None, handler: str | None) -> None:
+        """Raise UsageError for options of sources that the run does not have.
+
+        Args:
+            single: `--input`.
+            handler: `--handler-name`.
+        """
+        entries = handler == ENTRIES
+        built_in = any(SELF_COGNITION.search(word) for word in self.dataset)
+        unused = {
+            "--model-name": (self.model_name and not built_in, "fills the source self-cognition; name it in --dataset"),
+            "--model-author": (self.model_author and not built_in, "fills self-cognition; name it in --dataset"),
+            "--max-samples": (self.max_samples and not entries, f"belongs to {ENTRIES}; write --dataset PATH#COUNT"),
+            "--dataset-dir": (self.dataset_dir and not entries, f"belongs to --handler-name {ENTRIES}"),
+            "--mix-strategy": (
+                self.mix_strategy != "concat" and single is not None and not entries,
+                "mixes several sources; name them with --dataset",
+            ),
+            "--interleave-probs": (
+                self.interleave_probs and single is not None and not entries,
+                "are shares of several sources; name them with --dataset",
+            ),
+        }
+        for flag, (given, why) in unused.items():
+            if given:
+                raise UsageError(f"{flag} {why}")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise UsageError(f"--max-samples {self.max_samples}: must be at least 1")
 
     def weights(self) -> list[float]:
         """The values of --interleave-probs, which may be joined by commas. Raises UsageError."""

@@ -16,6 +16,8 @@ from mindspeed_llm.errors import InputError
 
 FORMAT = 1  # version of the report's layout
 LISTED = 10_000  # rows listed per subject; the count is always exact
+REASONS = 40  # reasons told apart; the rows of further ones are listed together, each with its own
+OTHER_REASONS = "other reasons, given with each row"
 
 
 @dataclass
@@ -74,12 +76,11 @@ class Account:
         self.tokens += len(chunk.ids)
         self.trained_tokens += int(np.count_nonzero(chunk.labels != IGNORE_INDEX))
         self.longest = max([self.longest, *chunk.lengths])
-        for place in chunk.dropped:
-            self.dropped.setdefault(place.note, Listing()).add(place)
-        for place in chunk.left_out:
-            self.left_out.setdefault(place.note, Listing()).add(place)
-        for place in chunk.remarks:
-            self.remarks.setdefault(place.note, Listing()).add(place)
+        for listings, places in (
+            (self.dropped, chunk.dropped), (self.left_out, chunk.left_out), (self.remarks, chunk.remarks),
+        ):  # fmt: skip
+            for place in places:
+                _listing(listings, place.note).add(place)
         for listing, places in (
             (self.cut, chunk.cut),
             (self.untrained, chunk.untrained),
@@ -151,13 +152,20 @@ class Account:
                 (whole.dropped, "dropped"), (whole.left_out, "left_out"), (whole.remarks, "remarks"),
             ):  # fmt: skip
                 for reason, listing in report[name].items():
-                    listings.setdefault(reason, Listing()).extend(listing)
+                    _listing(listings, reason).extend(listing)
             for listing, name in (
                 (whole.cut, "cut"), (whole.untrained, "untrained"), (whole.odd_thoughts, "unrecognised_thoughts"),
             ):  # fmt: skip
                 listing.extend(report[name])
             whole.warnings += [line for line in report["notes"] if line not in whole.warnings]
         return whole
+
+
+def _listing(listings: dict[str, Listing], reason: str) -> Listing:
+    """The listing of a reason; reasons that quote the data are not let grow without bound."""
+    if reason not in listings and len(listings) >= REASONS:
+        reason = OTHER_REASONS
+    return listings.setdefault(reason, Listing())
 
 
 def _add_all(listing: Listing, places: Iterable[Place]) -> None:

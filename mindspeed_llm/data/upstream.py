@@ -23,6 +23,7 @@ from mindspeed_llm.data.layout import (
     ReasoningTemplate,
     Slot,
     Template,
+    Thinking,
 )
 from mindspeed_llm.data.messages import Call, Message
 from mindspeed_llm.data.tools import TOOL_FORMATS, PlainTools, TaggedTools, parse_calls
@@ -122,6 +123,10 @@ class UpstreamReasoningTemplate(_Upstream, ReasoningTemplate):
     def _thought(self) -> re.Pattern[str]:
         opening, closing = map(re.escape, self.thought_words)
         return re.compile(f"{opening}(.*?){closing}", re.DOTALL)
+
+    def as_history(self, messages: Sequence[Message], thinking: Thinking) -> list[Message]:
+        """The messages, no answer with its thought."""
+        return [self.without_thought(message) for message in messages]
 
     def misses_thought(self, content: str) -> bool:
         """Whether an answer holds thought tags in another spelling than the thought words, e.g. on one line."""

@@ -22,14 +22,14 @@ def pieces(rank: int, size: int) -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-def own_positions(whole: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
-    """This process's part of a tensor that every process has whole.
+def own_positions(whole: Tensor | None, dim: int, group: ProcessGroup | None) -> Tensor | None:
+    """This process's part of a tensor that every process has whole; None of None.
 
     Args:
         whole: its dimension `dim` runs over the sequence and divides by twice the group's size.
         group: of context parallelism; None or one process for no cut.
     """
-    if group is None or group.size() == 1:
+    if whole is None or group is None or group.size() == 1:
         return whole
     if whole.size(dim) % (2 * group.size()):
         raise ValueError(f"a sequence of {whole.size(dim)} cannot be cut into 2 x {group.size()} pieces")

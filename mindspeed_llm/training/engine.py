@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -24,10 +25,12 @@ from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.context import own_positions
 from mindspeed_llm.models.expert_marks import sum_partial_gradients
+from mindspeed_llm.models.packed import packed_rows
 from mindspeed_llm.training.balance import scale_balance, seen_balance
 from mindspeed_llm.training.optimizer_state import inner_optimizers
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""A micro-batch on the device: tokens and labels [b, s]; of packed rows [1, s], and `packed`, their `PackedRows`."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def finish_parameter_sync(engine: Engine) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def sum_loss(losses: Tensor, trained: int, parts: int, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:
+def sum_loss(losses: Tensor, trained: Tensor, parts: int, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [m] of this process's labelled positions of a micro-batch -> (sum, count, report).
 
     megatron-core divides the sum by the count and the number of micro-batches, or leaves it whole under per-token
@@ -173,8 +176,8 @@ def sum_loss(losses: Tensor, trained: int, parts: int, per_token: bool) -> tuple
         trained: labelled positions of the micro-batch over all CP ranks. parts: c.
     """
     total, own = losses.sum(), losses.numel()
-    count = torch.tensor(own if per_token else trained, dtype=torch.int, device=losses.device)
-    mean = total.detach().double() / max(trained, 1)
+    count = (torch.full_like(trained, own) if per_token else trained).int()
+    mean = total.detach().double() / trained.clamp(min=1)
     report = torch.stack([total.detach().double(), torch.full_like(mean, own), mean])
     return (total if per_token or parts == 1 else total * parts), count, report
 
@@ -183,9 +186,10 @@ def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     """One micro-batch through one model chunk."""
     batch = next(batches)
     config, group = get_model_config(model), parallel_state.get_context_parallel_group()
-    trained = int((batch["labels"] != IGNORE).sum())
-    own = {name: own_positions(values, 1, group) for name, values in batch.items()}
-    output = model(own["tokens"], None, None, labels=own["labels"], padding_mask=own.get("padding"))
+    trained = (batch["labels"] != IGNORE).sum()
+    tokens, labels, padding = (own_positions(batch.get(name), 1, group) for name in ("tokens", "labels", "padding"))
+    packed = batch.get("packed")
+    output = model(tokens, None, None, labels=labels, packed_seq_params=packed, padding_mask=padding)
     return output, partial(sum_loss, trained=trained, parts=group.size(), per_token=config.calculate_per_token_loss)
 
 
@@ -238,8 +242,7 @@ def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
     """Train on one global batch.
 
     Args:
-        batches: this DP rank's micro-batches, each {"tokens": [b, s], "labels": [b, s]} on the device, labels already
-            shifted and IGNORE where nothing is predicted.
+        batches: this DP rank's micro-batches, labels already shifted and IGNORE where nothing is predicted.
     """
     for chunk in engine.wrapped:
         chunk.zero_grad_buffer()
@@ -290,8 +293,17 @@ def evaluate(engine: Engine, global_batches: Iterator[Sequence[Batch]]) -> float
 def to_device(batch: dict[str, Any], device: torch.device) -> Batch:
     """A collated batch of numpy arrays as device tensors, with only what the model reads."""
     move = partial(torch.as_tensor, device=device)
-    found = {"tokens": move(batch["tokens"]), "labels": move(batch["labels"])}
-    if "lengths" in batch and len(batch["lengths"]) == len(batch["tokens"]):  # else rows lie behind one another
-        positions = torch.arange(batch["tokens"].shape[1])
-        found["padding"] = move(positions >= torch.as_tensor(batch["lengths"]).unsqueeze(1))
-    return found
+    moved: Batch = {"tokens": move(batch["tokens"]), "labels": move(batch["labels"])}
+    if "lengths" in batch:
+        moved["padding"] = move(padding_of(batch))
+    if "cu_seqlens" in batch:
+        starts = numpy.flatnonzero(batch["position_ids"][0] == 0)
+        position_lengths = numpy.diff(starts, append=batch["position_ids"].size)
+        moved["packed"] = packed_rows(numpy.diff(batch["cu_seqlens"]).tolist(), position_lengths.tolist(), device)
+    return moved
+
+
+def padding_of(batch: dict[str, Any]) -> numpy.ndarray:
+    """[b, s], True behind the end of each row; of packed rows [1, s], True behind the last."""
+    lengths = batch["lengths"][:, None] if "cu_seqlens" not in batch else batch["lengths"].sum()
+    return numpy.arange(batch["tokens"].shape[1])[None] >= lengths

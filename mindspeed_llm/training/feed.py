@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from mindspeed_llm.arguments.data import DataOptions
-from mindspeed_llm.data.batch import CutRule, collate, cut_count, first_overlong
+from mindspeed_llm.data.batch import CutRule, collate, collate_flat, cut_count, first_overlong
 from mindspeed_llm.data.dataset import RowSource
 from mindspeed_llm.data.sampler import EpochSampler
 from mindspeed_llm.errors import InputError
@@ -20,14 +20,22 @@ class Feed:
     """
 
     def __init__(
-        self, source: RowSource, sampler: EpochSampler, options: DataOptions, pad_id: int, multiple: int, device: Any
+        self,
+        source: RowSource,
+        sampler: EpochSampler,
+        options: DataOptions,
+        pad_id: int,
+        multiple: int,
+        device: Any,
+        end_id: int | None = None,
     ) -> None:
         """Args:
         pad_id: token behind a row's end.
+        end_id: token that ends a text, for --reset-attention-mask and --reset-position-ids.
         multiple: padded lengths are multiples of it; the TP size divides it under sequence parallelism.
         """
         self.source, self.sampler, self.device = source, sampler, device
-        self.options, self.pad_id, self.multiple = options, pad_id, multiple
+        self.options, self.pad_id, self.multiple, self.end_id = options, pad_id, multiple, end_id
         self.cut = cut_rule(options)
         check_lengths(source, options)
         self.threads = ThreadPoolExecutor(options.num_workers) if options.num_workers else None
@@ -55,6 +63,16 @@ class Feed:
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """One micro-batch as numpy arrays."""
+        if self.options.lays_out_flat:
+            return collate_flat(
+                rows,
+                self.pad_id,
+                self.options.seq_length,
+                self.multiple,
+                cut=self.cut,
+                attention_end=self.end_id if self.options.reset_attention_mask else None,
+                position_end=self.end_id if self.options.reset_position_ids else None,
+            )
         return collate(
             rows,
             self.pad_id,
@@ -92,6 +110,6 @@ def check_lengths(source: RowSource, options: DataOptions) -> None:
 
 def length_multiple(options: DataOptions, tensor: int, sequence_parallel: bool) -> int:
     """What padded lengths must be a multiple of: the option's, and TP's under sequence parallelism."""
-    multiple = options.pad_to_multiple_of if options.no_pad_to_seq_lengths else 1
+    multiple = options.pad_to_multiple_of if options.no_pad_to_seq_lengths and not options.lays_out_flat else 1
     parts = tensor if sequence_parallel else 1
     return math.lcm(multiple, parts)

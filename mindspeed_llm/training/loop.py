@@ -109,7 +109,8 @@ class _Window:
         for batch in batches:
             rows, length = batch["tokens"].shape
             self.tokens += rows * length
-            self.flops += step_flops(self.run.metadata.model, rows * length, length, frozen)
+            lengths = batch["packed"].segments.lengths if "packed" in batch else (length,) * rows
+            self.flops += sum(step_flops(self.run.metadata.model, one, one, frozen) for one in lengths)
         self.losses.append(result.loss)
         self.grad_norm = result.grad_norm
 

@@ -78,7 +78,7 @@ def engine_options(options: PosttrainOptions) -> EngineOptions:
         layers_per_virtual_stage=cut.num_layers_per_virtual_pipeline_stage,
         sequence_parallel=cut.sequence_parallel and cut.tensor_model_parallel_size > 1,
         dtype=DTYPES[training.dtype_name],
-        variable_seq_lengths=options.data.no_pad_to_seq_lengths,
+        variable_seq_lengths=options.data.no_pad_to_seq_lengths or options.data.lays_out_flat,
         recompute_granularity=training.recompute_granularity,
         recompute_method=training.recompute_method,
         recompute_num_layers=training.recompute_num_layers,
@@ -92,10 +92,11 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     export = plan_export(options, start)
     model = start.base.config
     check_architecture_flags(model, options.model, start.base_path)
+    dataset, tokenizer = open_data(options, start)
+    options = with_bounds_kept(options, dataset)
     engine = engine_options(options)
     layout = Layout.even(model.num_layers, engine.tensor, engine.pipeline, engine.layers_per_virtual_stage)
     check_divides(options, start, layout)
-    dataset, tokenizer = open_data(options, start)
     parallel.start(
         device,
         engine.tensor,
@@ -128,7 +129,8 @@ def check_divides(options: PosttrainOptions, start: Start, layout: Layout) -> No
     for entry in start.base.table.entries.values():
         entry.shard_map(layout.tp, None)
     data = options.data
-    if options.parallel.sequence_parallel and not data.no_pad_to_seq_lengths and data.seq_length % layout.tp:
+    padded = not (data.no_pad_to_seq_lengths or data.lays_out_flat)
+    if options.parallel.sequence_parallel and padded and data.seq_length % layout.tp:
         raise UsageError(
             f"--seq-length {data.seq_length} does not divide by --tensor-model-parallel-size {layout.tp}, which "
             "--sequence-parallel needs; change one of them"
@@ -150,11 +152,6 @@ def open_data(options: PosttrainOptions, start: Start) -> tuple[IndexedDataset, 
     if not options.data.data_path:
         raise UsageError("--data-path is missing: the --output-prefix given to preprocess_data.py")
     dataset = IndexedDataset(options.data.data_path)
-    if dataset.neat_packed:
-        raise InputError(
-            f"--data-path {' '.join(options.data.data_path)}: the rows are packed with --neat-pack and must not see "
-            "each other, which training does not support yet; preprocess again with --pack or without packing"
-        )
     folder = tokenizer_folder(options.tokenizer, start.base)
     tokenizer = load_tokenizer(folder) if folder else None
     if tokenizer is not None:
@@ -164,6 +161,19 @@ def open_data(options: PosttrainOptions, start: Start) -> tuple[IndexedDataset, 
             )
     check_resumed_template(start, dataset)
     return dataset, tokenizer
+
+
+def with_bounds_kept(options: PosttrainOptions, dataset: IndexedDataset) -> PosttrainOptions:
+    """The options with what the data ask for: files made with --neat-pack are laid out flat, row by row.
+
+    There, and where a row holds a single text, --reset-attention-mask and --reset-position-ids have nothing to add.
+    """
+    data = options.data
+    if dataset.neat_packed:
+        data = replace(data, padding_free=True)
+    if dataset.neat_packed or not dataset.may_be_packed:
+        data = replace(data, reset_attention_mask=False, reset_position_ids=False)
+    return replace(options, data=data)
 
 
 def check_resumed_template(start: Start, dataset: IndexedDataset) -> None:
@@ -212,8 +222,9 @@ def feeds(
 ) -> tuple[Feed, Feed | None]:
     """Training and validation batches of this rank."""
     training, cut = options.training, options.parallel
-    train, valid, _ = split_dataset(dataset, options.data.split, training.seed)
+    train, valid, _ = split_dataset(dataset, options.data.split)
     pad_id = 0 if tokenizer is None else next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
+    end_id = text_end(options, tokenizer)
     multiple = length_multiple(options.data, cut.tensor_model_parallel_size, cut.sequence_parallel)
     place = device.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
 
@@ -227,9 +238,26 @@ def feeds(
             training.seed,
             shuffle,
         )
-        return Feed(source, sampler, options.data, pad_id, multiple, place)
+        return Feed(source, sampler, options.data, pad_id, multiple, place, end_id)
 
     return feed(train, not options.data.no_shuffle), feed(valid, False) if len(valid) else None
+
+
+def text_end(options: PosttrainOptions, tokenizer: Tokenizer | None) -> int | None:
+    """The token behind which --reset-attention-mask and --reset-position-ids begin anew; None without these flags.
+
+    Raises:
+        UsageError: the tokenizer names no such token, or there is no tokenizer.
+    """
+    if not (options.data.reset_attention_mask or options.data.reset_position_ids):
+        return None
+    if tokenizer is None or tokenizer.eos_id is None:
+        raise UsageError(
+            "--reset-attention-mask and --reset-position-ids look for the tokenizer's end-of-text token, and "
+            f"{'no tokenizer was found' if tokenizer is None else 'it names none'}; give "
+            "--tokenizer-name-or-path one that has it, or pack with --neat-pack"
+        )
+    return tokenizer.eos_id
 
 
 def total_steps(options: PosttrainOptions, rows: int, global_batch_size: int) -> int:

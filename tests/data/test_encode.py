@@ -23,6 +23,7 @@ from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import InputError
 from tests.data.contract_reading import Vocabulary
 
+IM_TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 TOKENIZERS = {"qwen3": "qwen3", "glm4": "glm", "deepseek3": "deepseek", "llama3": "llama3", "llama2": "llama2"}
 
 
@@ -134,14 +135,15 @@ def test_a_token_over_the_edge_of_an_answer_is_trained(golden: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["qwen3", "llama2", "glm"])
-def test_bytes_and_offsets_find_the_same_trained_tokens_and_slow_tokenizers_lose_none(
-    golden: Path, folder: str
-) -> None:
+def test_bytes_offsets_and_the_text_of_first_tokens_find_the_same_trained_tokens(golden: Path, folder: str) -> None:
     tokenizer, words = load_tokenizer(golden / "_tok" / folder), Vocabulary(golden / "_tok" / folder)
     spelling = Spelling(list(tokenizer.control_tokens()))
     fast = MarkedTokenizer(tokenizer.rust, spelling)
     slow = SegmentTokenizer(
-        lambda text: words.plain.encode(text, add_special_tokens=False).ids, spelling, tokenizer.control_tokens()
+        lambda text: words.plain.encode(text, add_special_tokens=False).ids,
+        lambda ids: words.plain.decode(ids, skip_special_tokens=False),
+        spelling,
+        tokenizer.control_tokens(),
     )
     end = next(iter(tokenizer.control_tokens()))
     draw = np.random.default_rng(3)
@@ -153,17 +155,36 @@ def test_bytes_and_offsets_find_the_same_trained_tokens_and_slow_tokenizers_lose
         texts.append("".join(parts))
         spans.append([(edges[1], edges[2])])
     found = fast.encode_spans(texts, spans)
-    for (ids, one), (others, two), (same, three) in zip(
-        found, fast._by_offsets(texts, spans), slow.encode_spans(texts, spans), strict=True
+    checked = 0
+    for text, (ids, one), (others, two), (same, three) in zip(
+        texts, found, fast._by_offsets(texts, spans), slow.encode_spans(texts, spans), strict=True
     ):
         assert ids.tolist() == others.tolist() == same.tolist()
         assert one == two
-        # tokenised alone, what stands around may end otherwise: the third way may then find a few tokens more, never
-        # fewer but for the space that sentencepiece's vocabulary puts before a text
-        (start, stop), (early, late) = one[0], three[0]
-        space = int(folder == "llama2")
-        assert early <= start and stop - space <= late
-        assert start - early <= 4 and late - stop <= 4 or space
+        if three is None:  # the tokenizer composes letters and accents, and does not give such a text back
+            assert folder != "llama2" and "e\u0301" in text
+            continue
+        assert three == one
+        checked += one[0][1] > one[0][0]
+    assert checked > 50
+
+
+def test_slow_tokenizers_train_exactly_the_answers_and_refuse_rows_they_do_not_give_back(tmp_path: Path) -> None:
+    added = {str(259 + n): {"content": t, "special": n < 3} for n, t in enumerate([*IM_TOKENS, "<think>", "</think>"])}
+    config = {"tokenizer_class": "ByT5Tokenizer", "eos_token": "</s>", "added_tokens_decoder": added, "extra_ids": 0}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text("{}")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.rust is None and set(tokenizer.control_tokens()) >= {*IM_TOKENS, "<think>"}
+    chat = ChatEncoder(get_template("qwen3"), tokenizer)
+    texts = ["é知", "<think>\nhm\n</think>\n\n\u2028yes <|im_end|>😀", "b <think> <|im_end|>", "\n\nlast"]
+    made = chat.encode_rows([Conversation(said(*texts))], Limits())[0]
+    assert trained(chat, made) == [f"{texts[1]}<|im_end|>\n", f"{texts[3]}<|im_end|>\n"]
+    count = [list(made.ids).count(tokenizer.token_to_id(token)) for token in (*IM_TOKENS[:2], "<think>", "</think>")]
+    assert count == [4, 4, 2, 2], "those of the messages, of the thought, and the last prompt's empty thought"
+    chat._way.marked.decode = lambda ids: tokenizer.decode(ids).lower()  # type: ignore[union-attr]
+    lost, kept = chat.encode_rows([Conversation(said("Q", t)) for t in ("Who", "who")], Limits())
+    assert "does not give the text back" in lost.fault and not kept.fault
 
 
 def test_messages_that_say_so_are_not_trained(golden: Path) -> None:

@@ -36,6 +36,9 @@ SIZES = Sizes()
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 5e-3, 0.1, 0.5
 STEPS = 4
+MOE_EPSILON = 1e-4
+"""Adam's epsilon for models with experts. At 1e-8 the first update is lr x the sign of every gradient, also of those
+that are nothing but rounding: one process and transformers then part from the second step on."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Case:
         virtual_layers: layers of a model chunk under interleaving.
         recompute: "full", "selective" or None.
         ragged: micro-batches differ in length; else all are padded to one.
+        packed: the rows of a micro-batch stand one behind the other, without padding.
         lora: train an adapter; else every weight.
         steps: global batches to train on.
         dtype: of parameters; the reference is fp32.
@@ -66,6 +70,7 @@ class Case:
     fused: bool = True
     recompute: str | None = None
     ragged: bool = True
+    packed: bool = False
     per_token: bool = False
     tied: bool = False
     lora: bool = True
@@ -84,6 +89,11 @@ class Case:
     def replicas(self) -> int:
         """Data-parallel size."""
         return self.world // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def epsilon(self) -> float:
+        """Adam's."""
+        return 1e-8 if self.model == "qwen3" else MOE_EPSILON
 
     @property
     def truth(self) -> "Case":
@@ -107,7 +117,7 @@ class Case:
             "overlap" if self.overlap else "",
             "full-tuning" if not self.lora else "fused" if self.fused else "modular",
             f"recompute-{self.recompute}" if self.recompute else "",
-            "" if self.ragged else "padded",
+            "packed" if self.packed else "" if self.ragged else "padded",
             "per-token" if self.per_token else "",
             "tied" if self.tied else "",
             ("row-" if self.balance_rows else "") + "balance" if self.balance else "",

@@ -6,6 +6,7 @@ from functools import cache
 import numpy
 
 from tests.distributed.cases import SIZES, Arrays, Case
+from tests.distributed.flat import row_by_row, steps_for
 from tests.distributed.moe_reference import moe_reference, sizes_of
 from tests.distributed.pool import pool
 from tests.distributed.reference import Reference, reference
@@ -27,7 +28,8 @@ def reference_of(case: Case) -> Reference:
 def results(case: Case) -> tuple[Result, ...]:
     """Every rank's report of a case, run once."""
     truth = reference_of(case)
-    arguments = {"case": case, "folder": truth.folder, "adapter": truth.adapter, "steps": truth.steps[: case.steps]}
+    steps = steps_for(case, truth.steps[: case.steps])
+    arguments = {"case": case, "folder": truth.folder, "adapter": truth.adapter, "steps": steps}
     return tuple(pool(case.world).run("tests.distributed.worker:train", **arguments))
 
 
@@ -88,12 +90,20 @@ def own_logits(real: numpy.ndarray, cp: int, context: int) -> numpy.ndarray:
     return own[own >= 0]
 
 
+def logits_of(case: Case) -> tuple[numpy.ndarray, ...]:
+    """The reference's logits of the first global batch, in the case's order of positions."""
+    truth = reference_of(case)
+    if not case.packed:
+        return truth.logits
+    return tuple(row_by_row(one, batch["real"]) for one, batch in zip(truth.logits, truth.steps[0], strict=True))
+
+
 def assert_exact(case: Case, reports: Sequence[Result]) -> None:
     """Logits, losses, norms and every gradient equal the reference's."""
     truth = reference_of(case)
     last = [report for report in reports if report.pp == case.pipeline - 1]
     for report in last:
-        expected = truth.logits[report.dp :: case.replicas]
+        expected = logits_of(case)[report.dp :: case.replicas]
         assert len(report.logits) == len(expected), f"{len(report.logits)} micro-batches of logits"
         batches = truth.steps[0][report.dp :: case.replicas]
         for number, (found, value) in enumerate(zip(report.logits, expected, strict=True)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,11 +27,20 @@ from mindspeed_llm.models import gpt, parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.context import own_positions
-from mindspeed_llm.training.engine import Engine, create_engine, finish_parameter_sync, run_microbatches, train_step
+from mindspeed_llm.training import engine as engine_module
+from mindspeed_llm.training.engine import (
+    Engine,
+    create_engine,
+    finish_parameter_sync,
+    run_microbatches,
+    to_device,
+    train_step,
+)
 from mindspeed_llm.training.optimizer_state import export_gradients, export_state, import_state
 from mindspeed_llm.training.schedule import Schedule
 from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, STEPS, WEIGHT_DECAY, Arrays, Case
 from tests.distributed.collectives import Collectives
+from tests.distributed.packing_faults import PACKING_FAULTS
 from tests.distributed.worker_result import FIELDS, Continued, OptimizerState, Result
 
 OPTIONS = OptimizerOptions(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_grad=CLIP, lr_decay_style="constant")
@@ -156,7 +166,8 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
     if case.fault in CHUNK_FAULTS:
         for chunk in chunks:
             CHUNK_FAULTS[case.fault](chunk)
-    return create_engine(chunks, OPTIONS, case.distributed_optimizer, case.overlap, case.overlap)
+    options = replace(OPTIONS, adam_eps=case.epsilon)
+    return create_engine(chunks, options, case.distributed_optimizer, case.overlap, case.overlap)
 
 
 @contextmanager
@@ -186,8 +197,11 @@ def logical(engine: Engine, trainable: bool | None = None) -> dict[str, torch.nn
 def share(step: Sequence[Mapping[str, numpy.ndarray]]) -> list[dict[str, Tensor]]:
     """This DP rank's micro-batches: every D-th."""
     mine = step[groups.get_data_parallel_rank() :: groups.get_data_parallel_world_size()]
-    found = [{key: torch.from_numpy(value) for key, value in batch.items()} for batch in mine]
-    return [{**batch, "padding": ~batch["real"]} for batch in found]
+    found = []
+    for batch in mine:
+        real = torch.from_numpy(batch["real"])
+        found.append({**to_device(batch, torch.device("cpu")), "real": real, "padding": ~real})
+    return found
 
 
 def real_logits(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> list[numpy.ndarray]:
@@ -195,9 +209,11 @@ def real_logits(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> list[nu
 
     def step(iterator: Any, model: Any) -> Any:
         group = groups.get_context_parallel_group()
-        batch = {name: own_positions(values, 1, group) for name, values in next(iterator).items()}
-        labels = torch.where(batch["real"], 0, IGNORE)
-        return model(batch["tokens"], None, None, labels=labels), lambda out, **kwargs: out
+        batch = next(iterator)
+        tokens, real = (own_positions(batch[name], 1, group) for name in ("tokens", "real"))
+        labels = torch.where(real, 0, IGNORE)
+        out = model(tokens, None, None, labels=labels, packed_seq_params=batch.get("packed"))
+        return out, lambda out, **kwargs: out
 
     models = engine.wrapped
     for chunk in engine.chunks:
@@ -239,6 +255,8 @@ def train(rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[
     with ExitStack() as stack:
         if case.fault in FUSED_FAULTS:
             stack.enter_context(mock.patch.object(fused, *FUSED_FAULTS[case.fault]))
+        if case.fault in PACKING_FAULTS:
+            stack.enter_context(mock.patch.object(engine_module, "packed_rows", PACKING_FAULTS[case.fault]))
         if case.fault == BACKWARD_FAULT:
             stack.enter_context(mock.patch.object(fused, "_backward_column", backward_without_sums))
         engine = stack.enter_context(live(case, folder, adapter))
