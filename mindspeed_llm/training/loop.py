@@ -134,7 +134,8 @@ class _Window:
                 skipped=done.skipped,
                 nan=done.nan,
             )
-            throughput = self.flops / seconds / (layout.tp * layout.pp) / 1e12
+            context = parallel_state.get_context_parallel_world_size()
+            throughput = self.flops / seconds / (layout.tp * layout.pp * context) / 1e12
             report.step(record, throughput if self.run.options.logging.log_throughput else None)
             if self.first:
                 now, peak = (value / MEGABYTE for value in self.run.device.memory())
@@ -201,9 +202,11 @@ def announce(run: Run) -> None:
         )
     )
     source = run.feed.source
+    pieces = parallel_state.get_context_parallel_world_size()
+    context = f" CP{pieces}" if pieces > 1 else ""
     lines = [
         f"{what}: {parameters:,} trainable parameters on this rank, {run.metadata.model.dtype}, {run.device.name}",
-        f"{layout} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; base {run.start.base_path}",
+        f"{layout}{context} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; base {run.start.base_path}",
         f"{len(source):,} training rows, {int(source.lengths.sum()):,} tokens; {run.train_iters} steps of "
         f"{run.global_batch_size} rows = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
     ]
