@@ -1,7 +1,7 @@
 """Training checkpoints: what a rank writes, how the folder is published, what a resumed run takes back.
 
     <save>/iter_0000020/args.json                              model, layout, base, LoRA settings, template
-    <save>/iter_0000020/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt    {"model": ..., "optimizer": ..., "rng_state": ..., ...}
+    <save>/iter_0000020/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt   {"model": ..., "optimizer": ..., "rng_state": ...}
     <save>/iter_0000020/hf, <save>/iter_0000020/peft           with --save-safetensors: see `training.export`
     <save>/latest_checkpointed_iteration.txt                   written last
 
