@@ -38,6 +38,7 @@ from mindspeed_llm.training.engine import (
 )
 from mindspeed_llm.training.optimizer_state import export_gradients, export_state, import_state
 from mindspeed_llm.training.schedule import Schedule
+from tests.distributed import expert_faults
 from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, STEPS, WEIGHT_DECAY, Arrays, Case
 from tests.distributed.collectives import Collectives
 from tests.distributed.packing_faults import PACKING_FAULTS
@@ -98,6 +99,7 @@ def slice_pending(x: Tensor, group: Any) -> Any:
 
 
 CHUNK_FAULTS: dict[str, Callable[[CausalLM], None]] = {
+    **expert_faults.CHUNK,
     "no-sequence-parallel-mark": forget_sequence_parallel_mark,
     "gate-and-up-swapped": swap_gate_and_up,
 }
@@ -158,7 +160,7 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
     if case.lora:
         targets = sorted({name.removesuffix(".lora_A.weight").rpartition(".")[2] for name in adapter if "_A" in name})
         inject(chunks, LoraSettings(SIZES.rank, SIZES.alpha, tuple(targets)), case.fused, seed=1)
-        if case.recompute == "full":
+        if case.recompute == "full" and case.fault != "embedding-without-gradient":
             give_recompute_a_gradient(chunks)
         source = Factors(base.config, adapter)
         for chunk in chunks:
@@ -255,6 +257,8 @@ def train(rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[
     with ExitStack() as stack:
         if case.fault in FUSED_FAULTS:
             stack.enter_context(mock.patch.object(fused, *FUSED_FAULTS[case.fault]))
+        if case.fault in expert_faults.PATCHES:
+            stack.enter_context(mock.patch.object(*expert_faults.PATCHES[case.fault]))
         if case.fault in PACKING_FAULTS:
             stack.enter_context(mock.patch.object(engine_module, "packed_rows", PACKING_FAULTS[case.fault]))
         if case.fault == BACKWARD_FAULT:
