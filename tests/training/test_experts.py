@@ -9,6 +9,7 @@ from tests.fixtures import (
     VOCABULARY,
     close,
     done,
+    hf_model,
     launch,
     losses,
     once,
@@ -131,6 +132,22 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(name: str,
     assert not (tmp_path / "run").exists()
 
 
-def test_balancing_a_dense_model_is_refused(tmp_path: Path) -> None:
-    words = training(tmp_path / "run", "--moe-aux-loss-coeff", 0.1)
-    refused(launch(1, "posttrain_gpt.py", words), 2, "--moe-aux-loss-coeff", "no experts")
+DENSE = {
+    "balance": (1, ("--moe-aux-loss-coeff", 0.1), ["--moe-aux-loss-coeff", "no experts"]),
+    "expert parallelism": (2, (EP, 2), ["expert parallel size 2", "no experts"]),
+    "expert tensor parallelism": (2, (TP, 2, ETP, 1), ["--expert-tensor-parallel-size 1", "no experts"]),
+    "a sequence of rows cut over processes": (2, (CP, 2, "--padding-free"), ["--context-parallel-size 2", "neatly"]),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", DENSE)
+def test_what_a_dense_model_cannot_be_trained_with_is_refused(name: str, tmp_path: Path) -> None:
+    size, more, patterns = DENSE[name]
+    refused(launch(size, "posttrain_gpt.py", training(tmp_path / "run", *more)), 2, *patterns)
+    assert not (tmp_path / "run").exists()
+
+
+def test_context_parallelism_of_an_answering_model_is_refused() -> None:
+    words = ["--load", hf_model(), CP, 2, "--prompt", "the cat"]
+    refused(launch(1, "inference.py", words), 2, "--context-parallel-size 2", "training only")
