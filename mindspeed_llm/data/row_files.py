@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +51,8 @@ def write_rows(plan: Plan, folder: Path, begin: int = 0, end: int | None = None)
         writers = _writers(plan, folder, stack)
         progress = stack.enter_context(Progress(options.log_interval, total))
         chunks = in_chunks(rows, options.max_chars_per_row)
-        for chunk in in_order(tokenize_chunk, plan.job, chunks, options.workers):
+        made = stack.enter_context(closing(in_order(tokenize_chunk, plan.job, chunks, options.workers)))
+        for chunk in made:
             account.add(chunk)
             refuse_first_bad(account, options.on_bad_row)
             _write(chunk, writers, account, options.pack)
