@@ -55,7 +55,7 @@ ACCEPTED: dict[str, Accepted] = {
     "loss_scale_window": Accepted(_HALF, 1),
     "hysteresis": Accepted(_HALF, 1),
     "distributed_backend": Accepted("--device decides between nccl, hccl and gloo", 1, ("nccl", "hccl", "gloo")),
-    "no_shared_storage": Accepted("no index cache is written beside the data"),
+    "no_shared_storage": Accepted("only training keeps a cache on disk"),
     "no_async_tensor_model_parallel_allreduce": Accepted(_COMMUNICATION),
     "no_overlap_p2p_communication": Accepted(_COMMUNICATION),
     "variable_seq_lengths": Accepted("pipeline stages always exchange batches at their own length"),

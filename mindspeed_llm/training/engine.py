@@ -167,9 +167,12 @@ def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     return output, sum_loss
 
 
-def run_microbatches(engine: Engine, batches: Sequence[Batch], forward_only: bool) -> tuple[float, int]:
+def run_microbatches(
+    engine: Engine, batches: Sequence[Batch], forward_only: bool, per_token: bool | None = None
+) -> tuple[float, int]:
     """Run the micro-batches of one global batch forward (and backward); -> (loss, trained tokens), see `StepResult`.
 
+    The loss told is the mean per token, or over micro-batches, as `per_token` says; None: as the engine trains.
     Every rank of a DP replica passes the same batches: the first stage reads the tokens, the last the labels.
     """
     models = engine.wrapped or engine.chunks
@@ -183,7 +186,9 @@ def run_microbatches(engine: Engine, batches: Sequence[Batch], forward_only: boo
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    return _reduce_reports(reports, len(batches), engine.config.calculate_per_token_loss, batches[0]["tokens"].device)
+    if per_token is None:
+        per_token = engine.config.calculate_per_token_loss
+    return _reduce_reports(reports, len(batches), per_token, batches[0]["tokens"].device)
 
 
 def _reduce_reports(
@@ -239,14 +244,21 @@ def _update(optimizer: Any) -> tuple[bool, float]:
 
 @torch.no_grad()
 def evaluate(engine: Engine, global_batches: Iterator[Sequence[Batch]]) -> float:
-    """Mean loss over validation batches, with the model in evaluation mode; nan when there are none."""
+    """Mean loss per trained token of the batches, however they are cut; nan when no token is trained.
+
+    The model is in evaluation mode meanwhile.
+    """
     models = engine.wrapped or engine.chunks
     for model in models:
         model.eval()
-    losses = [run_microbatches(engine, batches, forward_only=True)[0] for batches in global_batches]
+    total, count = 0.0, 0
+    for batches in global_batches:
+        loss, tokens = run_microbatches(engine, batches, forward_only=True, per_token=True)
+        if tokens:
+            total, count = total + loss * tokens, count + tokens
     for model in models:
         model.train()
-    return sum(losses) / len(losses) if losses else float("nan")
+    return total / count if count else float("nan")
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> Batch:

@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 from megatron.core import parallel_state
 
+from mindspeed_llm.arguments.parser import to_dict
 from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import barrier
 from mindspeed_llm.training.engine import Batch, StepResult, evaluate, train_step
@@ -76,6 +77,9 @@ def train(run: Run, report: Report | None) -> bool:
                 saved = iteration
             if stopping:
                 break
+    for feed in (run.feed, run.validation, run.test):
+        if feed is not None:
+            feed.close()
     if report is not None:
         report.end()
     return saved == run.train_iters
@@ -149,15 +153,20 @@ class _Window:
 
 
 def validate(run: Run, report: Report | None) -> None:
-    """Validation loss, every --eval-interval steps and at the end, where there are validation rows."""
+    """Losses of the rows held out: for validation every --eval-interval steps and at the end, for the test at the end.
+
+    Over all of these rows, or the first --eval-iters global batches.
+    """
     training, iteration = run.options.training, run.progress.iteration
-    due = iteration % training.eval_interval == 0 or iteration == run.train_iters
-    if run.validation is None or not training.eval_iters or not due:
-        return
-    rows = math.ceil(len(run.validation.source) / run.global_batch_size)
-    loss = evaluate(run.engine, run.validation.walk(min(training.eval_iters, rows)))
-    if report is not None:
-        report.validation(iteration, loss)
+    ends = iteration == run.train_iters
+    due = ((run.validation, "validation", iteration % training.eval_interval == 0 or ends), (run.test, "test", ends))
+    for feed, name, now in due:
+        if feed is None or training.eval_iters == 0 or not now:
+            continue
+        whole = math.ceil(len(feed.source) / run.global_batch_size)
+        loss = evaluate(run.engine, feed.walk(min(training.eval_iters or whole, whole)))
+        if report is not None:
+            report.validation(iteration, loss, name)
 
 
 def save(run: Run) -> Path:
@@ -187,6 +196,50 @@ def save(run: Run) -> Path:
     return final
 
 
+def shares_of_pass(run: Run) -> list[str]:
+    """How many rows of each data set make a pass, where they have shares; what is held out."""
+    part, blend = run.rows.parts.train, run.feed.sampler.blend
+    lines = []
+    if blend is not None:
+        shown = zip(part.weights, blend.counts.tolist(), part.sizes, part.prefixes, strict=True)
+        lines.append(
+            "a pass has " + ", ".join(f"{count:,} of {size:,} rows ({w:.1%}) of {p}" for w, count, size, p in shown)
+        )
+    held = [(feed, name) for feed, name in ((run.validation, "validation"), (run.test, "test")) if feed is not None]
+    return [*lines, *(f"{len(feed.source):,} {name} rows" for feed, name in held)]
+
+
+# what the order of rows follows from, by the group of options that holds it
+ORDER = {
+    "data": ("data_path", "train_data_path", "split", "no_shuffle", "length_grouping"),
+    "training": ("seed",),
+    "sources": ("dataset",),
+    "rows": ("input",),
+}
+
+
+def changed_order(run: Run) -> list[str]:
+    """A warning where a resumed run reads its rows in another order than the one it continues."""
+    start = run.start.resume
+    if start is None or start.metadata is None:
+        return []
+    now, before = to_dict(run.options), start.metadata.options
+    names = [(group, name) for group, listed in ORDER.items() for name in listed]
+    if run.options.data.length_grouping:
+        names.append(("training", "global_batch_size"))
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for group, name in names
+        if name in before.get(group, {}) and before[group][name] != now[group][name]
+    ]
+    if not changed:
+        return []
+    return [
+        f"warning: {', '.join(changed)} changed since {start.folder}: rows come in another order, so that some of this "
+        "epoch's may be read twice or not at all"
+    ]
+
+
 def announce(run: Run) -> None:
     """What is about to happen, in a few lines; on rank 0."""
     world = torch.distributed.get_world_size()
@@ -206,6 +259,9 @@ def announce(run: Run) -> None:
         f"{layout} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; base {run.start.base_path}",
         f"{len(source):,} training rows, {int(source.lengths.sum()):,} tokens; {run.train_iters} steps of "
         f"{run.global_batch_size} rows = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
+        *shares_of_pass(run),
+        *run.rows.notes,
+        *changed_order(run),
     ]
     if run.progress.iteration:
         lines.append(f"resumed at step {run.progress.iteration} from {run.start.resume.folder}")

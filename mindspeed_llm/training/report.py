@@ -114,12 +114,13 @@ class Report:
                 self.writer.add_scalar(tag, getattr(record, key), record.iteration)
             self.writer.add_scalar("tokens-per-second", record.tokens_per_second, record.iteration)
 
-    def validation(self, iteration: int, loss: float) -> None:
-        """Print and store a validation loss."""
-        say(f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |")
-        self.validations.append((iteration, loss))
+    def validation(self, iteration: int, loss: float, name: str = "validation") -> None:
+        """Print and store the loss of rows held out; `name` says for what they are."""
+        say(f" {name} loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |")
+        if name == "validation":
+            self.validations.append((iteration, loss))
         if self.writer is not None:
-            self.writer.add_scalar("lm loss validation", loss, iteration)
+            self.writer.add_scalar(f"lm loss {name}", loss, iteration)
 
     def end(self) -> None:
         """Draw the loss curve and close what is open."""

@@ -15,13 +15,9 @@ from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata
-from mindspeed_llm.checkpoint.recorded import tokenizer_folder
 from mindspeed_llm.data.batch import cut_count
-from mindspeed_llm.data.dataset import IndexedDataset, RowSource, split_dataset
-from mindspeed_llm.data.encoders import make_encoder
-from mindspeed_llm.data.report import check_data_matches
-from mindspeed_llm.data.sampler import EpochSampler
-from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
+from mindspeed_llm.data.prefixes import Part
+from mindspeed_llm.data.sampler import EpochSampler, LengthGroupedSampler
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
@@ -33,8 +29,9 @@ from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import Progress
 from mindspeed_llm.training.engine import Engine, create_engine
 from mindspeed_llm.training.export import Export, plan_export
-from mindspeed_llm.training.feed import Feed, length_multiple
+from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
 from mindspeed_llm.training.report import say
+from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
 from mindspeed_llm.training.schedule import Schedule
 from mindspeed_llm.training.start import Start, find_start
 
@@ -46,7 +43,8 @@ class Run:
     Attributes:
         progress: how far it is; the loop replaces it after every step.
         train_iters: optimizer steps in all. global_batch_size: rows per step over all ranks.
-        feed, validation: training and validation batches (None without validation rows).
+        rows: what is read. feed: training batches.
+        validation, test: batches of rows held out; None without such rows.
         metadata: of the checkpoints it will write, iteration aside.
         export: what is written beside them, or None.
     """
@@ -56,8 +54,10 @@ class Run:
     start: Start
     engine: Engine
     schedule: Schedule
+    rows: Rows
     feed: Feed
     validation: Feed | None
+    test: Feed | None
     metadata: Metadata
     train_iters: int
     global_batch_size: int
@@ -93,8 +93,8 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     export = plan_export(options, start)
     model = start.base.config
     check_architecture_flags(model, options.model, start.base_path)
-    dataset, tokenizer = open_data(options, start)
-    options = with_bounds_kept(options, dataset)
+    rows = open_rows(options, start)
+    options = with_bounds_kept(options, rows.parts)
     engine = engine_options(options)
     layout = Layout.even(model.num_layers, engine.tensor, engine.pipeline, engine.layers_per_virtual_stage)
     check_divides(options, start, layout)
@@ -108,14 +108,15 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     )
     seed_everything(options.training.seed)
     micro_batches, global_batch_size = batch_sizes(options, layout)
-    feed, validation = feeds(options, dataset, tokenizer, device, micro_batches)
-    metadata = describe(options, start, layout, dataset, tokenizer)
+    feed, validation, test = feeds(options, rows, device, micro_batches)
+    metadata = describe(options, start, layout, rows)
     train_iters = total_steps(options, len(feed.source), global_batch_size)
     built = build_engine(options, start, engine, device)
     schedule = Schedule(built.optimizer, options.optimizer, train_iters)
     run = Run(
-        options, device, start, built, schedule, feed, validation, metadata, train_iters, global_batch_size, export
-    )
+        options, device, start, built, schedule, rows, feed, validation, test, metadata, train_iters,
+        global_batch_size, export,
+    )  # fmt: skip
     if start.resume is not None:
         resume(run)
     return run
@@ -144,61 +145,6 @@ def seed_everything(seed: int) -> None:
     numpy.random.seed(seed)
 
 
-def open_data(options: PosttrainOptions, start: Start) -> tuple[IndexedDataset, Tokenizer | None]:
-    """The preprocessed rows and the tokenizer, held against each other.
-
-    Raises:
-        UsageError: no --data-path. InputError: no such data, or made with another tokenizer or template.
-    """
-    if not options.data.data_path:
-        raise UsageError("--data-path is missing: the --output-prefix given to preprocess_data.py")
-    dataset = IndexedDataset(options.data.data_path)
-    folder = tokenizer_folder(options.tokenizer, start.base)
-    tokenizer = load_tokenizer(folder) if folder else None
-    if tokenizer is not None:
-        named = options.tokenizer
-        for report in dataset.reports:
-            check_data_matches(report, tokenizer.content_hash, named.prompt_type, named.enable_thinking)
-        if named.prompt_type and any(dataset.reports):  # it is the data's, and so one of this tokenizer
-            template = make_encoder(named.prompt_type, named.prompt_type_path, tokenizer).template
-            for report in dataset.reports:
-                check_data_matches(report, tokenizer.content_hash, template_hash=template.content_hash)
-    check_resumed_template(start, dataset)
-    return dataset, tokenizer
-
-
-def with_bounds_kept(options: PosttrainOptions, dataset: IndexedDataset) -> PosttrainOptions:
-    """The options with what the data ask for: files made with --neat-pack are laid out flat, row by row.
-
-    There, and where a row holds a single text, --reset-attention-mask and --reset-position-ids have nothing to add.
-    """
-    data = options.data
-    if dataset.neat_packed:
-        data = replace(data, padding_free=True)
-    if dataset.neat_packed or not dataset.may_be_packed:
-        data = replace(data, reset_attention_mask=False, reset_position_ids=False)
-    return replace(options, data=data)
-
-
-def check_resumed_template(start: Start, dataset: IndexedDataset) -> None:
-    """Refuse to continue an adapter on data of another template than it has learnt; `InputError`."""
-    recorded = start.resume.metadata if start.resume is not None else None
-    found = data_template(dataset)
-    if recorded is None or recorded.template is None or found[0] is None:
-        return
-    if (recorded.template, recorded.enable_thinking) != found:
-        raise InputError(
-            f"{start.resume.folder} was trained with template {recorded.template} (thinking "
-            f"{recorded.enable_thinking}), the data were made with {found[0]} (thinking {found[1]}); preprocess again"
-        )
-
-
-def data_template(dataset: IndexedDataset) -> tuple[str | None, str | None]:
-    """(template name, thinking mode) the data were made with, as far as their report says."""
-    report = dataset.report or {}
-    return report.get("template", {}).get("name"), report.get("enable_thinking")
-
-
 def batch_sizes(options: PosttrainOptions, layout: Layout) -> tuple[int, int]:
     """(micro-batches per rank and step, rows per step).
 
@@ -222,46 +168,37 @@ def batch_sizes(options: PosttrainOptions, layout: Layout) -> tuple[int, int]:
 
 
 def feeds(
-    options: PosttrainOptions, dataset: IndexedDataset, tokenizer: Tokenizer | None, device: Device, micro_batches: int
-) -> tuple[Feed, Feed | None]:
-    """Training and validation batches of this rank."""
-    training, cut = options.training, options.parallel
-    train, valid, _ = split_dataset(dataset, options.data.split)
-    pad_id = 0 if tokenizer is None else next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
-    end_id = text_end(options, tokenizer)
-    multiple = length_multiple(options.data, cut.tensor_model_parallel_size, cut.sequence_parallel)
+    options: PosttrainOptions, rows: Rows, device: Device, micro_batches: int
+) -> tuple[Feed, Feed | None, Feed | None]:
+    """Training, validation and test batches of this rank."""
+    training, data, cut = options.training, options.data, options.parallel
+    multiple = length_multiple(data, cut.tensor_model_parallel_size, cut.sequence_parallel)
     place = device.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
+    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer))
+    ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    sizes = (training.micro_batch_size, *ranks, micro_batches)
+    parts = rows.parts
 
-    def feed(source: RowSource, shuffle: bool) -> Feed:
-        sampler = EpochSampler(
-            len(source),
-            training.micro_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-            micro_batches,
-            training.seed,
-            shuffle,
-        )
-        return Feed(source, sampler, options.data, pad_id, multiple, place, end_id)
+    def held_out(part: Part | None) -> Feed | None:
+        if part is None:
+            return None
+        blend = part.blend(training.seed, False)
+        sampler = EpochSampler(len(part.source), *sizes, training.seed, shuffle=False, blend=blend, once=True)
+        return Feed(part.source, sampler, collate, place, data.num_workers)
 
-    return feed(train, not options.data.no_shuffle), feed(valid, False) if len(valid) else None
-
-
-def text_end(options: PosttrainOptions, tokenizer: Tokenizer | None) -> int | None:
-    """The token behind which --reset-attention-mask and --reset-position-ids begin anew; None without these flags.
-
-    Raises:
-        UsageError: the tokenizer names no such token, or there is no tokenizer.
-    """
-    if not (options.data.reset_attention_mask or options.data.reset_position_ids):
-        return None
-    if tokenizer is None or tokenizer.eos_id is None:
-        raise UsageError(
-            "--reset-attention-mask and --reset-position-ids look for the tokenizer's end-of-text token, and "
-            f"{'no tokenizer was found' if tokenizer is None else 'it names none'}; give "
-            "--tokenizer-name-or-path one that has it, or pack with --neat-pack"
-        )
-    return tokenizer.eos_id
+    source = parts.train.source
+    check_lengths(source, data)
+    common = {
+        "seed": training.seed,
+        "cache": rows.index_cache(options),
+        "blend": parts.train.blend(training.seed, not data.no_shuffle),
+    }
+    if data.length_grouping:
+        sampler = LengthGroupedSampler(numpy.minimum(source.lengths, data.seq_length), *sizes, **common)
+    else:
+        sampler = EpochSampler(len(source), *sizes, shuffle=not data.no_shuffle, **common)
+    train = Feed(source, sampler, collate, place, data.num_workers)
+    return train, held_out(parts.valid), held_out(parts.test)
 
 
 def total_steps(options: PosttrainOptions, rows: int, global_batch_size: int) -> int:
@@ -271,9 +208,7 @@ def total_steps(options: PosttrainOptions, rows: int, global_batch_size: int) ->
     return math.ceil((options.training.epochs or 1) * rows / global_batch_size)
 
 
-def describe(
-    options: PosttrainOptions, start: Start, layout: Layout, dataset: IndexedDataset, tokenizer: Tokenizer | None
-) -> Metadata:
+def describe(options: PosttrainOptions, start: Start, layout: Layout, rows: Rows) -> Metadata:
     """What this run's checkpoints will say about themselves. Collective: rank 0 hashes the base."""
     recorded = getattr(start.base, "metadata", None)
     if start.settings is not None:
@@ -286,14 +221,13 @@ def describe(
         base = recorded.base
     else:
         base = BaseRecord(str(Path(start.base_path).resolve()), None)
-    template, thinking = data_template(dataset)
     return Metadata(
         model=replace(start.base.config, dtype=options.training.dtype_name),
         layout=layout,
         base=base,
         lora=start.settings,
-        template=template or options.tokenizer.prompt_type,
-        enable_thinking=thinking or options.tokenizer.enable_thinking,
+        template=rows.template or options.tokenizer.prompt_type,
+        enable_thinking=rows.enable_thinking or options.tokenizer.enable_thinking,
         options=to_dict(options),
     )
 

@@ -139,12 +139,6 @@ def test_data_of_another_tokenizer_template_or_thinking_mode_are_refused(tmp_pat
     assert nothing_written(tmp_path)
 
 
-def test_neatly_packed_data_are_refused_because_rows_would_see_each_other(tmp_path: Path) -> None:
-    packed = data(rows=12, extra=("--pack", "--neat-pack", "--seq-length", "128"))
-    refused(launch(1, "posttrain_gpt.py", argv(tmp_path, "--data-path", packed)), 1, "--neat-pack", "--pack")
-    assert nothing_written(tmp_path)
-
-
 def test_missing_and_truncated_data_are_named(tmp_path: Path) -> None:
     refused(launch(1, "posttrain_gpt.py", argv(tmp_path, "--data-path", tmp_path / "gone")), 1, "no data .*gone")
     for file in data().parent.glob(f"{data().name}_*"):
