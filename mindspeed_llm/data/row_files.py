@@ -16,7 +16,7 @@ from mindspeed_llm.data.plan import Plan
 from mindspeed_llm.data.progress import Progress
 from mindspeed_llm.data.report import Account
 from mindspeed_llm.data.rows import Row
-from mindspeed_llm.data.tokenize_rows import Chunk, form_handlers, tokenize_chunk
+from mindspeed_llm.data.tokenize_rows import JSON_KEY_HANDLERS, Chunk, form_handlers, tokenize_chunk
 from mindspeed_llm.data.workers import in_order
 from mindspeed_llm.errors import InputError
 
@@ -122,9 +122,10 @@ def _check_columns(seen: _Seen, handler: Handler, account: Account) -> None:
     present = list(seen.columns)
     for column in handler.required_columns():
         if present and column not in present:
+            flag = "--json-keys" if type(handler).__name__ in JSON_KEY_HANDLERS else "--map-keys"
             raise InputError(
                 f"{seen.file} has no column {column!r} (it has: {', '.join(map(str, present))}); name the columns "
-                "with --map-keys"
+                f"with {flag}"
             )
     for column in handler.ignored_columns(present):
         line = f"column {column!r} is not read; --map-keys {json.dumps({column: column})} reads it"

@@ -244,6 +244,9 @@ def test_missing_columns_and_unusable_options_are_refused(tokenizer: Path, tmp_p
     source = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(InputError, match=r"no column 'output' \(it has: question, answer\).*--map-keys"):
         run(source, tmp_path / "x", tokenizer)
+    with pytest.raises(InputError, match="no column 'text'.*name the columns with --json-keys"):
+        given = ["--input", str(source), "--output-prefix", str(tmp_path / "x")]
+        run_words([*given, "--tokenizer-name-or-path", str(tokenizer)])
     for keys, mentions in (("{", "not valid JSON"), ("[]", "must be a JSON object"), ('{"a": "b"}', "'a'")):
         with pytest.raises(UsageError, match=mentions):
             run(source, tmp_path / "x", tokenizer, "--map-keys", keys)
