@@ -75,7 +75,7 @@ class IndexedDataset:
     @property
     def may_be_packed(self) -> bool:
         """Whether a row may hold several texts: made with `--pack`, or by a program that left no report."""
-        return any(report is None or report["pack"] for report in self.reports)
+        return any(report is None or report.get("pack", True) for report in self.reports)
 
     def __len__(self) -> int:
         return len(self.lengths)

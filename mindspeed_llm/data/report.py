@@ -104,16 +104,16 @@ class Account:
         for what, listings in (("dropped", self.dropped), ("left out", self.left_out)):
             for reason, listing in listings.items():
                 first = listing.rows[0]
-                lines.append(f"{what} {listing.count} rows: {reason} (first: row {first['row']} of {first['file']})")
-        if self.cut.count:
-            lines.append(f"cut {self.cut.count} rows that were longer than --seq-length")
-        if self.untrained.count:
-            lines.append(f"{self.untrained.count} rows have no token that is trained (empty answers)")
-        if self.odd_thoughts.count:
-            lines.append(
-                f"{self.odd_thoughts.count} rows have thought tags that make no whole thought as the template writes it"
-            )
-        lines += [f"{listing.count} rows: {remark}" for remark, listing in self.remarks.items()]
+                place = f"(first: row {first['row']} of {first['file']})"
+                lines.append(f"{what} {_rows(listing.count)}: {reason} {place}")
+        for listing, what in (
+            (self.cut, "cut to the length"),
+            (self.untrained, "no token is trained (empty answers)"),
+            (self.odd_thoughts, "thought tags that make no whole thought as the template writes it"),
+        ):
+            if listing.count:
+                lines.append(f"{_rows(listing.count)}: {what}")
+        lines += [f"{_rows(listing.count)}: {remark}" for remark, listing in self.remarks.items()]
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,6 +166,10 @@ def _listing(listings: dict[str, Listing], reason: str) -> Listing:
     if reason not in listings and len(listings) >= REASONS:
         reason = OTHER_REASONS
     return listings.setdefault(reason, Listing())
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" + ("" if count == 1 else "s")
 
 
 def _add_all(listing: Listing, places: Iterable[Place]) -> None:

@@ -143,6 +143,10 @@ def test_data_of_another_tokenizer_template_or_mode_are_refused_naming_both() ->
         check_data_matches(report, "1" * 64, "qwen", "true")
     with pytest.raises(InputError, match="--enable-thinking true, the run asks for none"):
         check_data_matches(report, "1" * 64, "qwen3", "none")
+    report["template"]["sha256"] = "3" * 64
+    check_data_matches(report, "1" * 64, "qwen3", "true", "3" * 64)
+    with pytest.raises(InputError, match="a template qwen3 of other content .*333333333333.*444444444444"):
+        check_data_matches(report, "1" * 64, "qwen3", "true", "4" * 64)
     report["template"] = {"name": "alpaca", "uses_thinking": False}
     check_data_matches(report, "1" * 64, "alpaca", "none")
 

@@ -75,7 +75,7 @@ FULL_TUNING = tuple(
         Case(),
         Case(tied=True),
         Case(world=2, **SP),
-        Case(world=2, packed=True, steps=2, **SP),
+        Case(world=2, packed=True, steps=1, **SP),
         Case(world=2, pipeline=2, tied=True),
         Case(world=2, distributed_optimizer=True),
         Case(world=2, distributed_optimizer=True, overlap=True),
