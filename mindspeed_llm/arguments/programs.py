@@ -8,6 +8,7 @@ from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.data import DataOptions
 from mindspeed_llm.arguments.device import DeviceOptions
 from mindspeed_llm.arguments.evaluation import EvaluationOptions
+from mindspeed_llm.arguments.experts import ExpertOptions
 from mindspeed_llm.arguments.generation import GenerationOptions
 from mindspeed_llm.arguments.logging import LoggingOptions
 from mindspeed_llm.arguments.lora import LoraOptions
@@ -48,6 +49,7 @@ torchrun --nproc_per_node 2 posttrain_gpt.py --stage sft --finetune --bf16 \\
     sources: SourceOptions = group(SourceOptions)
     rows: RowOptions = group(RowOptions)
     training: TrainingOptions = group(TrainingOptions)
+    experts: ExpertOptions = group(ExpertOptions)
     optimizer: OptimizerOptions = group(OptimizerOptions)
     lora: LoraOptions = group(LoraOptions)
     checkpoint: CheckpointOptions = group(CheckpointOptions)

@@ -128,8 +128,7 @@ def check_lengths(source: RowSource, options: DataOptions) -> None:
         )
 
 
-def length_multiple(options: DataOptions, tensor: int, sequence_parallel: bool) -> int:
-    """What padded lengths must be a multiple of: the option's, and TP's under sequence parallelism."""
+def length_multiple(options: DataOptions, parts: int) -> int:
+    """What padded lengths must be a multiple of: the option's, and what the layout cuts them into."""
     multiple = options.pad_to_multiple_of if options.no_pad_to_seq_lengths and not options.lays_out_flat else 1
-    parts = tensor if sequence_parallel else 1
     return math.lcm(multiple, parts)

@@ -104,6 +104,7 @@ class _Window:
         self.run = run
         self.losses: list[float] = []
         self.tokens, self.flops, self.grad_norm = 0, 0.0, 0.0
+        self.balance: float | None = None
         self.first = True
         self.began = time.perf_counter()
 
@@ -116,7 +117,7 @@ class _Window:
             lengths = batch["packed"].segments.lengths if "packed" in batch else (length,) * rows
             self.flops += sum(step_flops(self.run.metadata.model, one, one, frozen) for one in lengths)
         self.losses.append(result.loss)
-        self.grad_norm = result.grad_norm
+        self.grad_norm, self.balance = result.grad_norm, result.balance
 
     def flush(self, report: Report | None, rate: float) -> None:
         """Print the steps as one line and begin anew."""
@@ -137,8 +138,10 @@ class _Window:
                 memory=self.run.device.memory()[1] / MEGABYTE,
                 skipped=done.skipped,
                 nan=done.nan,
+                load_balancing_loss=self.balance,
             )
-            throughput = self.flops / seconds / (layout.tp * layout.pp) / 1e12
+            context = parallel_state.get_context_parallel_world_size()
+            throughput = self.flops / seconds / (layout.tp * layout.pp * context) / 1e12
             report.step(record, throughput if self.run.options.logging.log_throughput else None)
             if self.first:
                 now, peak = (value / MEGABYTE for value in self.run.device.memory())
@@ -254,9 +257,12 @@ def announce(run: Run) -> None:
         )
     )
     source = run.feed.source
+    pieces = parallel_state.get_context_parallel_world_size()
+    context = f" CP{pieces}" if pieces > 1 else ""
     lines = [
         f"{what}: {parameters:,} trainable parameters on this rank, {run.metadata.model.dtype}, {run.device.name}",
-        f"{layout} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; base {run.start.base_path}",
+        f"{layout}{context} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; "
+        f"base {run.start.base_path}",
         f"{len(source):,} training rows, {int(source.lengths.sum()):,} tokens; {run.train_iters} steps of "
         f"{run.global_batch_size} rows = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
         *shares_of_pass(run),

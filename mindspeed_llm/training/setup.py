@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
 from mindspeed_llm.arguments.programs import PosttrainOptions
-from mindspeed_llm.checkpoint.layout import Layout
+from mindspeed_llm.checkpoint.layout import ExpertShare, Layout
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata
 from mindspeed_llm.data.batch import cut_count
@@ -23,13 +23,14 @@ from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.lora.sources import shared_hash
 from mindspeed_llm.models import parallel
-from mindspeed_llm.models.config import check_architecture_flags
+from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
 from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import Progress
 from mindspeed_llm.training.engine import Engine, create_engine
 from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
+from mindspeed_llm.training.layout_rules import check_targets, length_parts, training_layout
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
 from mindspeed_llm.training.schedule import Schedule
@@ -70,12 +71,26 @@ class Run:
         return torch.distributed.get_rank() == 0
 
 
-def engine_options(options: PosttrainOptions) -> EngineOptions:
+def aux_loss_coefficient(options: PosttrainOptions, model: ModelConfig) -> float:
+    """Of the load-balancing loss: the option's, else the model's own where its config.json asks for the loss."""
+    given = options.experts.moe_aux_loss_coeff
+    if not model.num_experts or options.experts.moe_router_load_balancing_type == "none":
+        return 0.0
+    if given is not None:
+        return given
+    own = model.hf_config.get("router_aux_loss_coef") if model.hf_config.get("output_router_logits") else None
+    return float(own or 0.0)
+
+
+def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptions:
     """The engine's view of the options."""
     cut, training = options.parallel, options.training
     return EngineOptions(
         tensor=cut.tensor_model_parallel_size,
         pipeline=cut.pipeline_model_parallel_size,
+        context=cut.context_parallel_size,
+        expert=cut.expert_model_parallel_size,
+        expert_tensor=cut.expert_tensor_parallel_size,
         layers_per_virtual_stage=cut.num_layers_per_virtual_pipeline_stage,
         sequence_parallel=cut.sequence_parallel and cut.tensor_model_parallel_size > 1,
         dtype=DTYPES[training.dtype_name],
@@ -84,6 +99,9 @@ def engine_options(options: PosttrainOptions) -> EngineOptions:
         recompute_method=training.recompute_method,
         recompute_num_layers=training.recompute_num_layers,
         calculate_per_token_loss=training.calculate_per_token_loss,
+        moe_aux_loss=aux_loss_coefficient(options, model),
+        moe_aux_loss_type=options.experts.moe_router_load_balancing_type,
+        moe_z_loss=options.experts.moe_z_loss_coeff,
     )
 
 
@@ -95,9 +113,9 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     check_architecture_flags(model, options.model, start.base_path)
     rows = open_rows(options, start)
     options = with_bounds_kept(options, rows.parts)
-    engine = engine_options(options)
-    layout = Layout.even(model.num_layers, engine.tensor, engine.pipeline, engine.layers_per_virtual_stage)
-    check_divides(options, start, layout)
+    engine = engine_options(options, model)
+    layout = training_layout(options, start.base.table)
+    check_targets(start.settings, start.base.table)
     parallel.start(
         device,
         engine.tensor,
@@ -105,6 +123,9 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
         layout.vp if layout.vp > 1 else None,
         options.training.seed,
         options.device.distributed_timeout_minutes,
+        expert=engine.expert,
+        expert_tensor=engine.expert_tensor,
+        context=engine.context,
     )
     seed_everything(options.training.seed)
     micro_batches, global_batch_size = batch_sizes(options, layout)
@@ -120,23 +141,6 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     if start.resume is not None:
         resume(run)
     return run
-
-
-def check_divides(options: PosttrainOptions, start: Start, layout: Layout) -> None:
-    """Refuse sizes that do not divide, and experts over processes; `UsageError` naming both."""
-    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
-        given, only = getattr(options.parallel, name), 1 if name.startswith("expert_model") else layout.tp
-        if given not in (None, only):
-            raise UsageError(f"--{name.replace('_', '-')} {given}: only {only} is supported in training yet")
-    for entry in start.base.table.entries.values():
-        entry.shard_map(layout.tp, None)
-    data = options.data
-    padded = not (data.no_pad_to_seq_lengths or data.lays_out_flat)
-    if options.parallel.sequence_parallel and padded and data.seq_length % layout.tp:
-        raise UsageError(
-            f"--seq-length {data.seq_length} does not divide by --tensor-model-parallel-size {layout.tp}, which "
-            "--sequence-parallel needs; change one of them"
-        )
 
 
 def seed_everything(seed: int) -> None:
@@ -171,8 +175,8 @@ def feeds(
     options: PosttrainOptions, rows: Rows, device: Device, micro_batches: int
 ) -> tuple[Feed, Feed | None, Feed | None]:
     """Training, validation and test batches of this rank."""
-    training, data, cut = options.training, options.data, options.parallel
-    multiple = length_multiple(data, cut.tensor_model_parallel_size, cut.sequence_parallel)
+    training, data = options.training, options.data
+    multiple = length_multiple(data, length_parts(options))
     place = device.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
     collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer))
     ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -236,15 +240,17 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
     """Build the chunks, load the base, add the adapter, wrap for training."""
     chunks = build_chunks(start.base.config, engine, device)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    experts = ExpertShare(*parallel.expert_place(start.base.config.num_experts))
     for chunk in chunks:
-        load_live(live_tensors(chunk), start.base, tp_rank, engine.tensor, chunk.first_layer)
+        load_live(live_tensors(chunk), start.base, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
     if start.settings is not None:
         inject(chunks, start.settings, options.lora.lora_fusion, options.training.seed)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
     if start.adapter is not None:
         for chunk in chunks:
-            load_live(live_tensors(chunk), start.adapter.tensors, tp_rank, engine.tensor, chunk.first_layer)
+            tensors = start.adapter.tensors
+            load_live(live_tensors(chunk), tensors, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
     cut = options.parallel
     return create_engine(
         chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather
