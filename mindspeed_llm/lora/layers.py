@@ -13,6 +13,7 @@ that parameter makes megatron-core do so.
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -27,6 +28,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from mindspeed_llm.lora import fused
+from mindspeed_llm.lora.dropout import Dropout
+from mindspeed_llm.lora.overlap import CHUNK_BYTES
 
 
 class ParallelLora(nn.Module, LoraLayer):
@@ -34,15 +37,20 @@ class ParallelLora(nn.Module, LoraLayer):
 
     Attributes:
         use_fused: run the fused autograd function instead of the modular form.
+        chunk_bytes: least bytes of a chunk in the fused form.
+        kind: "column" or "row".
     """
 
     use_fused = False
+    chunk_bytes = CHUNK_BYTES
+    kind: str
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.group = base_layer.tp_group
-        self.sequence_parallel = base_layer.sequence_parallel
+        self.of_expert = getattr(base_layer, "is_expert", False)
+        self.sequence_parallel = base_layer.sequence_parallel and not self.of_expert
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
 
@@ -55,7 +63,7 @@ class ParallelLora(nn.Module, LoraLayer):
         weight = self.base_layer.weight
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / r
-        self.lora_dropout[adapter_name] = nn.Identity()
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
         made = {"bias": False, "device": weight.device, "dtype": weight.dtype}
         self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, **made)
@@ -69,16 +77,43 @@ class ParallelLora(nn.Module, LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(output, bias) as megatron-core's layers return them; bias is None unless its addition is left to others."""
-        name = self.active_adapters[0]
-        factors = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        if not self.use_fused:
+        if self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        factors, dropout = self.factors(), self.draw_dropout()
+        if not self.use_fused or self.case not in fused.CASES:
             out, bias = self.base_layer(x, *args, **kwargs)
-            return out + self.delta(x, *factors).to(out.dtype), bias
-        out = fused.apply(x, self.base_layer.weight, *factors, self.case, self.group)
-        bias = self.base_layer.bias
+            seen = x if dropout is None else x * dropout.factors(x)
+            return out + self.delta(seen, *factors).to(out.dtype), bias
+        out = fused.apply(x, self.base_layer.weight, *factors, self.plan(self.case), dropout)
+        bias = getattr(self.base_layer, "own_bias", self.base_layer.bias)
         if bias is None or self.base_layer.skip_bias_add:
             return out, bias
         return out + bias, None
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """(A, B, alpha / r) of the active adapter."""
+        name = self.active_adapters[0]
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+
+    def plan(self, case: str) -> fused.Plan:
+        """How the fused form runs `case` on this layer's group."""
+        return fused.Plan(case, self.group, self.chunk_bytes)
+
+    def draw_dropout(self) -> Dropout | None:
+        """Dropout of the next call; None in evaluation and where the adapter has none."""
+        dropout = self.lora_dropout[self.active_adapters[0]]
+        if not self.training or isinstance(dropout, nn.Identity):
+            return None
+        return Dropout.draw(dropout.p, self.share)
+
+    @property
+    def share(self) -> int:
+        """Number of this rank's share of the input; equal on ranks that hold the same input."""
+        split = self.kind == "row" or self.sequence_parallel
+        own = self.group.rank() if split else 0
+        if not self.of_expert:
+            return own
+        return parallel_state.get_expert_model_parallel_rank() * self.group.size() + own
 
     def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """The adapter's share of the output, in the output's layout."""
@@ -87,6 +122,8 @@ class ParallelLora(nn.Module, LoraLayer):
     @property
     def case(self) -> str:
         """Which communication case of `fused` this layer is."""
+        if self.of_expert:
+            return "expert"
         if self.group.size() == 1:
             return "single"
         return f"{self.kind}_sp" if self.sequence_parallel else self.kind
@@ -105,6 +142,8 @@ class ColumnParallelLora(ParallelLora):
     def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """[s, b, i] or [s/t, b, i] -> [s, b, o/t]."""
         ax = nn.functional.linear(x, a)
+        if self.of_expert:
+            return nn.functional.linear(ax, b) * scaling
         if self.sequence_parallel:
             ax = gather_from_sequence_parallel_region(ax, group=self.group)
         else:
@@ -125,6 +164,8 @@ class RowParallelLora(ParallelLora):
     def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """[s, b, i/t] -> [s, b, o] or [s/t, b, o]."""
         ax = nn.functional.linear(x, a)
+        if self.of_expert:
+            return nn.functional.linear(ax, b) * scaling
         if self.sequence_parallel:
             ax = reduce_scatter_to_sequence_parallel_region(ax, group=self.group)
         else:
