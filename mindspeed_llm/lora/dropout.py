@@ -39,6 +39,5 @@ class Dropout:
     def factors(self, x: Tensor) -> Tensor:
         """0 or 1 / (1 - p) for every element of x, in its dtype; the same at every call."""
         generator = torch.Generator(x.device).manual_seed(self.seed)
-        return torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(1 - self.p, generator=generator).div_(
-            1 - self.p
-        )
+        kept = torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(1 - self.p, generator=generator)
+        return kept.div_(1 - self.p)

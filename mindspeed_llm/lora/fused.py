@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mindspeed_llm.lora.dropout import Dropout
-from mindspeed_llm.lora.overlap import CHUNK_BYTES, Meanwhile, Outgoing, Way, all_gather, stream
+from mindspeed_llm.lora.overlap import CHUNK_BYTES, IDLE, Meanwhile, Outgoing, Way, all_gather, stream
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Pass:
         return out, low
 
 
-def go(x: Tensor, product: Product, way: Way, plan: Plan, meanwhile: Meanwhile = Meanwhile()) -> tuple[Tensor, Tensor]:
+def go(x: Tensor, product: Product, way: Way, plan: Plan, meanwhile: Meanwhile = IDLE) -> tuple[Tensor, Tensor]:
     """One pass of rows x through one product: (wide, low)."""
     step = Pass(x, product, way, plan.group)
     return step.finish(stream(x, step.columns, step.run, way, plan.group, plan.chunk_bytes, meanwhile))

@@ -125,9 +125,7 @@ class Incoming:
         """Args: x: [m, k], the rank's own rows."""
         self.x, self.chunks, self.rank = x, chunks, group.rank()
         self.rows = x.new_empty(chunks.total, x.size(1))
-        self.pending = [
-            all_gather(self.rows[chunks.wire(c)], x[chunks.local(c)], group) for c in range(chunks.count)
-        ]
+        self.pending = [all_gather(self.rows[chunks.wire(c)], x[chunks.local(c)], group) for c in range(chunks.count)]
 
     def own(self) -> list[tuple[Piece, Tensor]]:
         """The rank's own rows, which need no waiting."""
@@ -208,6 +206,9 @@ class Meanwhile:
     late: Work = nothing
 
 
+IDLE = Meanwhile()
+
+
 def stream(
     x: Tensor,
     columns: int,
@@ -215,7 +216,7 @@ def stream(
     way: Way,
     group: ProcessGroup,
     least: int = CHUNK_BYTES,
-    meanwhile: Meanwhile = Meanwhile(),
+    meanwhile: Meanwhile = IDLE,
 ) -> Tensor | Outgoing:
     """Run `each` over all rows, as they come in, and send its results off as they are ready.
 

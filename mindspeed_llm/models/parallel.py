@@ -10,7 +10,6 @@ from megatron.core import parallel_state, tensor_parallel
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
 
-
 SEED_STRIDE = 1_000_003  # farther apart than the offsets megatron-core adds for its own generators
 
 
