@@ -45,6 +45,7 @@ class Case:
     Attributes:
         world: processes; data parallelism takes what TP x PP leaves.
         virtual_layers: layers of a model chunk under interleaving.
+        fused_mlp: fused forms over whole MLPs.
         recompute: "full", "selective" or None.
         ragged: micro-batches differ in length; else all are padded to one.
         lora: train an adapter; else every weight.
@@ -61,6 +62,7 @@ class Case:
     distributed_optimizer: bool = False
     overlap: bool = False
     fused: bool = True
+    fused_mlp: bool = False
     recompute: str | None = None
     ragged: bool = True
     per_token: bool = False
@@ -86,6 +88,7 @@ class Case:
             "distributed-optimizer" if self.distributed_optimizer else "",
             "overlap" if self.overlap else "",
             "full-tuning" if not self.lora else "fused" if self.fused else "modular",
+            "mlp" if self.fused_mlp else "",
             f"recompute-{self.recompute}" if self.recompute else "",
             "" if self.ragged else "padded",
             "per-token" if self.per_token else "",

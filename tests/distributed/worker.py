@@ -138,7 +138,7 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
     for chunk in chunks:
         load_live(dict(chunk.named_parameters()), base, rank, case.tensor, chunk.first_layer)
     if case.lora:
-        inject(chunks, LoraSettings(SIZES.rank, SIZES.alpha, TARGETS), case.fused, seed=1)
+        inject(chunks, LoraSettings(SIZES.rank, SIZES.alpha, TARGETS), case.fused, 1, case.fused_mlp)
         if case.recompute == "full":
             give_recompute_a_gradient(chunks)
         source = Factors(base.config, adapter)
