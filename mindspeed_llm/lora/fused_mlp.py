@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 from mindspeed_llm.lora.dropout import Dropout
 from mindspeed_llm.lora.fused import CASES, Pass, Plan, Product
 from mindspeed_llm.lora.layers import ColumnParallelLora, RowParallelLora
-from mindspeed_llm.lora.overlap import Meanwhile, Way, joined, stream
+from mindspeed_llm.lora.overlap import Meanwhile, Way, Work, joined, stream
 
 
 @dataclass(frozen=True)
@@ -84,28 +84,29 @@ class _LoraMlp(torch.autograd.Function):
         first = Product(w1 if wanted else None, b1, a1, scalings[0], after=after[0])
         into = Pass(dy, second, Way(way.gathers, False, way.split), plan.group)
         out_of = Pass(dy, first, Way(False, way.sums, way.split), plan.group, hidden.size(0))
-        parts_a2, parts_b1, grads = [], [], {}
+        parts_a2, parts_b1, db2 = [], [], b2.new_empty(b2.shape)
 
-        def each(rows: slice, dy_rows: Tensor, out: Tensor) -> None:
+        def each(rows: slice, dy_rows: Tensor, out: Tensor) -> Work:
             grad_act = dy_rows.new_empty(dy_rows.size(0), w2.size(1))
             into.run(rows, dy_rows, grad_act)
             grad_hidden, act = swiglu_backward(grad_act, hidden[rows])
-            seen = act if after[1] is None else act.mul_(after[1][rows])
-            parts_a2.append(into.lows[rows].t() @ seen)
             out_of.run(rows, grad_hidden, out)
-            parts_b1.append(grad_hidden.t() @ low1[rows])
 
-        def early() -> None:
-            grads["b2"] = dy.t() @ low2
+            def adapters() -> None:
+                seen = act if after[1] is None else act.mul_(after[1][rows])
+                parts_a2.append(into.lows[rows].t() @ seen)
+                parts_b1.append(grad_hidden.t() @ low1[rows])
 
-        def late() -> None:
-            grads["a2"], grads["b1"] = joined(parts_a2), joined(parts_b1)
+            return adapters
 
-        meanwhile = Meanwhile(early, late)
+        def grad_b2() -> None:
+            torch.mm(dy.t(), low2, out=db2)
+
+        meanwhile = Meanwhile(early=grad_b2)
         dx, low = out_of.finish(stream(dy, out_of.columns, each, way, plan.group, plan.chunk_bytes, meanwhile))
         da1 = low.t() @ (x if after[0] is None else x * after[0])
         dx = dx.view(ctx.shape) if wanted else None
-        return dx, None, da1, grads["b1"], None, grads["a2"], grads["b2"], None
+        return dx, None, da1, joined(parts_b1), None, joined(parts_a2), db2, None
 
 
 class AdaptedMlp:

@@ -185,8 +185,8 @@ class Way:
     split: bool = False
 
 
-Each = Callable[[slice, Tensor, Tensor], None]
 Work = Callable[[], None]
+Each = Callable[[slice, Tensor, Tensor], Work | None]
 
 
 def nothing() -> None:
@@ -223,7 +223,8 @@ def stream(
     Args:
         x: the rows this rank has: [m, i] where they are gathered, else [n, i].
         columns: of a result row.
-        each: (rows in natural order, their [., i], where to write their [., columns]).
+        each: (rows in natural order, their [., i], where to write their [., columns]) -> work that may be done once the
+            results are on their way, or None.
         way: how rows come in and results go out.
         least: bytes of a chunk.
 
@@ -239,20 +240,22 @@ def stream(
     outgoing = Outgoing(x, columns, chunks, group) if way.sums else None
     out = outgoing.rows if outgoing is not None else x.new_empty(chunks.total, columns)
 
-    def run(rows: Sequence[tuple[Piece, Tensor]]) -> None:
-        for piece, x_rows in rows:
-            each(piece.natural, x_rows, out[piece.wire if way.sums else piece.natural])
+    def run(rows: Sequence[tuple[Piece, Tensor]]) -> list[Work]:
+        left = [each(piece.natural, x_rows, out[piece.wire if way.sums else piece.natural]) for piece, x_rows in rows]
+        return [work for work in left if work is not None]
 
-    if incoming is not None:
-        run(incoming.own())
-    meanwhile.early()
+    own = run(incoming.own()) if incoming is not None else []
+    for work in (*own, meanwhile.early):
+        work()
     for chunk in range(chunks.count):
         if incoming is not None:
-            run(incoming.others(chunk))
+            left = run(incoming.others(chunk))
         else:
-            run([(piece, x[piece.natural]) for piece in chunks.pieces(chunk)])
+            left = run([(piece, x[piece.natural]) for piece in chunks.pieces(chunk)])
         if outgoing is not None:
-            outgoing.send(chunk, busy=meanwhile.late is not nothing or chunks.count > 1)
+            outgoing.send(chunk, busy=bool(left) or meanwhile.late is not nothing or chunks.count > 1)
+        for work in left:
+            work()
     meanwhile.late()
     return out if outgoing is None else outgoing
 

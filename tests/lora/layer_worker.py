@@ -90,7 +90,7 @@ def one(layer: Layer, full: dict[str, Tensor]) -> Report:
     module = build(layer, full)
     gathered, split = layer.kind != "row", layer.sequence_parallel and not layer.expert
     x = cut(full["x"], 0, split) if gathered else cut(full["x"], 2)
-    x = x.contiguous().requires_grad_(layer.input_grad)
+    x = x.clone().requires_grad_(layer.input_grad)
     dy = cut(full["dy"], 2) if layer.kind == "column" else cut(full["dy"], 0, split)
     trace: list[tuple[str, int]] = []
     masks, kept = [], {}
