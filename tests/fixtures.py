@@ -223,7 +223,7 @@ def hf_model(tied: bool = False, dtype: str = "float32", seed: int = 0) -> Path:
 @once
 def data(rows: int = 29, longest: int = 24, template: str = "qwen3", extra: tuple[str, ...] = ()) -> Path:
     """A prefix of preprocessed rows of unequal length."""
-    prefix = scratch() / "data" / f"rows_{rows}_{longest}_{template}_{len(extra)}"
+    prefix = scratch() / "data" / f"rows_{rows}_{longest}_{template}{''.join(extra).replace('--', '_')}"
     prefix.parent.mkdir(exist_ok=True)
     source = prefix.with_suffix(".jsonl")
     with source.open("w", encoding="utf-8") as file:

@@ -55,7 +55,7 @@ ACCEPTED: dict[str, Accepted] = {
     "loss_scale_window": Accepted(_HALF, 1),
     "hysteresis": Accepted(_HALF, 1),
     "distributed_backend": Accepted("--device decides between nccl, hccl and gloo", 1, ("nccl", "hccl", "gloo")),
-    "no_shared_storage": Accepted("no index cache is written beside the data"),
+    "no_shared_storage": Accepted("only training keeps a cache on disk"),
     "no_async_tensor_model_parallel_allreduce": Accepted(_COMMUNICATION),
     "no_overlap_p2p_communication": Accepted(_COMMUNICATION),
     "variable_seq_lengths": Accepted("pipeline stages always exchange batches at their own length"),
@@ -64,6 +64,9 @@ ACCEPTED: dict[str, Accepted] = {
     "tokenizer_not_use_fast": Accepted("the tokenizer.json of the model is used; its tokens are the same"),
     "tokenizer_padding_side": Accepted("batches are padded on the right", 1, ("right",)),
     "vocab_file": Accepted("the tokenizer comes from the model folder", 1, ("None", "none")),
+    "moe_grouped_gemm": Accepted("experts are computed one after another, with the same result"),
+    "moe_permutation_async_comm": Accepted(_COMMUNICATION),
+    "moe_token_dispatcher_type": Accepted(_COMMUNICATION, 1, ("alltoall", "allgather", "alltoall_seq")),
     "manual_gc": Accepted("garbage collection needs no steering here"),
     "manual_gc_interval": Accepted("garbage collection needs no steering here", 1),
 }
@@ -92,6 +95,7 @@ ACCEPTED_BY_SCRIPT: dict[str, dict[str, Accepted]] = {
         "overwrite_cache": Accepted("no cache is kept: the input is read afresh"),
         "make_vocab_size_divisible_by": Accepted(_VOCAB, 1),
         "pad_vocab_size_to": Accepted(_VOCAB, 1),
+        "tokenizer_model": Accepted("--tokenizer-name-or-path names the folder of the tokenizer", 1),
     },
     "evaluation.py": {
         "broadcast": Accepted("every rank sees the samples its layout needs"),
@@ -100,11 +104,11 @@ ACCEPTED_BY_SCRIPT: dict[str, dict[str, Accepted]] = {
     },
 }
 
-_MOE = "mixture-of-experts models are not supported yet"
 _QLORA = "4-bit base weights are not supported; LoRA on bf16 weights needs no conversion flag"
 _LU = "LU-LoRA's local update rule is not implemented; use LoRA"
 _LAYERS = "layers are divided evenly over the stages; choose a pipeline size that divides them"
 _LEGACY = "only checkpoints with megatron-core names are read and written"
+_TOKENIZER_FOLDER = "tokenizer files are read from the folder that --tokenizer-name-or-path names"
 _EVAL = "tasks use lm-eval's own prompt and scoring, so that scores can be compared"
 
 REFUSED: dict[str, str] = {
@@ -116,20 +120,15 @@ REFUSED: dict[str, str] = {
     "lu_lora_lr": _LU,
     "lu_lora_lr_ratio": _LU,
     "lora_modules_to_save": "only the adapters are trained; leave it out (upstream ignored it)",
-    "num_experts": _MOE,
-    "moe_grouped_gemm": _MOE,
-    "moe_tp_extend_ep": _MOE,
+    "moe_tp_extend_ep": "give --expert-tensor-parallel-size 1, and --expert-model-parallel-size TP x EP instead",
     "mla_mm_split": "latent attention's up projections are kept whole, as training here wants them; leave it out",
     "add_output_layer_bias": "no supported family's output layer has a bias; leave it out",
-    "moe_router_topk": _MOE,
     "num_layer_list": _LAYERS,
     "noop_layers": _LAYERS,
     "load_from_legacy": _LEGACY,
     "save_to_legacy": _LEGACY,
     "load_hf_from_config": "exported files are written directly; give --hf-cfg-dir for config and tokenizer",
     "save_lora_to_hf": "exporting the adapter alone is not supported yet; leave it out to export the merged model",
-    "reset_attention_mask": "training on packed rows is not supported yet; preprocess without --pack",
-    "reset_position_ids": "training on packed rows is not supported yet; preprocess without --pack",
     "padded_samples": "samples are never padded to fill an epoch: epochs are joined instead",
     "full_shuffle_instruction_dataset": "each epoch is shuffled anew by --seed; use --no-shuffle to keep the order",
     "is_pairwise_dataset": "preference training is not supported yet; --stage sft reads instruction data",
@@ -137,9 +136,18 @@ REFUSED: dict[str, str] = {
     "enable_mg2hf_convert": "export with convert_ckpt.py --load-model-type mg --save-model-type hf",
     "trust_remote_code": "code shipped inside a model folder is never executed",
     "use_ascend_coc": "it is not compatible with LoRA (upstream refuses it too); leave it out",
-    "script_data_dir": "loading scripts are not executed; convert the data to json, jsonl or parquet",
-    "hf_datasets_params": "--input reads json, jsonl and parquet files directly; name the file there",
+    "script_data_dir": "loading scripts are not executed; convert the data to json, jsonl, csv or parquet",
+    "hf_datasets_params": "--input reads json, jsonl, csv, parquet and arrow files directly; name the file there",
     "streaming": "--input reads files of any size piece by piece; leave the flag out",
+    "split_sentences": "upstream divides texts by nltk's punkt model, which is downloaded and unpickled; give one "
+    "sentence per row, e.g. a .txt file with a sentence per line",
+    "keep_newlines": "it belongs to --split-sentences, which is not supported; line breaks in texts are always kept",
+    "merge_file": _TOKENIZER_FOLDER,
+    "reward_tokens": "process rewards are not supported; leave it out",
+    "data_obfuscation": "obfuscated embeddings are not supported; leave it out",
+    "obf_seed_content": "obfuscated embeddings are not supported; leave it out",
+    "reasoning_effort": "templates have no such setting; --prompt-type hf takes the model's own chat template",
+    "drop_thinking": "--enable-thinking false removes thoughts",
     "instruction_template": _EVAL,
     "alternative_prompt": _EVAL,
     "origin_postprocess": _EVAL,

@@ -73,6 +73,8 @@ def collate_flat(
     seq_length: int,
     pad_to_multiple_of: int = 1,
     cut: CutRule = CutRule.TURNS,
+    attention_end: int | None = None,
+    position_end: int | None = None,
 ) -> dict[str, np.ndarray]:
     """One micro-batch without padding between rows: all rows one after the other in a single sequence.
 
@@ -83,11 +85,13 @@ def collate_flat(
         rows, pad_id, cut: as `collate` has them; `attention_mask` numbers the rows of a neat pack from 1, padding 0.
         seq_length: longest row; the sequence itself is as long as its rows together.
         pad_to_multiple_of: the sequence is filled up to a multiple of it; the filling is a segment of its own.
+        attention_end, position_end: token behind which attention, or positions, start anew within a row too, as
+            Megatron's --reset-attention-mask and --reset-position-ids have it; None for none.
 
     Returns:
         tokens, labels [1, s] int64 (labels shifted within each row, -100 = not trained), loss_mask [1, s] float32,
         position_ids [1, s] int64, cu_seqlens [segments + 1] int32 (where each begins, and the end), max_seqlen []
-        int32 (tokens of the longest segment), lengths [segments without filling] int64.
+        int32 (tokens of the longest segment), lengths [rows] int64.
 
     Raises:
         InputError: a row is too long and `cut` is REFUSE.
@@ -102,17 +106,26 @@ def collate_flat(
     for (ids, row_labels), begin in zip(parts, bounds.tolist(), strict=False):
         tokens[begin : begin + len(ids)] = ids
         labels[begin : begin + max(len(ids) - 1, 0)] = row_labels[1:]
-    sizes = np.diff(bounds)
-    positions = np.arange(width, dtype=np.int64) - np.repeat(bounds[:-1].astype(np.int64), sizes)
+    starts = _divided(bounds, tokens[:total], position_end).astype(np.int64)
+    positions = np.arange(width, dtype=np.int64) - np.repeat(starts[:-1], np.diff(starts))
+    bounds = _divided(bounds, tokens[:total], attention_end)
     return {
         "tokens": tokens[None],
         "labels": labels[None],
         "loss_mask": (labels != IGNORE_INDEX).astype(np.float32)[None],
         "position_ids": positions[None],
         "cu_seqlens": bounds,
-        "max_seqlen": np.array(sizes.max(initial=0), dtype=np.int32),
+        "max_seqlen": np.array(np.diff(bounds).max(initial=0), dtype=np.int32),
         "lengths": lengths,
     }
+
+
+def _divided(bounds: np.ndarray, tokens: np.ndarray, end: int | None) -> np.ndarray:
+    """`bounds` and those behind each token `end`, in order; of a run of such tokens (padding) the last one counts."""
+    if end is None:
+        return bounds
+    ends = np.append(tokens, -1) == end
+    return np.union1d(bounds, np.flatnonzero(ends[:-1] & ~ends[1:]) + 1).astype(bounds.dtype)
 
 
 def _segments(row: Mapping[str, Any], seq_length: int, cut: CutRule) -> list[tuple[np.ndarray, np.ndarray]]:

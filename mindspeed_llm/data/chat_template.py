@@ -1,8 +1,10 @@
 """The tokenizer's own chat template as a prompt template (`--prompt-type hf`).
 
 What is trained: the parts that the template marks with `{% generation %}`; where it marks none, of each answer what its
-turn adds to the text of all before it. A template that writes earlier turns otherwise than later ones (Qwen3 leaves old
-thoughts out) has only its last answer trained, and the row says so.
+turn adds to the text of all before it, and the token that ends it. A template that closes no turn (GLM-4.5) ends an
+answer with the token that opens what follows; after the last answer the one that would follow is added. A template that
+writes earlier turns otherwise than later ones (Qwen3 leaves old thoughts out) has only its last answer trained, and the
+row says so.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from mindspeed_llm.data.control_tokens import MARK
@@ -17,16 +20,18 @@ from mindspeed_llm.data.cutting import Pair
 from mindspeed_llm.data.encode import ChatEncoder, Encoded, Limits, parse_thinking
 from mindspeed_llm.data.jinja_chat import CLOSING, OPENING, ChatTemplateError, JinjaChat
 from mindspeed_llm.data.layout import Format, LFDefaultTemplate, Thinking
-from mindspeed_llm.data.messages import Conversation, Message, PlainTurns, Preference
+from mindspeed_llm.data.messages import Call, Conversation, Message, PlainTurns, Preference
 from mindspeed_llm.data.tokenizer import Tokenizer
 from mindspeed_llm.data.tools import arguments_text, arguments_value, parse_calls, parse_tools, wrapped
-from mindspeed_llm.data.whole_text import Laid, WholeTextEncoder
+from mindspeed_llm.data.whole_text import Laid, WholeTextEncoder, laid_out
 from mindspeed_llm.errors import InputError, UsageError
 
 BREAK = "\ufdd1"  # a noncharacter put into control tokens that are to stay text, until they are marked
 ONLY_LAST = "only the last answer is trained: the chat template writes earlier turns otherwise once others follow"
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+ANSWERS = ("assistant", "function")
 ROLES = {"user": "user", "assistant": "assistant", "function": "assistant", "observation": "tool"}
+EXAMPLE = (Message(role="user", content="a"), Message(role="assistant", content="b"))
 Span = tuple[int, int]
 
 
@@ -72,11 +77,10 @@ class HfEncoder(ChatEncoder):
         super().__init__(template, tokenizer, enable_thinking, None, allow_control_tokens)
         assert isinstance(self._way, WholeTextEncoder)
         self.marked, self.spelling = self._way.marked, self._way.spelling
+        self._tags = self._way.answer_tags
         self.answer_marks = answer_marks
         self._quote = _checked(str if allow_control_tokens else self.spelling.breaker(BREAK))
-        self._quote_answer = _checked(
-            str if allow_control_tokens else self.spelling.breaker(BREAK, self._way.answer_tags)
-        )
+        self._quote_answer = _checked(str if allow_control_tokens else self.spelling.breaker(BREAK, self._tags))
 
     def encode_multiturn(
         self, messages: Sequence[Message], system: str | None = None, cutoff: int | None = None
@@ -110,21 +114,36 @@ class HfEncoder(ChatEncoder):
             raise InputError(f"the chat template refuses the conversation ({error})") from error
         return [int(i) for i in self._tokens([(text, [])])[0].ids]
 
+    def ends_answers(self) -> bool:
+        """Whether a control token follows every answer, in the text or in the tokens made of it."""
+        text = self._render(Conversation(EXAMPLE), self.thinking)[0].rstrip()
+        return self.spelling.last(text) is not None or self._ending is not None
+
     def answers_end_with_eos(self) -> bool:
         """Whether the text of an answered question ends with end-of-text, white space aside."""
-        row = Conversation([Message(role="user", content="a"), Message(role="assistant", content="b")])
-        text = self._render(row, self.thinking)[0].rstrip()
+        text = self._render(Conversation(EXAMPLE), self.thinking)[0].rstrip()
         return bool(self.tokenizer.eos_token) and text.endswith(str(self.tokenizer.eos_token))
 
-    def encode_rows(self, rows: Sequence[Conversation | PlainTurns], limits: Limits) -> list[Encoded]:
-        """Training rows of many conversations, tokenised in one batch."""
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: end-of-text, and the tokens that stand in its place in the template."""
+        ids = [self.tokenizer.token_to_id(token) for token in (self._ending, self._call_ending) if token]
+        return list(dict.fromkeys([*super().stop_ids(), *(i for i in ids if i is not None)]))
+
+    def encode_rows(
+        self, rows: Sequence[Conversation | PlainTurns], limits: Limits, only_last: bool = False
+    ) -> list[Encoded]:
+        """Training rows of many conversations, tokenised in one batch.
+
+        Args:
+            only_last: nothing but the last answer will be trained.
+        """
         rendered = []
         faults: dict[int, str] = {}
         notes: dict[int, str] = {}
         for number, row in enumerate(rows):
             assert isinstance(row, Conversation)
             try:
-                text, spans, note = self._trained(row)
+                text, spans, note = self._trained(row, only_last)
             except ChatTemplateError as error:
                 faults[number] = f"the chat template refuses the conversation ({str(error)[:200]})"
                 text, spans, note = "", [], ""
@@ -165,28 +184,69 @@ class HfEncoder(ChatEncoder):
         """The text of a conversation, control tokens as the vocabulary spells them. Raises ChatTemplateError."""
         return self._render(row, self.thinking)[0].replace(BREAK, "")
 
-    def _trained(self, row: Conversation) -> tuple[str, list[Span], str]:
+    def _trained(self, row: Conversation, only_last: bool) -> tuple[str, list[Span], str]:
         """A conversation's text, the trained spans of it in characters, and a remark."""
         text, generated = self._render(row, self.thinking)
-        answers = [n for n, message in enumerate(row.messages) if message["role"] in ("assistant", "function")]
+        answers = [n for n, message in enumerate(row.messages) if message["role"] in ANSWERS]
         if self.answer_marks is not None:
             opening, closing = map(re.escape, self.answer_marks)
             generated = [found.span() for found in re.finditer(f"{opening}.*?{closing}", text, re.DOTALL)]
         elif not self.chat.marks_answers:
-            return self._added(row, text, answers)
+            return self._added(row, text, answers[-1:] if only_last else answers)
+        flags = [row.messages[n].get("train") is not False for n in answers]
         if len(generated) == len(answers):
-            flags = [row.messages[n].get("train") is not False for n in answers]
             return text, [span for span, flag in zip(generated, flags, strict=True) if flag], ""
-        return text, generated, ""
+        if all(flags):
+            return text, generated, ""
+        return text, generated[-1:] if flags[-1] else [], ONLY_LAST  # which part is which answer cannot be told
 
     def _added(self, row: Conversation, text: str, answers: Sequence[int]) -> tuple[str, list[Span], str]:
         """The spans that each answer's turn adds to what precedes it, checked to be a beginning of the whole."""
-        spans = [self._turn(row, text, number) for number in answers]
-        trained = [row.messages[number].get("train") is not False for number in answers]
-        if None not in spans:
-            return text, [span for span, flag in zip(spans, trained, strict=True) if span and flag], ""
-        last = spans[-1] if spans and trained[-1] else None
-        return text, [last] if last else [], ONLY_LAST
+        note = ""
+        spans = [(n, span) for n in answers if (span := self._turn(row, text, n)) is not None]
+        if len(spans) < len(answers):
+            note = ONLY_LAST
+            spans = [(n, span) for n, span in spans if n == answers[-1]]
+        trained = [(n, span) for n, span in spans if row.messages[n].get("train") is not False]
+        found = []
+        for number, span in trained:
+            text, span = self._ended(text, span, bool(_calls(row.messages[number])))
+            found.append(span)
+        return text, found, note
+
+    def _ended(self, text: str, span: Span, calls: bool) -> tuple[str, Span]:
+        """The text and the span of an answer with the token that ends it, where it is not within the span already."""
+        start, stop = span
+        ending = self._call_ending if calls else self._ending
+        if ending is None:
+            return text, span
+        if stop == len(text):
+            text += ending
+        following = self.spelling.first(text[stop:])
+        return text, (start, stop + len(following or ""))
+
+    @cached_property
+    def _ending(self) -> str | None:
+        """The control token after an answer that the template does not close, None where it closes answers."""
+        return self._after(EXAMPLE[1], Message(role="user", content="c"))
+
+    @cached_property
+    def _call_ending(self) -> str | None:
+        """The same after a call of a tool."""
+        call = Message(role="assistant", content="", calls=[Call(name="f", arguments={})])
+        return self._after(call, Message(role="observation", content="c"))
+
+    def _after(self, answer: Message, more: Message) -> str | None:
+        """The control token that begins what `more` adds to an answered question, unless the answer ends with one."""
+        messages = [EXAMPLE[0], answer]
+        try:
+            text = self._render(Conversation(messages), self.thinking)[0]
+            longer = self._render(Conversation([*messages, more]), self.thinking)[0]
+        except ChatTemplateError:
+            return None
+        last = self.spelling.last(text.rstrip())
+        closed = last is not None and last not in self._tags  # a tag closes a call, not the answer
+        return self.spelling.first(longer[len(text) :]) if longer.startswith(text) and not closed else None
 
     def _turn(self, row: Conversation, text: str, number: int) -> Span | None:
         """The span of one answer; None where the text up to it is no beginning of the whole text."""
@@ -231,9 +291,8 @@ class HfEncoder(ChatEncoder):
         role = ROLES[message["role"]]
         if role != "assistant":
             return {"role": role, "content": self._quote(message["content"])}
-        content, calls = message["content"], list(message.get("calls") or ())
-        if message["role"] == "function":
-            content, calls = "", parse_calls(content)
+        calls = _calls(message)
+        content = "" if message["role"] == "function" else message["content"]
         thought = message.get("thought")
         if thinking == "false":
             content, thought = THOUGHT.sub("", content), None
@@ -268,7 +327,7 @@ class HfEncoder(ChatEncoder):
                 pieces.append(piece)
             texts.append("".join(pieces))
             spans.append([(places[start], places[stop]) for start, stop in characters])
-        return [Laid(ids, found) for ids, found in self.marked.encode_spans(texts, spans)]
+        return laid_out(self.marked, texts, spans, [""] * len(texts))
 
 
 def _checked(quote: Callable[[str], str]) -> Callable[[str], str]:
@@ -282,9 +341,14 @@ def _checked(quote: Callable[[str], str]) -> Callable[[str], str]:
     return quoted
 
 
+def _calls(message: Message) -> list[Call]:
+    """The calls of tools that a message makes."""
+    return parse_calls(message["content"]) if message["role"] == "function" else list(message.get("calls") or ())
+
+
 def _untrained(messages: Sequence[Message]) -> list[Message]:
     """The messages, none of them trained."""
-    return [{**message, "train": False} if message["role"] == "assistant" else message for message in messages]
+    return [{**message, "train": False} if message["role"] in ANSWERS else message for message in messages]
 
 
 def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

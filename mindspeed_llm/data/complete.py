@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mindspeed_llm.data.dataset import split_shares
-from mindspeed_llm.data.finish import PARTS, Packed, Packing, RowFile, copy_rows, count_duplicates, divide, pack_files
+from mindspeed_llm.data.division import PARTS, count_duplicates, divide, split_shares
+from mindspeed_llm.data.finish import Packed, Packing, copy_rows, pack_files
+from mindspeed_llm.data.indexed_file import RowFile
 from mindspeed_llm.data.preview import Decode, Shown, show_row
 from mindspeed_llm.data.report import Account, report_path, write_json
 from mindspeed_llm.data.report_html import page
 from mindspeed_llm.data.row_files import row_file
-from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.errors import UsageError
 
 SHOWN_ROWS = 3  # rows shown in the page
 BINS = 40  # bars of the histogram of lengths
@@ -75,7 +76,7 @@ def complete(
         decode: token ids to text, for the rows shown in the page; None shows none.
 
     Raises:
-        InputError: the training part would hold no row.
+        InputError: fewer different rows than parts of the split.
     """
     files = {field: row_file(folder, field) for field in recipe.fields}
     stored = {field: file for field, file in files.items() if Path(f"{file}.idx").exists()}
@@ -114,14 +115,12 @@ def _make_parts(
         return {"": _make_part(recipe, folder, "", dict(stored), len(lengths))}
     _refuse_uneven(stored, len(hashes))
     shares = split_shares(recipe.split)
-    part_of = divide(hashes, shares)
+    part_of = divide(hashes, recipe.split)
     made = {}
     for number, name in enumerate(PARTS):
         if not shares[number]:
             continue
         chosen = part_of == number
-        if name == "train" and not chosen.any():
-            raise InputError(f"--split {recipe.split} leaves no row of {len(hashes)} for training; raise its share")
         files = {field: folder / f"part_{field}" for field in stored}
         for field, file in files.items():
             copy_rows(stored[field], file, chosen)

@@ -7,30 +7,35 @@ without control tokens both tokenizers give the same ids.
 """
 
 import json
+import os
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 
+from mindspeed_llm.data.word_table import word_table
 from mindspeed_llm.errors import InputError
 
 MARK = "\ufdd0"  # a noncharacter: valid in strings, meant for use within a program
 FIRST = 0x100000  # the marked tokens are numbered in the last private-use plane
 _MARKED = re.compile(MARK + "[\U00100000-\U0010ffff]")
 _SPLIT = re.compile(f"({_MARKED.pattern})")
+REPLACED = "\ufffd"  # stands for bytes that are no character
 Span = tuple[int, int]
 
 
 class Marked(Protocol):
     """A tokenizer for texts in which control tokens are marked."""
 
-    def encode_spans(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Any, list[Span]]]:
-        """Ids of each text, and its spans (start and stop in UTF-8 bytes) in tokens: those that hold any of them."""
+    def encode_spans(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> Sequence[tuple[Any, list[Span] | None]]:
+        """Ids of each text, and its spans (start and stop in UTF-8 bytes) in tokens: those that hold any of them; None
+        where the tokenizer does not let these be told."""
 
 
 class Spelling:
@@ -64,6 +69,15 @@ class Spelling:
         """The place, or the beginning of the control token within which it lies."""
         matches = self._every.finditer(text) if self._every is not None else iter(())
         return next((found.start() for found in matches if found.start() < place < found.end()), place)
+
+    def first(self, text: str) -> str | None:
+        """The control token that a text begins with."""
+        found = self._every.match(text) if self._every is not None else None
+        return found[0] if found else None
+
+    def last(self, text: str) -> str | None:
+        """The control token that a text ends with."""
+        return max((token for token in self.marks if text.endswith(token)), key=len, default=None)
 
     def plain(self, text: str) -> str:
         """A marked text with its control tokens as the vocabulary spells them."""
@@ -106,7 +120,11 @@ class MarkedTokenizer:
         for token_id, token in added:
             self.ids[self.inner.token_to_id(spelling.marks[token.content])] = token_id
         self._same_ids = bool((self.ids == np.arange(len(self.ids))).all())
+        self._of_normal = self._without_normalizer()
         self._check(rust, spelling, [token.content for _, token in added])
+        takes_space = any(token.lstrip or token.rstrip or token.single_word for _, token in added)
+        marked = {mark: self.inner.token_to_id(mark) for mark in spelling.marks.values()}
+        self._table = None if takes_space else word_table(self._of_normal, _MARKED.pattern, marked)
 
     def _check(self, rust: Any, spelling: Spelling, tokens: Sequence[str]) -> None:
         """Raise unless both tokenizers agree on every control token between words."""
@@ -139,33 +157,71 @@ class MarkedTokenizer:
         """See `Marked`. A token that holds bytes on both sides of a boundary belongs to both."""
         if self._lengths is None:
             return self._by_offsets(texts, spans)
-        encoded = [row.ids for row in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
-        counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        raw = np.fromiter(chain.from_iterable(encoded), np.int32, int(counts.sum()))
-        rows = np.concatenate([[0], np.cumsum(counts)])  # where each row begins, in tokens
-        ends = np.cumsum(self._lengths[raw], dtype=np.int64)
-        places = np.concatenate([[0], ends])  # where each token begins, in bytes
+        sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], np.int64)
+        encoded = self._by_words(texts)
+        raw, rows, places = self._gathered(encoded)
+        others = np.flatnonzero(np.diff(places[rows]) != sizes).tolist()
+        if others:
+            # a text the normaliser would change has no tokens here, which tells it from the others below
+            normal = [texts[n] if self._is_normal(texts[n]) else "" for n in others]
+            found = self._of_normal.encode_batch_fast(normal, add_special_tokens=False)
+            for n, ids in zip(others, (row.ids for row in found), strict=True):
+                encoded[n] = np.fromiter(ids, np.int32, len(ids)).tobytes()
+            raw, rows, places = self._gathered(encoded)
         begins = places[rows]
         turns = np.fromiter(map(len, spans), np.int64, len(spans))
         bounds = np.array([span for row in spans for span in row], np.int64).reshape(-1, 2)
         bounds += np.repeat(begins[:-1], turns)[:, None]
-        found = _token_spans(places, bounds) - np.repeat(rows[:-1], turns)[:, None]
-        ids = raw if self._same_ids else self.ids[raw]
-        results: list[tuple[Any, list[Span]]] = []
+        told = (_token_spans(places, bounds) - np.repeat(rows[:-1], turns)[:, None]).tolist()
+        ids, edges = raw if self._same_ids else self.ids[raw], rows.tolist()
+        exact = (np.diff(begins) == sizes).tolist()
+        results: list[tuple[Any, list[Span] | None]] = []
         at = 0
-        for n, (text, row) in enumerate(zip(texts, spans, strict=True)):
-            size = len(text) if text.isascii() else len(text.encode())
-            if begins[n + 1] - begins[n] == size and self._is_normal(text):
-                token_spans = [(start, stop) for start, stop in found[at : at + len(row)].tolist()]
-                results.append((ids[rows[n] : rows[n + 1]], token_spans))
+        for n, row in enumerate(spans):
+            if exact[n]:
+                token_spans = [(start, stop) for start, stop in told[at : at + len(row)]]
+                results.append((ids[edges[n] : edges[n + 1]], token_spans))
             else:
-                results += self._by_offsets([text], [row])
+                results += self._by_offsets([texts[n]], [row])
             at += len(row)
         return results
+
+    def _by_words(self, texts: Sequence[str]) -> list[bytes | None]:
+        """Ids of each text by the table of words, None where that is not known to be right."""
+        if self._table is None:
+            return [None] * len(texts)
+        if self.inner.normalizer is None:
+            return self._table.encode(texts)
+        normal = [text if self._is_normal(text) else "" for text in texts]
+        return self._table.encode(normal)
+
+    def _gathered(self, encoded: Sequence[bytes | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of all texts [tokens], where each text begins in them [texts + 1], where each token begins in bytes of
+        text [tokens + 1]."""
+        raw = np.frombuffer(b"".join(row or b"" for row in encoded), np.int32)
+        counts = np.array([len(row) // 4 if row else 0 for row in encoded], np.int64)
+        rows = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum(counts, out=rows[1:])
+        places = np.zeros(len(raw) + 1, np.int64)
+        np.cumsum(self._lengths[raw], out=places[1:])
+        return raw, rows, places
 
     def _is_normal(self, text: str) -> bool:
         """Whether the normaliser leaves the text as it is."""
         return self.inner.normalizer is None or text.isascii() or unicodedata.is_normalized("NFC", text)
+
+    def _without_normalizer(self) -> Any:
+        """The tokenizer for texts in normal form, whose normalisation would take a tenth of the time."""
+        from tokenizers import Tokenizer
+
+        if self.inner.normalizer is None:
+            return self.inner
+        copy = Tokenizer(self.inner.model)
+        for part in ("pre_tokenizer", "decoder"):
+            if getattr(self.inner, part) is not None:
+                setattr(copy, part, getattr(self.inner, part))
+        copy.add_tokens([token for _, token in sorted(self.inner.get_added_tokens_decoder().items())])
+        return copy
 
     def _by_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Any, list[Span]]]:
         """As `encode_spans`, by the tokens' places as the library tells them."""
@@ -186,46 +242,76 @@ class MarkedTokenizer:
 class SegmentTokenizer:
     """Any tokenizer, given what stands between control tokens bit by bit; the way of slow tokenizers.
 
-    These do not tell where a token stands. It is found by tokenising what precedes, which may end otherwise when alone:
-    a token or two around an answer can then count as part of it.
+    These do not tell where a token stands. It is read off the text of the first n tokens, which grows with n; where
+    that is not the text itself, as with tokenizers that change letters or spaces, no place can be told.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], spelling: Spelling, ids: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[list[int]], str],
+        spelling: Spelling,
+        ids: Mapping[str, int],
+    ) -> None:
         """Args:
         encode: ids of a text in which control tokens are text.
+        decode: text of ids, nothing tidied.
         ids: of the control tokens.
         """
         self.encode = encode
+        self.decode = decode
         self.ids = {mark: ids[token] for token, mark in spelling.marks.items()}
 
-    def encode_spans(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[Any, list[Span]]]:
+    def encode_spans(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> list[tuple[Any, list[Span] | None]]:
         """See `Marked`."""
         return [self._one(text, row) for text, row in zip(texts, spans, strict=True)]
 
-    def _one(self, text: str, spans: Sequence[Span]) -> tuple[Any, list[Span]]:
-        ids = self._ids(text)
-        found = []
-        for start, stop in spans:
-            raw = text.encode()
-            first = _alike(ids, self._ids(raw[:start].decode()))
-            last = len(ids) - _alike(ids[::-1], self._ids(raw[stop:].decode())[::-1])
-            found.append((first, max(first, last) if stop > start else first))
+    def _one(self, text: str, spans: Sequence[Span]) -> tuple[Any, list[Span] | None]:
+        ids: list[int] = []
+        pieces: list[tuple[int, int, str, list[int]]] = []  # first character, first token, text, ids
+        place = 0
+        for piece in _SPLIT.split(text):
+            own = [self.ids[piece]] if piece in self.ids else self.encode(piece) if piece else []
+            pieces.append((place, len(ids), piece, own))
+            ids += own
+            place += len(piece)
+        found: list[Span] | None = []
+        for span in spans:
+            edges = [self._edge(pieces, _characters(text, place), side) for side, place in enumerate(span)]
+            if found is None or edges[0] is None or edges[1] is None:
+                found = None
+            else:
+                found.append((edges[0], max(edges) if span[1] > span[0] else edges[0]))
         return np.array(ids, np.int32), found
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in _SPLIT.split(text):
-            if piece in self.ids:
-                ids.append(self.ids[piece])
-            elif piece:
-                ids += self.encode(piece)
-        return ids
+    def _edge(self, pieces: Sequence[tuple[int, int, str, list[int]]], place: int, side: int) -> int | None:
+        """The first token that holds text from a character on (side 0), or the first that holds nothing before it."""
+        begin, at, piece, own = pieces[max(bisect_right(pieces, place, key=lambda entry: entry[0]) - 1, 0)]
+        if place - begin in (0, len(piece)) or piece in self.ids:
+            return at + (len(own) if place > begin else 0)
+        if REPLACED in piece or self.decode(own) != piece:
+            return None
+        count = self._holding(piece, own, place - begin)
+        ends_there = self.decode(own[:count]) == piece[: place - begin]
+        return at + (count if side or ends_there else count - 1)
 
+    def _holding(self, piece: str, ids: list[int], size: int) -> int:
+        """How many of a piece's tokens it takes to hold its first `size` characters.
 
-def _alike(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many ids are the same from the beginning."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(ids), len(others)))
+        Where a character is divided among tokens, the text of some of them may hide characters before it: the four
+        tokens before the place that the search finds, as many as a character has bytes, are looked at again.
+        """
+
+        def holds(count: int) -> bool:
+            return len(os.path.commonprefix([piece, self.decode(ids[:count])])) >= size
+
+        found, before = len(ids), len(ids)
+        while before is not None:
+            found = bisect_left(range(before), True, key=holds)
+            before = next((n for n in range(found - 1, max(found - 5, -1), -1) if holds(n)), None)
+        return found
 
 
 def _token_spans(places: np.ndarray, bounds: np.ndarray) -> np.ndarray:

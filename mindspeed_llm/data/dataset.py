@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mindspeed_llm.data.division import divide, hash_rows, split_shares
 from mindspeed_llm.data.indexed_file import IndexedFile
 from mindspeed_llm.data.report import read_report
-from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.errors import InputError
 
 REQUIRED_FIELDS = ("input_ids", "labels")
 Sample = dict[str, Any]
@@ -55,9 +56,9 @@ class IndexedDataset:
         self._ends = np.cumsum([len(part["input_ids"]) for part in self._parts])
 
     @property
-    def report(self) -> dict[str, Any] | None:
-        """The first prefix' report, None when it has none."""
-        return self.reports[0]
+    def sizes(self) -> list[int]:
+        """Rows of each prefix."""
+        return [len(part["input_ids"]) for part in self._parts]
 
     @property
     def neat_packed(self) -> bool:
@@ -66,6 +67,15 @@ class IndexedDataset:
             return any(report["neat_pack"] for report in self.reports if report)
         masks = [part["attention_mask"] for part in self._parts if "attention_mask" in part]
         return any(len(mask) > 0 and int(mask[0].max(initial=0)) > 1 for mask in masks)
+
+    def content_hashes(self) -> np.ndarray:
+        """[rows] uint64, a hash of each row's tokens; every token is read once."""
+        return np.concatenate([hash_rows(part["input_ids"].prefix) for part in self._parts])
+
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether a row may hold several texts: made with `--pack`, or by a program that left no report."""
+        return any(report is None or report.get("pack", True) for report in self.reports)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -101,57 +111,32 @@ class Subset:
         return self.source[int(self.rows[row])]
 
 
-def split_dataset(source: RowSource, split: str, seed: int) -> tuple[Subset, Subset, Subset]:
-    """Training, validation and test part of the rows, disjoint and together all of them.
+def split_dataset(data: IndexedDataset, split: str) -> tuple[Subset, Subset, Subset]:
+    """Training, validation and test part of the rows, disjoint and together all of them, each in the rows' order.
+
+    A row's part follows from its tokens alone, as it does in `preprocess_data.py --split`: equal rows are in one part.
 
     Args:
-        source: rows to divide.
-        split: up to three shares, e.g. "95,5,0"; they need not sum to 100. A share above zero gets at least one row
-            where there are rows enough.
-        seed: chooses the rows; each part keeps them in their order.
+        data: rows to divide.
+        split: up to three shares, e.g. "95,5,0"; they need not sum to 100. A share above zero gets at least one row.
 
     Raises:
         UsageError: the shares cannot be read.
-        InputError: fewer rows than parts.
+        InputError: fewer different rows than parts.
     """
-    shares = split_shares(split)
-    counts = _counts(len(source), shares)
-    if any(share and not count for share, count in zip(shares, counts, strict=True)):
-        raise InputError(
-            f"{len(source)} rows cannot be divided into the {np.count_nonzero(shares)} parts of --split {split}"
-        )
-    order = np.random.default_rng(seed).permutation(len(source))
-    bounds = np.cumsum(counts)[:-1]
-    train, valid, test = (Subset(source, np.sort(part)) for part in np.split(order, bounds))
+    if sum(share > 0 for share in split_shares(split)) == 1:  # nothing to divide, so nothing to read
+        part_of = np.full(len(data), np.argmax(split_shares(split)), np.uint8)
+    else:
+        part_of = divide(data.content_hashes(), split)
+    train, valid, test = (Subset(data, np.flatnonzero(part_of == part)) for part in range(3))
     return train, valid, test
-
-
-def split_shares(split: str) -> list[float]:
-    """The three shares of `--split`, missing ones 0. Raises UsageError when they cannot be read."""
-    try:
-        shares = [float(word) for word in split.replace("/", ",").split(",")]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        raise UsageError(f"--split {split!r}: expected up to three shares such as 95,5,0")
-    return shares + [0.0] * (3 - len(shares))
-
-
-def _counts(rows: int, shares: list[float]) -> list[int]:
-    """Rows of each part: rounded at the running total, then at least one for every share above zero."""
-    bounds = np.rint(np.cumsum(shares) / sum(shares) * rows).astype(int)
-    counts = np.diff(bounds, prepend=0).tolist()
-    for part, share in enumerate(shares):
-        largest = counts.index(max(counts))
-        if share and not counts[part] and counts[largest] > 1:
-            counts[part] += 1
-            counts[largest] -= 1
-    return counts
 
 
 def _open_fields(prefix: Path) -> dict[str, IndexedFile]:
     """The indexed files of a prefix by field, checked to belong together."""
-    base = _base_of(prefix)
+    base = find_base(prefix)
+    if base is None:
+        raise _missing(prefix)
     fields = {}
     for field in (*REQUIRED_FIELDS, "attention_mask"):
         file = Path(f"{base}_{field}_document")
@@ -167,8 +152,8 @@ def _open_fields(prefix: Path) -> dict[str, IndexedFile]:
     return fields
 
 
-def _base_of(prefix: Path) -> Path:
-    """`<prefix>_packed`, also when the prefix was given with that ending, or as one of the files."""
+def find_base(prefix: Path) -> Path | None:
+    """`<prefix>_packed`, also when the prefix was given with that ending or as one of its files; None without files."""
     name = prefix.name
     for kind in (".bin", ".idx"):
         name = name.removesuffix(kind)
@@ -177,9 +162,14 @@ def _base_of(prefix: Path) -> Path:
     for base in (f"{name}_packed", name):
         if any((prefix.parent / f"{base}_{field}_document.idx").exists() for field in REQUIRED_FIELDS):
             return prefix.parent / base
+    return None
+
+
+def _missing(prefix: Path) -> InputError:
+    """The error for a prefix without files, naming those that there are."""
     if not prefix.parent.is_dir():
-        raise InputError(f"no data {prefix}: the folder {prefix.parent} does not exist")
+        return InputError(f"no data {prefix}: the folder {prefix.parent} does not exist")
     ending = "_packed_input_ids_document.idx"
     there = sorted(f.name.removesuffix(ending) for f in prefix.parent.iterdir() if f.name.endswith(ending))
     found = f"prefixes there: {', '.join(there[:8])}" if there else "that folder holds no preprocessed data"
-    raise InputError(f"no data {prefix}{ending} ({found}); --data-path is the --output-prefix of preprocess_data.py")
+    return InputError(f"no data {prefix}{ending} ({found}); --data-path is the --output-prefix of preprocess_data.py")

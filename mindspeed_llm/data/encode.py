@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindspeed_llm.data.cutting import Pair
-from mindspeed_llm.data.layout import CONTENT, THINKING, Block, Special, Template, Thinking, Turn
+from mindspeed_llm.data.layout import CONTENT, TEXT, THINKING, Block, Special, Template, Thinking, Turn
 from mindspeed_llm.data.messages import Conversation, Message, PlainTurns, Preference
-from mindspeed_llm.data.plain_turns import plain_row
+from mindspeed_llm.data.plain_turns import as_turns, plain_row
 from mindspeed_llm.data.slots import SlotEncoder
 from mindspeed_llm.data.tokenizer import Tokenizer
 from mindspeed_llm.data.upstream import as_upstream
@@ -151,6 +151,14 @@ class ChatEncoder:
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
+    def ends_answers(self) -> bool:
+        """Whether a control token follows every answer, so that generation can stop there."""
+        if self.template.efficient_eos:
+            return True
+        known = set(self.tokenizer.control_tokens().values())
+        closing = self._way.tokenize([[([Block(self.template.assistant)], [])]])[0].ids
+        return not known.isdisjoint(int(i) for i in closing)
+
     def answers_end_with_eos(self) -> bool:
         """Whether the template itself closes every answer with end-of-text."""
         return self.eos_id in self._way.tokenize([[([Block(self.template.assistant)], [])]])[0].ids
@@ -165,17 +173,34 @@ class ChatEncoder:
         """Whether an answer holds thought tags that are not a whole thought."""
         return self.template.misses_thought(content)
 
-    def encode_rows(self, rows: Sequence[Conversation | PlainTurns], limits: Limits) -> list[Encoded]:
-        """Training rows of many conversations, tokenised in one batch."""
-        chats = [row for row in rows if isinstance(row, Conversation)]
-        turns = [self.template.turns(row.messages, row.system, self.thinking, row.tools) for row in chats]
-        laid_out = iter(self._way.tokenize(turns) if turns else [])
-        return [
-            self._training_row(row, next(laid_out), limits)
-            if isinstance(row, Conversation)
-            else self._plain(row, limits)
-            for row in rows
-        ]
+    def encode_rows(
+        self, rows: Sequence[Conversation | PlainTurns], limits: Limits, only_last: bool = False
+    ) -> list[Encoded]:
+        """Training rows of many conversations, tokenised in one batch.
+
+        Args:
+            only_last: nothing but the last answer will be trained, so that what precedes it can be as in a prompt.
+        """
+        turns = [self._turns(row, only_last) for row in rows]
+        laid_out = iter(self._way.tokenize([row for row in turns if row is not None]) if any(turns) else [])
+        encoded = []
+        for row, whole in zip(rows, turns, strict=True):
+            laid = None if whole is None else next(laid_out)
+            if isinstance(row, Conversation) and laid is not None:
+                encoded.append(self._training_row(row, laid, limits))
+            elif isinstance(row, PlainTurns):
+                encoded.append(self._plain(row, laid, limits))
+        return encoded
+
+    def _turns(self, row: Conversation | PlainTurns, only_last: bool) -> Sequence[Turn] | None:
+        """The turns of a row that is tokenised as one text, None for other ones; of conversations just one where the
+        others are not trained and have thoughts that prompts leave out."""
+        if isinstance(row, PlainTurns):
+            return as_turns(row) if row.whole and not self.upstream else None
+        as_prompt = only_last and self.template.uses_thinking and not self.upstream
+        if as_prompt and row.messages[-1].get("train") is not False:
+            return [self.template.final_turn(row.messages, row.system, self.thinking, row.tools)]
+        return self.template.turns(row.messages, row.system, self.thinking, row.tools)
 
     def encode_preferences(self, rows: Sequence[Preference], limits: Limits) -> list[tuple[Encoded, Encoded]]:
         """The prompt with the chosen and with the rejected answer; only answers are trained.
@@ -206,23 +231,24 @@ class ChatEncoder:
         """Prompts of conversations whose last message is an answer, which is left out.
 
         Args:
-            answers: earlier answers stand in the prompt; upstream's prompts for PPO leave them out.
+            answers: earlier answers stand in the prompt, which upstream's prompts for PPO leave out (`compat` only).
         """
-        turns = [self.template.turns(row.messages, row.system, self.thinking, row.tools) for row in rows]
         prompts: list[Sequence[Turn]] = []
-        for row in turns:
-            sides = [
-                [*source, *(target if answers and n < len(row) - 1 else [])] for n, (source, target) in enumerate(row)
-            ]
-            prompts.append([([block for side in sides for block in side], [])])
+        for row in rows:
+            conversation = (row.messages, row.system, self.thinking, row.tools)
+            if self.upstream:
+                turns = self.template.turns(*conversation)
+                sides = [[*source, *(target if answers else [])] for source, target in turns[:-1]]
+                prompts.append([([block for side in [*sides, turns[-1][0]] for block in side], [])])
+            else:
+                prompts.append([(self.template.final_turn(*conversation)[0], [])])
         return [Encoded(laid.ids, [], [], len(laid.ids), laid.fault) for laid in self._way.tokenize(prompts)]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts as they are, whatever stands in them; control tokens are text unless in `compat`."""
         if self.upstream:
             return self.tokenizer.encode_batch(texts)
-        rows: list[Sequence[Turn]] = [[([Block(CONTENT, ((text, "text"),))], [])] for text in texts]
-        return [laid.ids for laid in self._way.tokenize(rows)]
+        return self._pieces(texts)
 
     def _training_row(self, row: Conversation, laid: Laid, limits: Limits) -> Encoded:
         """A row of a conversation; messages that say so are not trained."""
@@ -230,15 +256,26 @@ class ChatEncoder:
         if all(message.get("train") is not False for message in row.messages):
             return encoded
         answers = [message for message in row.messages if message["role"] in ("assistant", "function")]
+        if len(laid.spans) < len(answers):  # the last answer alone, which is trained
+            return encoded
         left_out = [laid.spans[n] for n, answer in enumerate(answers) if answer.get("train") is False]
         if left_out:
             kept = [span for span in encoded.spans if not any(a <= span[0] < max(b, a + 1) for a, b in left_out)]
             encoded.spans = kept
         return encoded
 
-    def _plain(self, row: PlainTurns, limits: Limits) -> Encoded:
-        ids, spans, eos_at = plain_row(row, self.tokenizer, self.eos_id)
+    def _plain(self, row: PlainTurns, laid: Laid | None, limits: Limits) -> Encoded:
+        """A row that its handler lays out, `laid` where it has been tokenised as one text."""
+        if laid is not None:
+            return self._join(laid, limits, template_ends=False)
+        encode = self.tokenizer.encode_batch if self.upstream else self._pieces
+        ids, spans, eos_at = plain_row(row, encode, self.eos_id)
         return self._join(Laid(ids, spans), limits, eos_at, template_ends=False)
+
+    def _pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, control tokens in them being text."""
+        rows: list[Sequence[Turn]] = [[([Block(CONTENT, ((text, TEXT),))], [])] for text in texts]
+        return [[int(i) for i in laid.ids] for laid in self._way.tokenize(rows)]
 
     def _join(self, laid: Laid, limits: Limits, eos_at: Sequence[int] = (), template_ends: bool = True) -> Encoded:
         """One row from its turns: cut, with its trained spans and what ends it."""

@@ -24,7 +24,9 @@ class Encoder(Protocol):
     eos_id: int
     pad_id: int
 
-    def encode_rows(self, rows: Sequence[Conversation | PlainTurns], limits: Limits) -> list[Encoded]:
+    def encode_rows(
+        self, rows: Sequence[Conversation | PlainTurns], limits: Limits, only_last: bool = False
+    ) -> list[Encoded]:
         """Training rows."""
 
     def encode_preferences(self, rows: Sequence[Preference], limits: Limits) -> list[tuple[Encoded, Encoded]]:
@@ -50,6 +52,9 @@ class Encoder(Protocol):
 
     def render_answer(self, ids: Sequence[int]) -> str:
         """Text of a generated answer."""
+
+    def ends_answers(self) -> bool:
+        """Whether a control token follows every answer."""
 
     def answers_end_with_eos(self) -> bool:
         """Whether every answer is closed with end-of-text."""

@@ -73,7 +73,11 @@ class AlpacaStyleInstructionHandler:
 
     def _questions(self, columns: Mapping[str, Any]) -> list[Message]:
         """History and question."""
-        parts = [text_of(columns, self.columns["prompt"]), text_of(columns, self.columns["query"])]
+        prompt = self.columns["prompt"]
+        parts = [text_of(columns, prompt), text_of(columns, self.columns["query"])]
+        missing = prompt and (prompt not in columns or (columns[prompt] is None and not parts[1]))
+        if missing and not self.reading.upstream:
+            raise BadRow(f"column {prompt!r} is missing or null")
         question = Message(role="user", content="\n".join(part for part in parts if part))
         return [*_history(columns, self.columns["history"]), question]
 

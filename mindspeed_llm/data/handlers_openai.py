@@ -57,6 +57,8 @@ class OpenAIInstructionHandler:
         entries = columns.get(name)
         if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
             raise BadRow(f"column {name!r} is not a list of messages")
+        if not entries and not self.reading.upstream:
+            raise BadRow(f"column {name!r} is an empty list")
         system = text_of(columns, self.columns["system"]) or None
         if entries and entries[0].get("role") in ("system", "developer"):
             system = _text(entries[0]) or system

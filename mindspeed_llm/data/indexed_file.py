@@ -21,6 +21,8 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 INDEX_BLOCK = 1 << 16  # sequences whose index entries are made at once
+BLOCK_TOKENS = 1 << 20  # tokens that `RowFile.blocks` puts together
+BLOCK_ROWS = 1 << 13  # and rows, of which Python makes objects
 # code -> element type, as Megatron numbers them
 ELEMENT_TYPES: dict[int, np.dtype] = {
     1: np.dtype("u1"),
@@ -170,3 +172,48 @@ def _read_index(index: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
     offsets = np.frombuffer(content, "<i8", sequences, at + sequences * 4)
     boundaries = np.frombuffer(content, "<i8", documents, at + sequences * 12)
     return ELEMENT_TYPES[code], lengths, offsets, boundaries
+
+
+class RowFile:
+    """One field of rows that lie one after the other, read without mapping: what is read does not stay in memory."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.index = IndexedFile(prefix)
+        self.lengths = self.index.lengths
+        self.handle = os.open(f"{prefix}.bin", os.O_RDONLY)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, number: int) -> np.ndarray:
+        """Row `number` [length]."""
+        return self.rows(number, number + 1)
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` up to `end`, one after the other [sum of their lengths]."""
+        width = self.index.dtype.itemsize
+        size = int(self.lengths[begin:end].sum(dtype=np.int64)) * width
+        if not size:
+            return np.zeros(0, self.index.dtype)
+        return np.frombuffer(os.pread(self.handle, size, int(self.index.offsets[begin])), self.index.dtype)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(begin, end) of runs of rows of about `BLOCK_TOKENS` together, and `BLOCK_ROWS` at most."""
+        begin = tokens = 0
+        for row, length in enumerate(self.lengths):
+            if (tokens and tokens + length > BLOCK_TOKENS) or row - begin == BLOCK_ROWS:
+                yield begin, row
+                begin, tokens = row, 0
+            tokens += int(length)
+        if begin < len(self):
+            yield begin, len(self)
+
+    def close(self) -> None:
+        """Let the file go."""
+        os.close(self.handle)
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

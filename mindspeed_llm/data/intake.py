@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from mindspeed_llm.data.readers import Fault
 from mindspeed_llm.data.rows import Row, text_size
 
-CHUNK_ROWS = 500  # rows tokenised in one batch; the output does not depend on it
+CHUNK_ROWS = 250  # rows tokenised in one batch; the output does not depend on it
 CHUNK_CHARACTERS = 2_000_000  # a chunk ends early at this size, so that long rows do not pile up in memory
 TOO_MUCH_TEXT = "more text than --max-chars-per-row allows"
 

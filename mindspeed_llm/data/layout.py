@@ -45,6 +45,11 @@ class Format(NamedTuple):
         """Whether a message's text has a place in it."""
         return any(isinstance(slot, str) and "{{content}}" in slot for slot in self.slots)
 
+    def followed_by(self, text: str) -> "Format":
+        """The format with a text in place of the end-of-text token that closes it."""
+        slots = self.slots[:-1] if self.slots[-1:] == (EOS,) else self.slots
+        return Format((*slots, text))
+
     @property
     def repeated(self) -> str:
         """The text between the contents of two messages that share this format's opening and closing: of a tool's
@@ -161,12 +166,14 @@ class Template:
         return [*slots, *self.thought_words] if self.uses_thinking else slots
 
     def system_block(self, system: str, tools: str | None) -> Blocks:
-        """The block of system text and tools; empty when there are neither."""
+        """The block of system text (the template's own where there is none) and tools; empty when there are neither."""
         fragments: list[Fragment] = [(system, TEXT)] if system else []
+        if not system and self.default_system:
+            fragments = [(self.default_system, LITERAL)]
         if not tools or not (parsed := parse_tools(tools)):
             return [Block(self.system, tuple(fragments))] if fragments else []
         spelled = tuple(
-            (text, TEXT if from_data else LITERAL) for text, from_data in self.tools.tools_text(parsed, bool(system))
+            (text, TEXT if from_data else LITERAL) for text, from_data in self.tools.tools_text(parsed, bool(fragments))
         )
         if self.tools.own_block:
             own = [Block(self.system, spelled)]
@@ -176,20 +183,23 @@ class Template:
     def answer(self, message: Message, idx: int) -> Blocks:
         """The blocks of an answer: its thought, its text and its calls."""
         content = message["content"]
-        calls = list(message.get("calls") or ())
+        calls = message.get("calls") or ()
         if message["role"] == "function":
             calls, content = parse_calls(content), ""
         if message.get("thought"):
             opening, closing = self.thought_words
-            content = f"{opening}{message['thought'].strip(chr(10))}{closing}{content}"
+            content = f"{opening}{message['thought'].strip(chr(10))}{closing}{content.lstrip(chr(10))}"
         if not calls:
             return [Block(self.assistant, ((content, ANSWER),), idx)]
+        if content and not content.endswith("\n"):
+            content += "\n"
         if self.calls.wraps_calls:
-            gap = "\n" if content and not content.endswith("\n") else ""
             layout = self.function if self.function.takes_content else self.assistant
-            return [Block(layout, ((content + gap + self.calls.calls_text(calls), ANSWER),), idx)]
+            return [Block(layout, ((content + self.calls.calls_text(calls), ANSWER),), idx)]
         before = [Block(CONTENT, ((content, ANSWER),), idx)] if content else []
-        return before + [Block(self.function, (), idx, call["name"], arguments_text(call)) for call in calls]
+        layouts = [*[self.function.followed_by("\n")] * (len(calls) - 1), self.function]
+        spelled = zip(layouts, calls, strict=True)
+        return before + [Block(layout, (), idx, call["name"], arguments_text(call)) for layout, call in spelled]
 
     def lay_out(self, messages: Sequence[Message], system: str | None, tools: str | None) -> list[Blocks]:
         """The blocks of each message (of each run of observations); what stands before all belongs to the first."""
@@ -206,8 +216,9 @@ class Template:
             previous = role
             blocks: Blocks = []
             if position == 0:
-                blocks.append(Block(self.prefix))
-                blocks += self.system_block(system or self.default_system, tools)
+                if self.prefix.slots:
+                    blocks.append(Block(self.prefix))
+                blocks += self.system_block(system or "", tools)
             elif position % 2 == 0 and self.separates:
                 blocks.append(Block(self.separator))
             if role in ("assistant", "function"):
@@ -290,21 +301,19 @@ class ReasoningTemplate(Template):
         for (source, target), answer in zip(turns, answers, strict=True):
             if self.has_thought(answer):
                 continue
-            block = self._empty
             if thinking == "true":
-                target.insert(0, block)
+                target.insert(0, self._empty)
             else:
-                source.append(block)
+                source.append(self._empty)
         return turns
 
     def final_turn(
         self, messages: Sequence[Message], system: str | None, thinking: Thinking, tools: str | None = None
     ) -> Turn:
-        """As `Template.final_turn`; earlier answers lose their thoughts, the last one's is as `thinking` asks."""
-        kept = len(messages) if thinking == "false" else len(messages) - 1
-        stripped = [self.without_thought(m) if i < kept else m for i, m in enumerate(messages)]
-        source, target = super().final_turn(stripped, system, thinking, tools)
-        if self.has_thought(stripped[-1]):
+        """As `Template.final_turn`; what precedes is as in a prompt, the last answer's thought as `thinking` asks."""
+        last = self.without_thought(messages[-1]) if thinking == "false" else messages[-1]
+        source, target = super().final_turn([*self.as_history(messages[:-1], thinking), last], system, thinking, tools)
+        if self.has_thought(last):
             return source, target
         block = self._empty
         return (source, [block, *target]) if thinking == "true" else ([*source, block], target)
@@ -312,10 +321,34 @@ class ReasoningTemplate(Template):
     def prompt(
         self, messages: Sequence[Message], system: str | None, thinking: Thinking, tools: str | None = None
     ) -> Blocks:
-        """As `Template.prompt`; earlier answers lose their thoughts, and unless thinking is "true" the model is
-        told by an empty thought to answer at once."""
-        blocks = super().prompt([self.without_thought(message) for message in messages], system, thinking, tools)
+        """As `Template.prompt`; unless thinking is "true" the model is told by an empty thought to answer at once."""
+        blocks = super().prompt(self.as_history(messages, thinking), system, thinking, tools)
         return blocks if thinking == "true" else [*blocks, self._empty]
+
+    def as_history(self, messages: Sequence[Message], thinking: Thinking) -> list[Message]:
+        """The messages before an answer: without their thoughts, but for those with which the model has called tools
+        since the last question (unless thinking is "false"); so the models' own chat templates do it."""
+        last = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        return [
+            message if n > last and thinking != "false" and self.has_thought(message) else self._past(message)
+            for n, message in enumerate(messages)
+        ]
+
+    def _past(self, message: Message) -> Message:
+        """A message without its thought; an answer opens as it does after a thought."""
+        kept = self.without_thought(message)
+        opening = self._opening
+        if message["role"] == "assistant" and opening and not message.get("calls"):
+            kept = {**kept, "content": opening + kept["content"]}
+        return kept
+
+    @cached_property
+    def _opening(self) -> str:
+        """What follows the end of a thought where that begins a message of its own (gpt-oss), else nothing."""
+        written = self.user.slots[-1]
+        asked = written.rpartition("{{content}}")[2] if isinstance(written, str) else ""
+        closing = self.thought_words[1]
+        return closing.removeprefix(asked) if asked and closing.startswith(asked) else ""
 
     def cut(self, pairs: Sequence[Pair], seq_length: int, room: int) -> list[Pair]:
         """The tokenised turns cut to `seq_length` - 1 tokens, and to `room` where that is smaller."""
@@ -330,8 +363,8 @@ class ReasoningTemplate(Template):
         """Whether an answer brings a thought, or at least one of its tags."""
         if message.get("thought"):
             return True
-        content = message["content"]
-        return message["role"] == "assistant" and any(tag in content for tag in self.tags)
+        content, (opening, closing) = message["content"], self.tags
+        return message["role"] == "assistant" and (opening in content or closing in content)
 
     def without_thought(self, message: Message) -> Message:
         """The message, an answer's thoughts and the line breaks before its text removed."""

@@ -1,7 +1,8 @@
 """Data sets as LLaMA-Factory names them: entries of a `dataset_info.json`.
 
-An entry says where the rows lie (`file_name`), in which format (`formatting`: alpaca or sharegpt), under which names
-(`columns`, `tags`), and whether they hold preferences (`ranking`).
+An entry says where the rows lie (`file_name`, or `hf_hub_url` with the id of a data set of the hub), in which format
+(`formatting`: alpaca or sharegpt), under which names (`columns`, `tags`), how many of them take part (`num_samples`),
+and whether they hold preferences (`ranking`).
 """
 
 import json
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindspeed_llm.data.handlers import get_handler
+from mindspeed_llm.data.sources import files_of_hub, subset_files
 from mindspeed_llm.errors import InputError, UsageError, unknown
 
 HANDLER = "LlamaFactoryInstructionHandler"
@@ -19,7 +22,13 @@ HANDLERS = {
     "alpaca": ("AlpacaStyleInstructionHandler", "AlpacaStylePairwiseHandler"),
     "sharegpt": ("SharegptStyleInstructionHandler", "SharegptStylePairwiseHandler"),
 }
-ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+WORDS = {Mapping: "object", int: "whole number", str: "text"}
+TYPES: dict[str, type] = {
+    "file_name": str, "hf_hub_url": str, "subset": str, "folder": str, "split": str, "num_samples": int,
+    "columns": Mapping, "tags": Mapping,
+}  # fmt: skip
+REMEDY = "that is neither fetched nor executed; put the file into the folder and name it in file_name"
+ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 
 
 @dataclass(frozen=True)
@@ -27,14 +36,17 @@ class NamedData:
     """An entry, resolved.
 
     Attributes:
-        path: file or folder of the rows.
+        files, unused: those of the rows, and others beside them.
         handler, map_keys: how they are read; the keys as JSON text.
+        count: rows that take part, drawn or repeated; None for all.
     """
 
     name: str
-    path: Path
+    files: list[Path]
+    unused: list[Path]
     handler: str
     map_keys: str
+    count: int | None = None
 
 
 def named_data(folder: str | None, names: str) -> list[NamedData]:
@@ -66,17 +78,35 @@ def _resolved(name: str, entry: Any, folder: Path) -> NamedData:
     place = f"{folder / INFO}, entry {name!r}"
     if not isinstance(entry, Mapping):
         raise InputError(f"{place} is not a JSON object")
-    if not isinstance(entry.get("file_name"), str):
+    for key, expected in TYPES.items():
+        if entry.get(key) is not None and not isinstance(entry[key], expected):
+            raise InputError(f"{place}: {key} is {entry[key]!r}, which is no {WORDS[expected]}")
+    if not entry.get("file_name") and not entry.get("hf_hub_url"):
         given = next((key for key in ELSEWHERE if key in entry), None)
-        raise InputError(f"{place} has no file_name{f' but {given}: download it and name the file' if given else ''}")
+        raise InputError(f"{place} has no file_name{f' but {given} {entry[given]!r}: {REMEDY}' if given else ''}")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in HANDLERS:
         raise InputError(f"{place}: formatting {formatting!r} is not one of {', '.join(HANDLERS)}")
+    if entry.get("split", "train") != "train":
+        raise InputError(
+            f"{place}: split {entry['split']!r}: only train is read; name the part's own file in file_name"
+        )
+    if entry.get("num_samples") is not None and entry["num_samples"] < 1:
+        raise InputError(f"{place}: num_samples {entry['num_samples']}: must be at least 1")
     keys = dict(entry.get("columns") or {})
     if entry.get("tags"):
         keys["tags"] = entry["tags"]
     handler = HANDLERS[formatting][bool(entry.get("ranking"))]
-    return NamedData(name, folder / entry["file_name"], handler, json.dumps(keys, sort_keys=True))
+    try:
+        get_handler(handler, keys)
+    except UsageError as error:
+        raise InputError(f"{place}: {str(error).replace('--map-keys', 'columns')}") from error
+    subset = entry.get("subset") or entry.get("folder")
+    if entry.get("file_name"):
+        found = subset_files(folder / entry["file_name"], subset, f"{place}:")
+    else:
+        found = files_of_hub(entry["hf_hub_url"], subset, f"{place}:")
+    return NamedData(name, *found, handler, json.dumps(keys, sort_keys=True), entry.get("num_samples"))
 
 
 def forms_of(data: Sequence[NamedData]) -> list[tuple[str, str, str]]:

@@ -15,7 +15,7 @@ from mindspeed_llm.data import llama_factory
 from mindspeed_llm.data.encode import Limits
 from mindspeed_llm.data.encoders import Encoder
 from mindspeed_llm.data.finish import Packing
-from mindspeed_llm.data.handlers import DEFAULT_HANDLER, Handler, Reading, get_handler
+from mindspeed_llm.data.handlers import DEFAULT_HANDLER, Handler, Reading, get_handler, needs_template
 from mindspeed_llm.data.report import FORMAT
 from mindspeed_llm.data.rows import file_hash, find_files
 from mindspeed_llm.data.self_cognition import FORM, HANDLER, MAP_KEYS, is_self_cognition, self_cognition_rows
@@ -144,7 +144,7 @@ def make_plan(options: PreprocessOptions) -> Plan:
         raise UsageError(f"--pack joins rows of conversations; {job.handler} makes {', '.join(fields)}")
     return Plan(
         options, job, handler, encoder, mixture, Path(options.output_prefix or "preview").expanduser(), fields,
-        _warnings(options, mixture, encoder),
+        _warnings(options, mixture, encoder, handler),
     )  # fmt: skip
 
 
@@ -159,6 +159,11 @@ def packing_of(options: PreprocessOptions, pad_id: int) -> Packing | None:
 def _mixture(options: PreprocessOptions) -> tuple[Mixture, list[tuple[str, str, str]]]:
     """The sources, and (name, handler, map keys) of those that do not go by the run's handler."""
     if options.handler_name == llama_factory.HANDLER:
+        if options.sources.dataset:
+            raise UsageError(
+                f"--handler-name {llama_factory.HANDLER} reads entries of dataset_info.json that --input names; "
+                "--dataset names files and folders: give --input"
+            )
         return _named_sources(options)
     if not options.sources.dataset:
         files, unused = find_files(options.input or "")
@@ -187,9 +192,9 @@ def _named_sources(options: PreprocessOptions) -> tuple[Mixture, list[tuple[str,
     found = []
     data = llama_factory.named_data(options.sources.dataset_dir, options.input or "")
     for number, entry in enumerate(data):
-        files, unused = find_files(entry.path, f"--dataset-dir, entry {entry.name!r}:")
-        source = Source(entry.name, files, unused, seed=(options.seed, number), form=llama_factory.form_name(entry))
-        if options.sources.max_samples is not None and source.size > options.sources.max_samples:
+        form = llama_factory.form_name(entry)
+        source = Source(entry.name, entry.files, entry.unused, entry.count, (options.seed, number), form=form)
+        if options.sources.max_samples is not None and source.total > options.sources.max_samples:
             source.wanted = options.sources.max_samples
         found.append(source)
     return _mixed(options, found, llama_factory.forms_of(data))
@@ -230,7 +235,10 @@ def _job(
         enable_thinking=options.enable_thinking,
         handler=handler,
         map_keys=json.dumps(map_keys, sort_keys=True),
-        limits=Limits(options.seq_length, options.append_eod, options.pack, options.neat_pack),
+        # --max-length and its strategy decide about long rows where they are given
+        limits=Limits(
+            None if options.max_length else options.seq_length, options.append_eod, options.pack, options.neat_pack
+        ),
         system=options.system,
         shape=Shape(options.max_length, options.truncation_strategy, options.mask_history, options.train_on_prompt),
         forms=tuple(forms),
@@ -241,13 +249,29 @@ def _job(
     )
 
 
-def _warnings(options: PreprocessOptions, mixture: Mixture, encoder: Encoder) -> list[str]:
-    found = []
+def _without_effect(options: PreprocessOptions, handler: Handler) -> list[str]:
+    """The options that were given and change nothing for this handler, each with the reason."""
+    texts = options.json_keys != ["text"] and output_fields(handler) != options.json_keys
+    reasons = {
+        "--n-subs": options.n_subs > 1 and options.compat is None and "only upstream's packing goes part by part",
+        "--json-keys": texts and f"{type(handler).__name__} reads other columns",
+        "--dataset-additional-keys": options.dataset_additional_keys and handler.KIND != "answer"
+        and "only the R1 handlers write such fields",
+        "--pad-to-multiple-of": options.pad_to_multiple_of > 1 and handler.KIND != "text"
+        and "only running text is filled up",
+        "--mask-history": options.mask_history and handler.KIND != "chat" and "the rows are no conversations",
+        "--train-on-prompt": options.train_on_prompt and handler.KIND != "chat" and "the rows are no conversations",
+    }  # fmt: skip
+    return [f"{flag} has no effect: {why}" for flag, why in reasons.items() if why]
+
+
+def _warnings(options: PreprocessOptions, mixture: Mixture, encoder: Encoder, handler: Handler) -> list[str]:
+    found = _without_effect(options, handler)
     for source in mixture.sources:
         if source.unused:
             names = ", ".join(f.name for f in source.unused[:5]) + (" ..." if len(source.unused) > 5 else "")
             what = "the input folder" if options.input else source.name
-            found.append(f"{len(source.unused)} files of {what} have another format and are not read: {names}")
+            found.append(f"{len(source.unused)} files of {what} have another format or part and are not read: {names}")
     if unknown := encoder.unknown_tokens():
         found.append(
             f"template {options.prompt_type} writes {', '.join(unknown)}, no token of this tokenizer: it becomes text; "
@@ -255,6 +279,12 @@ def _warnings(options: PreprocessOptions, mixture: Mixture, encoder: Encoder) ->
         )
     if options.append_eod and encoder.answers_end_with_eos():
         found.append(f"template {options.prompt_type} already ends answers with end-of-text; --append-eod adds another")
+    trains = handler.KIND in ("chat", "preference") and needs_template(handler)
+    if trains and not options.append_eod and not encoder.ends_answers():
+        found.append(
+            f"template {options.prompt_type} puts no token of this tokenizer after an answer, so that the model is not "
+            "taught to stop; --append-eod adds end-of-text to every row"
+        )
     return found
 
 

@@ -4,11 +4,12 @@ The files are written aside and renamed into place when all are complete; whatev
 behind and the old files as they were.
 """
 
+import gc
 import logging
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mindspeed_llm.data.complete import Recipe, complete
 from mindspeed_llm.data.inspect_files import inspect_prefix
 from mindspeed_llm.data.intake import in_chunks
 from mindspeed_llm.data.plan import CHAT_FIELDS, Plan, make_plan, packing_of, refuse_existing
-from mindspeed_llm.data.preview import as_text, show_row, wants_colour
+from mindspeed_llm.data.preview import Shown, as_text, show_row, wants_colour
 from mindspeed_llm.data.publish import Aside, settle
 from mindspeed_llm.data.report import read_report, report_path
 from mindspeed_llm.data.row_files import refuse_bad, write_rows
@@ -32,11 +33,15 @@ from mindspeed_llm.data.shards import (
     remove_shards,
     shard_files,
 )  # fmt: skip
-from mindspeed_llm.data.tokenize_rows import tokenize_chunk
+from mindspeed_llm.data.tokenize_rows import Chunk, tokenize_chunk
 from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import InputError
 
 FIELDS = CHAT_FIELDS
+LOOKED_AT = 1000  # rows that a preview looks at, at least, for enough that are written
+
+GARBAGE_THRESHOLD = 20_000  # objects made before cycles among them are looked for
+SWITCH_SECONDS = 0.1  # how long a thread may run while another waits
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,9 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse(PreprocessOptions, argv, "preprocess_data.py")
     previous = signal.signal(signal.SIGTERM, _exit_on_signal)  # so that what is written aside is removed
+    # rows hold no cycles, and threads hand over where they wait: both limits are too low for this work
+    gc.set_threshold(GARBAGE_THRESHOLD)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         if options.inspect is not None:
             inspect_prefix(Path(options.inspect), options.preview or 10, options.tokenizer_name_or_path)
@@ -88,10 +96,18 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
         return read_report(prefix) or {}
     if options.num_shards == 1:
         refuse_existing([prefix.parent / name for name in recipe.names], options.overwrite)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(prefix)
     _say_what_is_done(plan, begin)
     report = _in_shards(plan) if options.num_shards > 1 else _at_once(plan, recipe)
     return _told(report, prefix)
+
+
+def _make_folder(prefix: Path) -> None:
+    """Make the folder of the files to come. Raises InputError where a file is in its way."""
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"--output-prefix {prefix}: {error.filename} is a file, no folder") from error
 
 
 def recipe_of(plan: Plan) -> Recipe:
@@ -133,7 +149,7 @@ def merge(options: PreprocessOptions) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"--input {options.input}: no such folder of files to merge")
     settle(prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(prefix)
     shards = find_shards(folder)
     if not shards:
         return merge_by_name(folder, prefix, options.merge_group_keys, options.overwrite)
@@ -181,29 +197,37 @@ def preview(plan: Plan, count: int) -> None:
     """Print the first rows as the model gets them, and what becomes of those that it does not get."""
     colour = wants_colour(sys.stdout)
     shown = 0
-    for rows in in_chunks(islice(plan.mixture.rows(), max(count * 4, 20)), plan.options.max_chars_per_row):
+    first = islice(plan.mixture.rows(), max(count * 4, LOOKED_AT))
+    for rows in in_chunks(first, plan.options.max_chars_per_row):
         chunk = tokenize_chunk(plan.job, rows)
         for place in [*chunk.dropped, *chunk.left_out]:
             print(f"--- not written: row {place.row} of {place.file}: {place.note}: {place.excerpt}")
-        for row in _rows_of(plan, chunk)[: count - shown]:
-            shown += 1
+        for number, row in _rows_of(plan, chunk, shown, count):
+            shown = number
             print(as_text(row, colour))
         if shown >= count:
             return
+    if shown < count:
+        print(f"--- {shown} of {count} rows: the input ends, or none of the next rows is written")
 
 
-def _rows_of(plan: Plan, chunk: Any) -> list[Any]:
-    """The rows of a chunk, field after field where a row has several."""
+def _rows_of(plan: Plan, chunk: Chunk, shown: int, count: int) -> list[tuple[int, Shown]]:
+    """(number, text) of the rows of a chunk, the fields of a row one after the other, up to row `count`.
+
+    Args:
+        shown: rows of earlier chunks.
+    """
     decode = plan.encoder.tokenizer.decode
     answers = plan.handler.KIND == "answer"  # whose labels are a text of their own
-    found: Sequence[str] = [field for field in chunk.fields if answers or not field.endswith("labels")]
-    rows = []
-    for field in found:
-        part, at = chunk.fields[field], 0
-        labels = chunk.fields.get(field.replace("input_ids", "labels")) if field.endswith("input_ids") else None
-        for number, length in enumerate(n for n in part.lengths if n >= 0):
+    found: list[tuple[int, Shown]] = []
+    for name in [name for name in chunk.fields if answers or not name.endswith("labels")]:
+        part, at = chunk.fields[name], 0
+        labels = chunk.fields.get(name.replace("input_ids", "labels")) if name.endswith("input_ids") else None
+        lengths = [length for length in part.lengths if length >= 0]
+        for number, length in enumerate(lengths[: count - shown], shown + 1):
             inside = slice(at, at + length)
-            title = f"row {number + 1}" + ("" if field == "input_ids" else f", {field}")
-            rows.append(show_row(title, part.values[inside], None if labels is None else labels.values[inside], decode))
+            title = f"row {number}" + ("" if name == "input_ids" else f", {name}")
+            row = show_row(title, part.values[inside], None if labels is None else labels.values[inside], decode)
+            found.append((number, row))
             at += length
-    return rows
+    return sorted(found, key=lambda entry: entry[0])

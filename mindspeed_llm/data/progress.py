@@ -3,8 +3,10 @@
 import logging
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
@@ -28,27 +30,31 @@ class Progress:
         self.last_rows = 0
         self.last_time = self.begin
         self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=" rows", unit_scale=True, disable=not self.on_terminal)
+        self.bar = self._bar() if self.on_terminal else None
 
     def update(self, rows: int, tokens: int) -> None:
         """Count rows and tokens that are written."""
         self.rows += rows
         self.tokens += tokens
-        self.bar.update(rows)
-        self.bar.set_postfix_str(
-            f"{self.tokens / max(time.monotonic() - self.begin, 1e-9):,.0f} tokens/s", refresh=False
-        )
         now = time.monotonic()
-        due = self.rows - self.last_rows >= self.log_interval and now - self.last_time >= SECONDS_BETWEEN_LINES
-        if due and not self.on_terminal:
+        if self.bar is not None:
+            self.bar.update(rows)
+            self.bar.set_postfix_str(f"{self.tokens / max(now - self.begin, 1e-9):,.0f} tokens/s", refresh=False)
+        elif self.rows - self.last_rows >= self.log_interval and now - self.last_time >= SECONDS_BETWEEN_LINES:
             self._line(now)
+
+    def _bar(self) -> "tqdm":
+        from tqdm import tqdm  # a tenth of the start of a short run, and needed on terminals alone
+
+        return tqdm(total=self.total, unit=" rows", unit_scale=True)
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error: object) -> None:
         """Finish the bar and log the total."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         self._line(time.monotonic())
 
     def _line(self, now: float) -> None:
@@ -57,8 +63,8 @@ class Progress:
         megabytes = self.tokens * TOKEN_BYTES / 2**20
         left = ""
         if self.total is not None and 0 < self.rows < self.total:
-            left = f" {(self.total - self.rows) * seconds / self.rows:.0f} s left."
+            left = f", {(self.total - self.rows) * seconds / self.rows:.0f} s left"
         log.info(
-            "Processed %s documents (%.1f docs/s, %.2f MB/s).%s",
-            self.rows, self.rows / seconds, megabytes / seconds, left,
+            "Processed %s documents (%.1f docs/s, %.2f MB/s). %.0f tokens/s%s",
+            self.rows, self.rows / seconds, megabytes / seconds, self.tokens / seconds, left,
         )  # fmt: skip

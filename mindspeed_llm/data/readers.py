@@ -146,14 +146,19 @@ def _json_columns(raw: Any) -> dict[str, Any]:
         text = _text_of(raw)
         try:
             value = json.loads(text)
-        except ValueError as error:
-            what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise Fault(f"not valid JSON ({what})", text[:200]) from None
-        except RecursionError:
-            raise Fault("not valid JSON (nested too deeply)", text[:200]) from None
+        except (ValueError, RecursionError) as error:
+            raise Fault(f"not valid JSON ({_what(error)})", text[:200]) from None
     if not isinstance(value, dict):
-        raise Fault(f"a JSON {_json_type(value)} instead of an object with named columns", str(value)[:200])
+        beginning = json.dumps(value, ensure_ascii=False)[:200]
+        raise Fault(f"a JSON {_json_type(value)} instead of an object with named columns", beginning)
     return value
+
+
+def _what(error: ValueError | RecursionError) -> str:
+    """What is wrong with a JSON text, in words that are alike for all texts wrong in the same way."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _json_type(value: Any) -> str:
@@ -191,7 +196,7 @@ def _count_json(file: Path) -> int | None:
 def _parses(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -202,7 +207,7 @@ def _object(file: Path) -> Iterator[Entry]:
         content = stream.read()
     try:
         yield 1, json.loads(content.decode("utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):
         yield from _lines(file)
 
 
@@ -258,12 +263,12 @@ class _Window:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.position)
-            except json.JSONDecodeError as error:
-                if self._may_go_on(error) and self._more():
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, json.JSONDecodeError) and self._may_go_on(error) and self._more():
                     continue
                 start = self.text[self.position : self.position + 60]
                 raise InputError(
-                    f"{place} is not valid JSON ({error}); it starts {start!r}: repair or complete the file"
+                    f"{place} is not valid JSON ({_what(error)}); it starts {start!r}: repair or complete the file"
                 ) from error
             if end == len(self.text) and self._more():
                 continue  # a number may go on in the next block
@@ -291,6 +296,8 @@ def _csv_entries(file: Path) -> Iterator[Entry]:
         with _open_text(file, newline="") as stream:
             reader = csv.reader(stream, strict=True)
             header = next(reader, [])
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise InputError(f"{file}: the header names column {twice[0]!r} twice; rename one")
             for cells in reader:
                 if cells:
                     number += 1

@@ -79,7 +79,7 @@ def read_rows(files: list[Path], wanted: Callable[[int], bool] | None = None) ->
     position = -1
     for file in files:
         entries, columns, _ = format_of(file)
-        name = str(file)
+        name, number = str(file), 0
         try:
             for number, raw in entries(file):
                 position += 1
@@ -90,10 +90,11 @@ def read_rows(files: list[Path], wanted: Callable[[int], bool] | None = None) ->
                 except Fault as fault:
                     yield Row(name, number, {}, str(fault), fault.excerpt)
         except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+            raise InputError(f"{file} is not UTF-8 after row {number} ({error.reason}); convert it first") from error
         except (OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"cannot read {file} ({reason})") from error
+            where = f" after row {number}" if number else ""
+            raise InputError(f"cannot read {file}{where} ({reason})") from error
 
 
 def count_rows(files: list[Path]) -> int:

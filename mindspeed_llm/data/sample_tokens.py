@@ -28,7 +28,7 @@ def encode_samples(
         samples: all of the handler's kind.
     """
     if handler.KIND == "chat":
-        return [{"": row} for row in encoder.encode_rows(samples, job.limits)]
+        return [{"": row} for row in encoder.encode_rows(samples, job.limits, job.shape.mask_history)]
     if handler.KIND == "preference":
         return [dict(zip(SIDES, pair, strict=True)) for pair in encoder.encode_preferences(samples, job.limits)]
     if handler.KIND == "text":

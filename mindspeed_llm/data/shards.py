@@ -16,8 +16,8 @@ import numpy as np
 
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.data.complete import Recipe, complete
-from mindspeed_llm.data.finish import RowFile, hash_rows
-from mindspeed_llm.data.indexed_file import IndexedFileWriter
+from mindspeed_llm.data.division import hash_rows
+from mindspeed_llm.data.indexed_file import IndexedFileWriter, RowFile
 from mindspeed_llm.data.plan import Plan, packing_of, refuse_existing
 from mindspeed_llm.data.publish import Aside, settle
 from mindspeed_llm.data.report import Account, read_report, report_path, write_json

@@ -21,6 +21,8 @@ from mindspeed_llm.data.self_cognition import is_self_cognition
 from mindspeed_llm.errors import InputError, UsageError
 
 MIX_STRATEGIES = ("concat", "interleave_under", "interleave_over")
+# the part of a data set of the hub that is for training, in the name of a file or folder
+TRAINING_PART = re.compile(r"(^|[/._-])train([/._-]|$)", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -218,40 +220,68 @@ def open_source(text: str, seed: tuple[int, int]) -> Source:
     if is_self_cognition(spec.path) and not Path(spec.path).expanduser().exists():
         return Source(text, [], wanted=spec.count, seed=seed)
     path = Path(spec.path).expanduser()
-    if not path.exists():
-        path = _from_hub(spec.path, text)
-    files, unused = _subset(path, spec.subset, text) if spec.subset else find_files(path, "--dataset")
+    if path.exists():
+        files, unused = subset_files(path, spec.subset, f"--dataset {text}:")
+    else:
+        files, unused = files_of_hub(spec.path, spec.subset, f"--dataset {text}:")
     return Source(text, files, unused, spec.count, seed)
 
 
-def _subset(path: Path, subset: str, text: str) -> tuple[list[Path], list[Path]]:
+def files_of_hub(name: str, subset: str | None, place: str) -> tuple[list[Path], list[Path]]:
+    """The files of a data set of the hub that are read, and those that are not: of parts named so, train alone.
+
+    Args:
+        name: its id, owner/name.
+        place: what named it, for errors.
+
+    Raises:
+        InputError: the hub does not give it, it has no such subset or holds no data.
+    """
+    folder = _from_hub(name, place)
+    files, unused = subset_files(folder, subset, place)
+    training = [file for file in files if TRAINING_PART.search(file.relative_to(folder).as_posix())]
+    if not training:
+        return files, unused
+    return training, [*unused, *(file for file in files if file not in training)]
+
+
+def subset_files(path: Path, subset: str | None, place: str) -> tuple[list[Path], list[Path]]:
+    """The data files of a path, of a folder those of its subset where one is named; and those left aside.
+
+    Raises:
+        InputError: there are none; `place` is what it names.
+    """
+    return _subset(path, subset, place) if subset else find_files(path, place)
+
+
+def _subset(path: Path, subset: str, place: str) -> tuple[list[Path], list[Path]]:
     """The files of a sub-folder, or those of the folder whose names begin with the subset's."""
     if (path / subset).is_dir():
-        return find_files(path / subset, "--dataset")
+        return find_files(path / subset, place)
     if path.is_dir():
-        files, unused = find_files(path, "--dataset")
+        files, unused = find_files(path, place)
         begins = [f for f in files if re.match(re.escape(subset) + r"(?![A-Za-z0-9])", f.relative_to(path).as_posix())]
         if begins:
             return begins, [*unused, *(f for f in files if f not in begins)]
     there = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))[:10] if path.is_dir() else []
-    raise InputError(f"--dataset {text}: {path} has no subset {subset!r} (it holds: {', '.join(there) or 'one file'})")
+    raise InputError(f"{place} {path} has no subset {subset!r} (it holds: {', '.join(there) or 'one file'})")
 
 
-def _from_hub(name: str, text: str) -> Path:
+def _from_hub(name: str, place: str) -> Path:
     """Folder of a data set of the hub, downloaded or from the hub's cache."""
     if not HUB_ID.fullmatch(name):
-        raise InputError(f"--dataset {text}: no such file or folder, and {name!r} is no id of the form owner/name")
+        raise InputError(f"{place} no such file or folder, and {name!r} is no id of the form owner/name")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise InputError(f"--dataset {text}: no such file or folder; an id needs huggingface_hub") from error
+        raise InputError(f"{place} no such file or folder; an id needs huggingface_hub") from error
     try:
         return Path(snapshot_download(name, repo_type="dataset"))
     except Exception as error:  # the library raises many kinds; all mean that the data set is not to be had
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"--dataset {text}: no such file or folder, and the hub does not give it ({first}); download it and name "
-            "its folder"
+            f"{place} no such file or folder, and the hub does not give {name} ({first}); download it and name its "
+            "folder"
         ) from error
 
 

@@ -59,6 +59,10 @@ def _build(entry: Mapping[str, Any]) -> Template:
     default_system = entry.get("default_system") or ""
     opening, closing = entry.get("thought_words") or DEFAULT_THOUGHT_WORDS
     cls = lookup("template class", entry.get("template_class", "Template"), CLASSES)
+    for key in ("format_user", "format_assistant", "format_system", "format_observation"):
+        layout = _format(entry, key)
+        if layout is not None and not layout.takes_content:
+            raise ValueError(f"{key} has no {{{{content}}}}, so that the message's text would be lost")
     return cls(
         name=entry["name"],
         user=user,
@@ -88,6 +92,8 @@ def _tool_format_name(entry: Mapping[str, Any], key: str) -> str:
 def _format(entry: Mapping[str, Any], key: str) -> Format | None:
     """A format of the entry; None when it is left out."""
     slots = (entry.get(key) or {}).get("slots")
+    if slots is not None and not isinstance(slots, list):
+        raise ValueError(f"the slots of {key} are {slots!r}, no list")
     return Format(tuple(_slot(slot) for slot in slots)) if slots else None
 
 

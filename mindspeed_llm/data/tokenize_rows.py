@@ -215,13 +215,12 @@ def _account(
         result.left_out.append(_place(row, "too long for --seq-length, as upstream leaves them out"))
         kept.gaps.append((len(kept.rows), list(parts)))
         return
-    if "" in parts and isinstance(sample, (Conversation, PlainTurns)):
-        shaped = job.shape.apply(parts[""])
-        if shaped is None:
-            result.left_out.append(_place(row, f"longer than --max-length {job.shape.max_length}"))
-            return
-        main = shaped
-        parts = {**parts, "": shaped}
+    shaped = _shaped(job.shape, sample, parts)
+    if shaped is None:
+        result.left_out.append(_place(row, f"longer than --max-length {job.shape.max_length}"))
+        return
+    parts = shaped
+    main = next(iter(parts.values()))
     trained = any(stop > start for part in parts.values() for start, stop in part.spans)
     trains = not isinstance(sample, Conversation) or tools(job)[0].KIND == "chat"
     if trains and not trained:
@@ -235,10 +234,26 @@ def _account(
     if isinstance(sample, Conversation):
         if any(encoder.misses_thought(m["content"]) for m in sample.messages if m["role"] == "assistant"):
             result.odd_thoughts.append(_place(row, "thought tags not written as the template's"))
+        if any(not m["content"].strip() for m in sample.messages if m["role"] == "assistant"):
+            result.remarks.append(_place(row, "an answer is empty"))
         if sample.unanswered:
             result.remarks.append(_place(row, "messages after the last answer are left out"))
     if main.note:
         result.remarks.append(_place(row, main.note))
+
+
+def _shaped(shape: Shape, sample: Sample, parts: dict[str, Encoded]) -> dict[str, Encoded] | None:
+    """The parts of a sample as they are kept; None when one of them is to be left out for its length."""
+    if not isinstance(sample, (Conversation, PlainTurns)):
+        shape = Shape(shape.max_length, shape.strategy)  # there is no history or prompt apart
+    found: dict[str, Encoded] = {}
+    for name, part in parts.items():
+        # beside a prompt, other parts are texts of their own (R1 handlers)
+        kept = shape.apply(part) if name == "" or "" not in parts else part
+        if kept is None:
+            return None
+        found[name] = kept
+    return found
 
 
 def with_system(sample: Sample, system: str | None) -> Sample:
@@ -252,4 +267,5 @@ def with_system(sample: Sample, system: str | None) -> Sample:
 
 def _place(row: Row, note: str) -> Place:
     text = row.excerpt or json.dumps(row.columns, ensure_ascii=False, default=str)
-    return Place(row.file, row.number, note, text[:EXCERPT])
+    # half a surrogate pair, in a column's name, cannot be written
+    return Place(row.file, row.number, note, text[:EXCERPT].encode("utf-8", "replace").decode())

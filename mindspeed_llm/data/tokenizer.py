@@ -29,6 +29,9 @@ class Backend(Protocol):
     def encode_as_text(self, text: str) -> list[int]:
         """Ids of a text in which special tokens are not recognised."""
 
+    def decode_as_it_is(self, ids: Sequence[int]) -> str:
+        """Text of the ids, spaces not tidied."""
+
     def control_tokens(self) -> dict[str, int]:
         """The added tokens with their ids, in the order of these."""
 
@@ -102,6 +105,10 @@ class Tokenizer:
         """`encode` with special tokens read as the text they look like (tokenizers without a Rust part only)."""
         return self.backend.encode_as_text(text)
 
+    def decode_as_it_is(self, ids: Sequence[int]) -> str:
+        """`decode` without tidying spaces (tokenizers without a Rust part only)."""
+        return self.backend.decode_as_it_is(ids)
+
     @property
     def rust(self) -> Any:
         """The `tokenizers` library's object behind it, None for slow tokenizers."""
@@ -168,6 +175,9 @@ class _FastBackend:
     def encode_as_text(self, text: str) -> list[int]:
         raise NotImplementedError("the Rust part is used instead")
 
+    def decode_as_it_is(self, ids: Sequence[int]) -> str:
+        raise NotImplementedError("the Rust part is used instead")
+
     def control_tokens(self) -> dict[str, int]:
         return _added_tokens(self.inner)
 
@@ -206,6 +216,9 @@ class _TransformersBackend:
 
     def encode_as_text(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode_as_it_is(self, ids: Sequence[int]) -> str:
+        return self.inner.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
 
     def control_tokens(self) -> dict[str, int]:
         if self.rust is not None:

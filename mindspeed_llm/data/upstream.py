@@ -23,6 +23,7 @@ from mindspeed_llm.data.layout import (
     ReasoningTemplate,
     Slot,
     Template,
+    Thinking,
 )
 from mindspeed_llm.data.messages import Call, Message
 from mindspeed_llm.data.tools import TOOL_FORMATS, PlainTools, TaggedTools, parse_calls
@@ -57,6 +58,7 @@ class _Upstream(Template):
 
     def system_block(self, system: str, tools: str | None) -> Blocks:
         """The system block, which there is as soon as a row has anything for tools."""
+        system = system or self.default_system
         if not system and not tools:
             return []
         fragments: list[Fragment] = [(system, TEXT)] if system else []
@@ -122,6 +124,10 @@ class UpstreamReasoningTemplate(_Upstream, ReasoningTemplate):
     def _thought(self) -> re.Pattern[str]:
         opening, closing = map(re.escape, self.thought_words)
         return re.compile(f"{opening}(.*?){closing}", re.DOTALL)
+
+    def as_history(self, messages: Sequence[Message], thinking: Thinking) -> list[Message]:
+        """The messages, no answer with its thought."""
+        return [self.without_thought(message) for message in messages]
 
     def misses_thought(self, content: str) -> bool:
         """Whether an answer holds thought tags in another spelling than the thought words, e.g. on one line."""

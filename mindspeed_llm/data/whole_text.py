@@ -6,14 +6,18 @@ thoughts and tool calls are tokens and the others text.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed_llm.data.control_tokens import MarkedTokenizer, SegmentTokenizer, Spelling, collides
-from mindspeed_llm.data.layout import ANSWER, PLACEHOLDER, TEXT, Block, Blocks, Format, Special, Template, Turn
+from mindspeed_llm.data.control_tokens import Marked, MarkedTokenizer, SegmentTokenizer, Spelling, collides
+from mindspeed_llm.data.layout import ANSWER, PLACEHOLDER, TEXT, Blocks, Format, Special, Template, Turn
 from mindspeed_llm.data.tokenizer import Tokenizer
 
+UNTOLD = (
+    "this slow tokenizer does not give the text back, so that answers cannot be told from prompts in it; use the "
+    "model's tokenizer.json"
+)
 # added tokens that a model writes itself: tags of thoughts, of tool calls and of their arguments
 ANSWER_TAGS = re.compile(r"think|thought|tool|arg_", re.IGNORECASE)
 
@@ -51,7 +55,7 @@ class WholeTextEncoder:
         tags = self.answer_tags = [token for token in added if ANSWER_TAGS.search(token) or token in words]
         self._answer = self.spelling.literal if allow_control_tokens else self.spelling.only(tags)
         self._text = self.spelling.literal if allow_control_tokens else str
-        self._formats: dict[Format, list[str]] = {}
+        self._formats: dict[int, tuple[Format, list[str]]] = {}  # by identity: hashing a format's slots takes longer
         self._literals: dict[str, str] = {}
 
     def tokenize(self, rows: Sequence[Sequence[Turn]]) -> list[Laid]:
@@ -62,8 +66,7 @@ class WholeTextEncoder:
             faults.append("" if text is not None else "its text holds the characters that mark control tokens here")
             texts.append(text or "")
             spans.append(row_spans)
-        encoded = self.marked.encode_spans(texts, spans)
-        return [Laid(ids, token_spans, fault) for (ids, token_spans), fault in zip(encoded, faults, strict=True)]
+        return laid_out(self.marked, texts, spans, faults)
 
     def text(self, row: Sequence[Turn]) -> str:
         """The rendered text of a row, control tokens as the vocabulary spells them."""
@@ -91,9 +94,11 @@ class WholeTextEncoder:
         """The marked text of some blocks."""
         rendered: list[str] = []
         for block in blocks:
-            for part in self._compiled(block.format):
+            known = self._formats.get(id(block.format))
+            for part in known[1] if known else self._compiled(block.format):
                 if part == "{{content}}":
-                    rendered += self._fragments(block)
+                    for text, author in block.content:
+                        rendered.append(self._written(text, author))
                 elif part == "{{idx}}":
                     rendered.append(str(block.idx))
                 elif part == "{{name}}":
@@ -103,9 +108,6 @@ class WholeTextEncoder:
                 else:
                     rendered.append(part)
         return "".join(rendered)
-
-    def _fragments(self, block: Block) -> Iterable[str]:
-        return [self._written(text, author) for text, author in block.content]
 
     def _written(self, text: str, author: str) -> str:
         """A text with the control tokens marked that its author may write."""
@@ -119,17 +121,32 @@ class WholeTextEncoder:
 
     def _compiled(self, layout: Format) -> list[str]:
         """A format as literal texts, marked, and placeholders."""
-        if layout not in self._formats:
-            parts: list[str] = []
-            for slot in layout.slots:
-                if isinstance(slot, Special):
-                    parts.append(self.spelling.literal(self.special(slot.name)))
-                else:
-                    parts += [
-                        p if PLACEHOLDER.fullmatch(p) else self.spelling.literal(p) for p in PLACEHOLDER.split(slot)
-                    ]
-            self._formats[layout] = [part for part in parts if part]
-        return self._formats[layout]
+        parts: list[str] = []
+        for slot in layout.slots:
+            if isinstance(slot, Special):
+                parts.append(self.spelling.literal(self.special(slot.name)))
+            else:
+                parts += [p if PLACEHOLDER.fullmatch(p) else self.spelling.literal(p) for p in PLACEHOLDER.split(slot)]
+        # the format is kept with its parts, so that its identity is not another's later
+        self._formats[id(layout)] = (layout, [part for part in parts if part])
+        return self._formats[id(layout)][1]
+
+
+def laid_out(
+    marked: Marked, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], faults: Sequence[str]
+) -> list[Laid]:
+    """Marked texts with spans in bytes as tokens, all in one batch.
+
+    Args:
+        faults: what is already wrong with each, empty for nothing.
+    """
+    rows = []
+    for (ids, found), row, fault in zip(marked.encode_spans(texts, spans), spans, faults, strict=True):
+        if found is None:
+            rows.append(Laid([], [(0, 0)] * len(row), fault or UNTOLD))
+        else:
+            rows.append(Laid(ids, found, fault))
+    return rows
 
 
 class _CollisionError(Exception):
@@ -145,4 +162,4 @@ def marked_tokenizer(tokenizer: Tokenizer, spelling: Spelling) -> MarkedTokenize
     rust = tokenizer.rust
     if rust is not None:
         return MarkedTokenizer(rust, spelling)
-    return SegmentTokenizer(tokenizer.encode_as_text, spelling, tokenizer.control_tokens())
+    return SegmentTokenizer(tokenizer.encode_as_text, tokenizer.decode_as_it_is, spelling, tokenizer.control_tokens())

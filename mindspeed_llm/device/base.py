@@ -31,7 +31,7 @@ class Device:
         rng_state / set_rng_state: the device's default generator.
         manual_seed: seed that generator.
         synchronize: wait until submitted work is done.
-        attention: attention over [b, heads, s, d] tensors (`kernels.py`).
+        attention: attention over [b, heads, s, d] tensors, with `kernels.sdpa`'s arguments.
         rms_norm: class of the norm layers: (config, hidden_size, eps) -> module.
     """
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from mindspeed_llm.device.segments import Segments, each_segment
+
 BLOCK = 1024
 """Queries of one block, where a mask is needed: it bounds the mask's and the scores' memory."""
 SINK_WIDTH = 8
@@ -27,6 +29,7 @@ def sdpa(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """Scaled dot-product attention by torch's own kernels where they can, in blocks of queries otherwise.
 
@@ -38,10 +41,14 @@ def sdpa(
         window: a query sees this many keys, its own included.
         softcap: c; scores become c * tanh(scores / c) before the softmax.
         sinks: [n]; each head's logit that joins the softmax's denominator. Not together with `softcap`.
+        segments: of the one row (b = 1, q = k), which do not see each other.
 
     Returns:
         [b, n, q, d], in memory order [b, q, n, d] where the kernel chooses so.
     """
+    if segments is not None:
+        features = {"causal": causal, "scale": scale, "dropout": dropout, "window": window}
+        return each_segment(sdpa, query, key, value, segments, softcap=softcap, sinks=sinks, **features)
     queries, keys = query.size(2), key.size(2)
     window = None if window is None or window >= keys else window
     if window is None and softcap is None and sinks is None:

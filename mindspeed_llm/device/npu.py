@@ -2,11 +2,14 @@
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mindspeed_llm.device import kernels
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
+from mindspeed_llm.device.segments import Segments
 from mindspeed_llm.errors import InputError
 
 MISSING = "torch_npu is not installed, or it sees no Ascend NPU (is CANN's set_env.sh sourced?)"
@@ -18,6 +21,66 @@ def available() -> bool:
         return False
     import_module("torch_npu")
     return torch.npu.is_available()
+
+
+CAUSAL, BAND = 2, 4
+"""Sparse modes of the fusion operator: each token sees those before it, or a band of them; both take a triangular mask
+of MASK x MASK, whatever the length."""
+MASK = 2048
+EVERYTHING = 2**31 - 1
+
+
+def fusion_segments(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+) -> Tensor:
+    """All segments in one call of CANN's fusion attention, causal.
+
+    Layout TND: tokens of all segments, heads, head dimension; `actual_seq_qlen` holds where each segment ends.
+
+    Args:
+        query: [1, n, t, d]; key, value: [1, g, t, d].
+
+    Returns:
+        [1, n, t, d], in memory order [t, n, d].
+    """
+    operator = import_module("torch_npu").npu_fusion_attention
+    ends = torch.tensor(segments.lengths).cumsum(0).tolist()
+    mask = torch.ones(MASK, MASK, dtype=torch.bool, device=query.device).triu(1)  # True is hidden
+    flat = (one[0].transpose(0, 1).contiguous() for one in (query, key, value))
+    out = operator(
+        *flat,
+        query.size(1),
+        "TND",
+        atten_mask=mask,
+        scale=scale,
+        pre_tockens=EVERYTHING if window is None else window - 1,
+        next_tockens=0,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        sparse_mode=CAUSAL if window is None else BAND,
+    )[0]
+    return out.transpose(0, 1)[None]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    segments: Segments | None = None,
+    **features: Any,
+) -> Tensor:
+    """`kernels.sdpa`, with all segments in one fusion call where that operator serves (no cap, no sinks, 16-bit)."""
+    plain = features.get("softcap") is None and features.get("sinks") is None and not dropout
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if segments is not None and causal and plain and half and query.size(-1) == value.size(-1):
+        return fusion_segments(query, key, value, segments, scale, window)
+    features |= {"causal": causal, "scale": scale, "dropout": dropout, "window": window, "segments": segments}
+    return kernels.sdpa(query, key, value, **features)
 
 
 def create() -> Device:
@@ -42,7 +105,7 @@ def create() -> Device:
         set_rng_state=torch.npu.set_rng_state,
         manual_seed=torch.npu.manual_seed,
         synchronize=torch.npu.synchronize,
-        attention=kernels.sdpa,
+        attention=attention,
         rms_norm=kernels.RMSNorm,
         engine_config=dict(PLAIN_TORCH),
     )

@@ -206,7 +206,7 @@ class _LoraLinear(torch.autograd.Function):
         out, low = go(flat, product, CASES[plan.case].forward, plan)
         ctx.save_for_backward(flat, low, w, a, b)
         ctx.scaling, ctx.plan, ctx.shape, ctx.dropout = scaling, plan, x.shape, dropout
-        return out.view(-1, *x.shape[1:-1], out.size(-1))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -242,4 +242,5 @@ def apply(
     Returns:
         [s, b, o/t] (column), [s, b, o] (row), [s/t, b, o] (row_sp), [tokens, o] (expert).
     """
-    return _LoraLinear.apply(x, w, a, b, scaling, plan, dropout)
+    out = _LoraLinear.apply(x, w, a, b, scaling, plan, dropout)
+    return out.view(-1, *x.shape[1:-1], out.size(-1))  # viewed here: inside, it could not be changed in place

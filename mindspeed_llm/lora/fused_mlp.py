@@ -71,7 +71,7 @@ class _LoraMlp(torch.autograd.Function):
         y, low2 = out_of.finish(stream(flat, out_of.columns, each, way, plan.group, plan.chunk_bytes))
         ctx.save_for_backward(flat, hidden, into.lows, low2, w1, a1, b1, w2, a2, b2)
         ctx.own, ctx.shape = own, x.shape
-        return y.view(-1, *x.shape[1:-1], y.size(-1))
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -147,4 +147,5 @@ class AdaptedMlp:
         (a1, b1, scaling1), (a2, b2, scaling2) = self.fc1.factors(), self.fc2.factors()
         dropouts = self.fc1.draw_dropout(), self.fc2.draw_dropout()
         own = MlpPlan(self.fc1.plan(self.case), (scaling1, scaling2), dropouts)
-        return _LoraMlp.apply(x, self.fc1.base_layer.weight, a1, b1, self.fc2.base_layer.weight, a2, b2, own)
+        out = _LoraMlp.apply(x, self.fc1.base_layer.weight, a1, b1, self.fc2.base_layer.weight, a2, b2, own)
+        return out.view(-1, *x.shape[1:-1], out.size(-1))

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from mindspeed_llm.device.base import Device
+from mindspeed_llm.models import context
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.rope import rotate
 
@@ -42,7 +43,8 @@ class CoreAttention(MegatronModule):
     """Causal scaled dot-product attention, with the window, cap and sinks of the layer.
 
     Rows are padded on the right only, so the causal mask alone keeps every real token from seeing padding; no mask
-    tensor is built. megatron-core's `DotProductAttention` computes softmax unfused (26-37 % of a step on a CPU).
+    tensor is built. Packed rows are segments of one sequence. megatron-core's `DotProductAttention` computes softmax
+    unfused (26-37 % of a step on a CPU).
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.kernel = device.attention
+        self.cp_group = None if pg_collection is None else getattr(pg_collection, "cp", None)
         own = model.attention_scale if softmax_scale is None else softmax_scale
         self.features: dict[str, Any] = {
             "causal": True,
@@ -84,8 +87,12 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """[s, b, n/t, d], [s, b, g/t, d] x 2 -> [s, b, n/t * d]."""
+        """[s, b, n/t, d], [s, b, g/t, d] x 2 -> [s, b, n/t * d]; `packed_seq_params` is a `PackedRows`, or None."""
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            features = {"sinks": self.softmax_offset, **self.features}
+            return context.attend(self.kernel, query, key, value, self.cp_group, **features).flatten(2)
         heads_first = (one.permute(1, 2, 0, 3) for one in (query, key, value))
-        out = self.kernel(*heads_first, sinks=self.softmax_offset, **self.features)
+        segments = None if packed_seq_params is None else packed_seq_params.segments
+        out = self.kernel(*heads_first, sinks=self.softmax_offset, segments=segments, **self.features)
         s, b = query.shape[:2]
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)

@@ -117,7 +117,9 @@ class LatentAttention(Attention):
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [s/t, b, h] under sequence parallelism, else [s, b, h] -> (the same shape, no bias)."""
-        query, key, value = self.get_query_key_value_tensors(hidden_states, inference_context=inference_context)
+        query, key, value = self.get_query_key_value_tensors(
+            hidden_states, inference_context=inference_context, packed_seq_params=packed_seq_params
+        )
         query, key, value, _, mask_type, _ = self._adjust_key_value_for_inference(
             inference_context, query, key, value, rotary_pos_emb=None
         )
@@ -152,6 +154,7 @@ class LatentAttention(Attention):
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,
         inference_context: Any = None,
+        packed_seq_params: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [s/t, b, h] to q [s, b, n/t, d + r], k the same, v [s, b, n/t, v]."""
@@ -166,7 +169,9 @@ class LatentAttention(Attention):
         k, v = kv.split([model.qk_head_dim, model.v_head_dim], dim=-1)
         k_rotated = self.shared_by_heads(k_rotated).unsqueeze(2)  # [s, b, 1, r]
         offset = 0 if inference_context is None else inference_context.sequence_len_offset
-        table = self.rotary_pos_emb(q.size(0), offset)[:, 0]  # [s, 2, r]
+        whole = q.size(0) * self.config.context_parallel_size
+        positions = whole if packed_seq_params is None else packed_seq_params.position_lengths
+        table = self.rotary_pos_emb(positions, offset)[:, 0]  # [s, 2, r]
         q_plain, q_rotated = q.split([model.qk_head_dim, rotated], dim=-1)
         q_rotated, k_rotated = (rotate(one, table, model.rotary_interleaved) for one in (q_rotated, k_rotated))
         query = torch.cat([q_plain, q_rotated], dim=-1)

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 from torch import Tensor, nn
 
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.context import own_positions
 
 
 def inverse_frequencies(
@@ -121,21 +121,29 @@ class Rotary(nn.Module):
         self.model, self.device, self.cp_group = model, device, cp_group
         self.size = int(model.kv_channels * model.rotary_percent)
         self.kept: tuple[Any, Tensor] | None = None  # the table made last, and what it was made for
+        self.kept_packed: tuple[Any, Tensor] | None = None  # the same for packed rows
 
     def get_rotary_seq_len(
         self, inference_context: Any, transformer: Any, transformer_input: Tensor, config: Any, packed: Any = None
-    ) -> int:
-        """Positions of the table: the whole sequence, the cached part included."""
+    ) -> int | tuple[int, ...]:
+        """Positions of the table: the whole sequence, the cached part included; of packed rows (`PackedRows`), each's.
+
+        megatron-core hands the answer to `forward` as it is.
+        """
         if packed is not None:
-            return int(max(packed.max_seqlen_q, packed.max_seqlen_kv))
+            return packed.position_lengths
         hidden = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
         length = hidden.size(0) * config.context_parallel_size
         if config.sequence_parallel:
             length *= config.tensor_model_parallel_size
         return length + (inference_context.sequence_len_offset if inference_context is not None else 0)
 
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        """The table [s, k, 2, r] of positions `offset` to `offset + max_seq_len`."""
+    def forward(
+        self, max_seq_len: int | tuple[int, ...], offset: int = 0, packed_seq: bool = False, cp_group: Any = None
+    ) -> Tensor:
+        """The table [s, k, 2, r] of positions `offset` to `offset + max_seq_len`, or of rows of these lengths."""
+        if isinstance(max_seq_len, tuple):
+            return self.packed(max_seq_len)
         stop = offset + max_seq_len
         made_for = self.made_for(stop)
         if self.kept is None or self.kept[0] != made_for or self.kept[1].size(0) < stop:
@@ -144,8 +152,19 @@ class Rotary(nn.Module):
         table = self.kept[1][offset:stop]
         group = cp_group if cp_group is not None else self.cp_group
         if group is not None and group.size() > 1 and not packed_seq:
-            table = get_pos_emb_on_this_cp_rank(table, 0, group)
+            table = own_positions(table, 0, group)
         return table
+
+    def packed(self, lengths: tuple[int, ...]) -> Tensor:
+        """The table [s, k, 2, r] of rows one behind the other: each counts from 0, at the frequencies of its length.
+
+        The layers of latent attention ask one by one; the chunks of an interleaved pipeline, batch by batch.
+        """
+        if self.kept_packed is None or self.kept_packed[0] != lengths:
+            longest_first = sorted(set(lengths), reverse=True)  # so that one kept table serves all where it can
+            tables = {length: self.forward(length) for length in longest_first}
+            self.kept_packed = lengths, torch.cat([tables[length] for length in lengths])
+        return self.kept_packed[1]
 
     def made_for(self, length: int) -> Any:
         """What the frequencies depend on besides the model."""

@@ -137,6 +137,25 @@ def test_a_neat_pack_is_taken_apart_into_its_rows() -> None:
         assert np.array_equal(once[field], apart[field]), field
 
 
+def test_attention_and_positions_start_anew_behind_the_last_of_a_run_of_end_tokens() -> None:
+    packed = {
+        "input_ids": np.array([5, 6, 9, 4, 9, 7, 9, 9, 9]),
+        "labels": np.array([-100, 6, 9, -100, 9, 7, 9, -100, -100]),
+    }
+    rows = [packed, row((2, 1))]
+    plain, attention, positions, both = (
+        collate_flat(rows, 0, 100, **ends)
+        for ends in ({}, {"attention_end": 9}, {"position_end": 9}, {"attention_end": 9, "position_end": 9})
+    )
+    whole, parts = [0, 9, 12], [0, 3, 5, 9, 12]
+    assert [b["cu_seqlens"].tolist() for b in (plain, attention, positions, both)] == [whole, parts, whole, parts]
+    counted = [list(range(9)) + [0, 1, 2], [0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 2]]
+    found = [b["position_ids"][0].tolist() for b in (plain, attention, positions, both)]
+    assert found == [counted[0], counted[0], counted[1], counted[1]]
+    for batch in (attention, positions, both):
+        assert np.array_equal(batch["labels"], plain["labels"]) and np.array_equal(batch["tokens"], plain["tokens"])
+
+
 def test_over_long_rows_are_cut_alike_with_and_without_padding() -> None:
     rows = [row((30, 20)), row((3, 2))]
     for rule in (CutRule.TURNS, CutRule.HARD):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mindspeed_llm.data.dataset import IndexedDataset, split_dataset
+from mindspeed_llm.data.division import content_hashes, divide, split_shares
 from mindspeed_llm.data.indexed_file import IndexedFileWriter
-from mindspeed_llm.data.report import check_data_matches, write_json
+from mindspeed_llm.data.report import check_data_agree, check_data_matches, write_json
 from mindspeed_llm.errors import InputError, UsageError
 
 
@@ -22,7 +23,7 @@ def make(prefix: Path, rows: list[list[int]], fields: tuple[str, ...] = ("input_
 def test_rows_come_back_by_number_and_name_their_place(tmp_path: Path) -> None:
     prefix = make(tmp_path / "a", [[1, 2], [3], [4, 5, 6]])
     data = IndexedDataset(prefix)
-    assert len(data) == 3 and data.lengths.tolist() == [2, 1, 3] and data.report is None
+    assert len(data) == 3 and data.lengths.tolist() == [2, 1, 3] and data.reports == [None]
     assert data[2]["input_ids"].tolist() == [4, 5, 6] and data[2]["labels"].tolist() == [104, 105, 106]
     assert data[1]["attention_mask"].tolist() == [1]
     assert data[1]["name"] == f"row 1 of {prefix}"
@@ -78,32 +79,53 @@ def test_neatly_packed_rows_are_recognised_with_and_without_report(tmp_path: Pat
     assert not IndexedDataset(prefix).neat_packed
 
 
-@pytest.mark.parametrize(
-    ("split", "counts"),
-    [("95,5,0", (95, 5, 0)), ("100,0,0", (100, 0, 0)), ("8,1,1", (80, 10, 10)), ("1", (100, 0, 0)),
-     ("999,1,0", (99, 1, 0)), ("1/1", (50, 50, 0))],
-)  # fmt: skip
-def test_a_split_is_disjoint_complete_and_repeatable(tmp_path: Path, split: str, counts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("split", ["95,5,0", "100,0,0", "8,1,1", "1", "0,0,5", "999,1,0", "1/1", "1,1e-12,1e-12"])
+def test_a_split_is_disjoint_and_complete_and_every_share_has_rows(tmp_path: Path, split: str) -> None:
     data = IndexedDataset(make(tmp_path / "a", [[i] * (i % 7 + 1) for i in range(100)]))
-    parts = split_dataset(data, split, seed=1)
+    parts = split_dataset(data, split)
     rows = [[int(part[i]["input_ids"][0]) for i in range(len(part))] for part in parts]
-    assert tuple(map(len, rows)) == counts
     assert sorted(sum(rows, [])) == list(range(100))
+    assert [bool(part) for part in rows] == [share > 0 for share in split_shares(split)]
     assert all(part == sorted(part) for part in rows)
     assert [part.lengths.tolist() for part in parts] == [[r % 7 + 1 for r in part] for part in rows]
-    again = split_dataset(data, split, seed=1)
-    assert [part.rows.tolist() for part in again] == rows
-    if counts[1] > 1:
-        assert [part.rows.tolist() for part in split_dataset(data, split, seed=2)] != rows
+
+
+def test_equal_rows_are_in_one_part_whatever_else_the_data_hold_and_shares_are_met(tmp_path: Path) -> None:
+    rows = [[i % 2500, i % 7 * (i % 2500 > 10)] for i in range(5000)]
+    data = IndexedDataset([make(tmp_path / "a", rows[:4000]), make(tmp_path / "b", rows[4000:])])
+    parts = [{tuple(part[i]["input_ids"]) for i in range(len(part))} for part in split_dataset(data, "80,15,5")]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert set.union(*parts) == set(map(tuple, rows))
+    for part, share in zip(parts, (0.8, 0.15, 0.05), strict=True):
+        assert abs(len(part) / len(set(map(tuple, rows))) - share) < 0.02
+    fewer = split_dataset(IndexedDataset(make(tmp_path / "c", rows[1000:2000])), "80,15,5")
+    for part, whole in zip(fewer, parts, strict=True):
+        assert {tuple(part[i]["input_ids"]) for i in range(len(part))} <= whole, "a row's part depends on it alone"
+
+
+def test_training_and_preprocessing_put_a_row_into_the_same_part(tmp_path: Path) -> None:
+    rows = [[i, i + 1] for i in range(400)]
+    hashes = np.array(content_hashes(np.array(rows).ravel(), [2] * 400), np.uint64)
+    train, valid, test = split_dataset(IndexedDataset(make(tmp_path / "a", rows)), "7,2,1")
+    for number, part in enumerate((train, valid, test)):
+        assert part.rows.tolist() == np.flatnonzero(divide(hashes, "7,2,1") == number).tolist()
+
+
+def test_a_part_that_no_hash_falls_into_takes_all_rows_of_one_content() -> None:
+    hashes = np.array([1, 1, 1, 1 << 60, 1 << 60], np.uint64)
+    assert divide(hashes, "50,50,0").tolist() == [0, 0, 0, 1, 1]
+    assert divide(np.array([2**64 - 1, 0], np.uint64), "99,1,0").tolist() == [1, 0]
+    with pytest.raises(InputError, match="2 different rows cannot be divided into 3 parts"):
+        divide(hashes, "1,1,1")
 
 
 def test_a_split_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    data = IndexedDataset(make(tmp_path / "a", [[1]]))
+    data = IndexedDataset(make(tmp_path / "a", [[1], [1]]))
     for split in ("", "a,b", "1,2,3,4", "-1,2,0", "0,0,0"):
         with pytest.raises(UsageError, match="--split"):
-            split_dataset(data, split, 0)
-    with pytest.raises(InputError, match="1 rows cannot be divided into the 2 parts"):
-        split_dataset(data, "95,5,0", 0)
+            split_dataset(data, split)
+    with pytest.raises(InputError, match="1 different rows cannot be divided into 2 parts"):
+        split_dataset(data, "95,5,0")
 
 
 def test_data_of_another_tokenizer_template_or_mode_are_refused_naming_both() -> None:
@@ -121,5 +143,23 @@ def test_data_of_another_tokenizer_template_or_mode_are_refused_naming_both() ->
         check_data_matches(report, "1" * 64, "qwen", "true")
     with pytest.raises(InputError, match="--enable-thinking true, the run asks for none"):
         check_data_matches(report, "1" * 64, "qwen3", "none")
+    report["template"]["sha256"] = "3" * 64
+    check_data_matches(report, "1" * 64, "qwen3", "true", "3" * 64)
+    with pytest.raises(InputError, match="a template qwen3 of other content .*333333333333.*444444444444"):
+        check_data_matches(report, "1" * 64, "qwen3", "true", "4" * 64)
     report["template"] = {"name": "alpaca", "uses_thinking": False}
     check_data_matches(report, "1" * 64, "alpaca", "none")
+
+
+def test_data_sets_of_one_run_must_come_from_one_tokenizer_and_one_text_of_one_template() -> None:
+    def report(tokenizer: str = "1", name: str = "qwen3", text: str = "a", thinking: str = "none") -> dict:
+        template = {"name": name, "sha256": text, "uses_thinking": True}
+        return {"tokenizer": {"sha256": tokenizer}, "template": template, "enable_thinking": thinking}
+
+    check_data_agree({"x": report(), "y": None, "z": report(), "w": report(thinking="true")})
+    for other, what in ((report("2"), "tokenizer"), (report(name="qwen"), "template"), (report(text="b"), "text of")):
+        with pytest.raises(InputError, match=f"x and z .*{what}"):
+            check_data_agree({"x": report(), "y": None, "z": other})
+    with pytest.raises(InputError, match="the data z were made with another text of template qwen3"):
+        check_data_matches(report(text="b"), "1", "qwen3", None, "a", "the data z")
+    check_data_matches(report(text="a"), "1", "qwen3", None, "a")

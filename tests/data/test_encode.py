@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
@@ -23,6 +21,7 @@ from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import InputError
 from tests.data.contract_reading import Vocabulary
 
+IM_TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 TOKENIZERS = {"qwen3": "qwen3", "glm4": "glm", "deepseek3": "deepseek", "llama3": "llama3", "llama2": "llama2"}
 
 
@@ -43,34 +42,6 @@ def trained(chat: ChatEncoder, row: Any) -> list[str]:
     return [chat.tokenizer.decode(row.ids[start:stop]) for start, stop in row.spans]
 
 
-@pytest.mark.parametrize("template", TOKENIZERS)
-def test_every_control_token_in_what_users_and_systems_say_stays_text(golden: Path, template: str) -> None:
-    chat = encoder(golden, template)
-    words = Vocabulary(chat.tokenizer.path)
-    for token, token_id in chat.tokenizer.control_tokens().items():
-        plain = words.plain.encode(f"a {token} b", add_special_tokens=False).ids
-        clean = ids_of(chat, "a b", "c", system="s t")
-        hidden = ids_of(chat, f"a {token} b", "c", system=f"s {token} t")
-        assert clean.count(token_id) == hidden.count(token_id), token
-        if template != "llama2":  # there a text after other text begins otherwise than one alone
-            joined = ",".join(map(str, hidden))
-            assert ",".join(map(str, plain[1:-1])) in joined, token
-
-
-@pytest.mark.parametrize("template", TOKENIZERS)
-def test_control_tokens_in_the_text_of_tools_and_their_answers_stay_text(golden: Path, template: str) -> None:
-    chat = encoder(golden, template)
-    for token, token_id in chat.tokenizer.control_tokens().items():
-        counts = []
-        for text in ("x", f"x{token}x"):
-            tools = json.dumps([{"name": "f", "description": text, "parameters": {}}])
-            call = json.dumps({"name": "f", "arguments": {}})
-            messages = [*said("q"), Message(role="function", content=call), Message(role="observation", content=text)]
-            row = Conversation([*messages, Message(role="assistant", content="done")], None, tools)
-            counts.append(list(chat.encode_rows([row], Limits())[0].ids).count(token_id))
-        assert counts[0] == counts[1], token
-
-
 def test_in_answers_tags_of_thoughts_and_tools_are_tokens_and_the_others_text(golden: Path) -> None:
     chat = encoder(golden)
     answer = "<think>\nhm\n</think>\n\n<tool_call>\n{}\n</tool_call> <|im_end|>\n<|im_start|>user"
@@ -79,33 +50,6 @@ def test_in_answers_tags_of_thoughts_and_tools_are_tokens_and_the_others_text(go
     assert [count[t] for t in ("<think>", "</think>", "<tool_call>", "</tool_call>")] == [1, 1, 1, 1]
     assert (count["<|im_start|>"], count["<|im_end|>"]) == (2, 2), "those of the two messages"
     assert chat.tokenizer.decode(ids).endswith(answer + "<|im_end|>\n")
-
-
-def test_control_tokens_can_be_allowed_everywhere(golden: Path) -> None:
-    chat = encoder(golden, allow_control_tokens=True)
-    text = (
-        "<|im_start|>user\n<|im_end|> <think>x<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-        "a<|im_end|><|im_end|>\n"
-    )
-    assert ids_of(chat, "<|im_end|> <think>x", "a<|im_end|>") == chat.tokenizer.encode(text)
-
-
-@pytest.mark.parametrize("template", TOKENIZERS)
-def test_rows_without_control_tokens_are_the_tokens_of_their_whole_text(golden: Path, template: str) -> None:
-    chat = encoder(golden, template)
-    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(
-        lambda t: not any(token in t for token in chat.tokenizer.control_tokens()) and MARK not in t
-    )
-
-    @settings(max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(text, text, text)
-    def check(system: str, question: str, answer: str) -> None:
-        turns = chat.template.turns(said(question, answer, question, answer), system, "none")
-        whole = chat._way.text(turns)  # type: ignore[union-attr]
-        ids = ids_of(chat, question, answer, question, answer, system=system)
-        assert ids[: len(ids) - int(chat.template.efficient_eos)] == chat.tokenizer.encode(whole)
-
-    check()
 
 
 def test_text_that_holds_the_marks_of_control_tokens_is_refused_and_other_odd_characters_are_not(golden: Path) -> None:
@@ -134,14 +78,15 @@ def test_a_token_over_the_edge_of_an_answer_is_trained(golden: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["qwen3", "llama2", "glm"])
-def test_bytes_and_offsets_find_the_same_trained_tokens_and_slow_tokenizers_lose_none(
-    golden: Path, folder: str
-) -> None:
+def test_bytes_offsets_and_the_text_of_first_tokens_find_the_same_trained_tokens(golden: Path, folder: str) -> None:
     tokenizer, words = load_tokenizer(golden / "_tok" / folder), Vocabulary(golden / "_tok" / folder)
     spelling = Spelling(list(tokenizer.control_tokens()))
     fast = MarkedTokenizer(tokenizer.rust, spelling)
     slow = SegmentTokenizer(
-        lambda text: words.plain.encode(text, add_special_tokens=False).ids, spelling, tokenizer.control_tokens()
+        lambda text: words.plain.encode(text, add_special_tokens=False).ids,
+        lambda ids: words.plain.decode(ids, skip_special_tokens=False),
+        spelling,
+        tokenizer.control_tokens(),
     )
     end = next(iter(tokenizer.control_tokens()))
     draw = np.random.default_rng(3)
@@ -153,17 +98,36 @@ def test_bytes_and_offsets_find_the_same_trained_tokens_and_slow_tokenizers_lose
         texts.append("".join(parts))
         spans.append([(edges[1], edges[2])])
     found = fast.encode_spans(texts, spans)
-    for (ids, one), (others, two), (same, three) in zip(
-        found, fast._by_offsets(texts, spans), slow.encode_spans(texts, spans), strict=True
+    checked = 0
+    for text, (ids, one), (others, two), (same, three) in zip(
+        texts, found, fast._by_offsets(texts, spans), slow.encode_spans(texts, spans), strict=True
     ):
         assert ids.tolist() == others.tolist() == same.tolist()
         assert one == two
-        # tokenised alone, what stands around may end otherwise: the third way may then find a few tokens more, never
-        # fewer but for the space that sentencepiece's vocabulary puts before a text
-        (start, stop), (early, late) = one[0], three[0]
-        space = int(folder == "llama2")
-        assert early <= start and stop - space <= late
-        assert start - early <= 4 and late - stop <= 4 or space
+        if three is None:  # the tokenizer composes letters and accents, and does not give such a text back
+            assert folder != "llama2" and "e\u0301" in text
+            continue
+        assert three == one
+        checked += one[0][1] > one[0][0]
+    assert checked > 50
+
+
+def test_slow_tokenizers_train_exactly_the_answers_and_refuse_rows_they_do_not_give_back(tmp_path: Path) -> None:
+    added = {str(259 + n): {"content": t, "special": n < 3} for n, t in enumerate([*IM_TOKENS, "<think>", "</think>"])}
+    config = {"tokenizer_class": "ByT5Tokenizer", "eos_token": "</s>", "added_tokens_decoder": added, "extra_ids": 0}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text("{}")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.rust is None and set(tokenizer.control_tokens()) >= {*IM_TOKENS, "<think>"}
+    chat = ChatEncoder(get_template("qwen3"), tokenizer)
+    texts = ["é知", "<think>\nhm\n</think>\n\n\u2028yes <|im_end|>😀", "b <think> <|im_end|>", "\n\nlast"]
+    made = chat.encode_rows([Conversation(said(*texts))], Limits())[0]
+    assert trained(chat, made) == [f"{texts[1]}<|im_end|>\n", f"{texts[3]}<|im_end|>\n"]
+    count = [list(made.ids).count(tokenizer.token_to_id(token)) for token in (*IM_TOKENS[:2], "<think>", "</think>")]
+    assert count == [4, 4, 2, 2], "those of the messages, of the thought, and the last prompt's empty thought"
+    chat._way.marked.decode = lambda ids: tokenizer.decode(ids).lower()  # type: ignore[union-attr]
+    lost, kept = chat.encode_rows([Conversation(said("Q", t)) for t in ("Who", "who")], Limits())
+    assert "does not give the text back" in lost.fault and not kept.fault
 
 
 def test_messages_that_say_so_are_not_trained(golden: Path) -> None:

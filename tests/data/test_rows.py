@@ -1,6 +1,8 @@
 """Rows out of files: every format gives the same rows, and what is broken is named with its place."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,7 +86,15 @@ def test_a_folder_is_read_in_name_order_by_its_most_frequent_format(tmp_path: Pa
         ("a.json", b'[{"a": 1} {"a": 2}]', r"after row 1 '\{' follows"),
         ("a.json", b'[{"a": 1}] tail', r"text follows the end of the array after row 1"),
         ("a.json", b'[{"a": 1}, {"a": tru}, {"b": "' + b"x" * 100 + b'"}]', r"row 2 is not valid JSON"),
-        ("a.json", b'[{"a": "\xff"}]', "not UTF-8"),
+        ("a.json", b'[{"a": 1}, {"a": "\xff"}]', "a\\.json is not UTF-8 after row 0"),
+        (
+            "a.json",
+            b'[{"a": 1}, {"a": ' + b"9" * 5000 + b"}]",
+            r"row 2 is not valid JSON \(a number has too many digits",
+        ),
+        ("a.json", b'[{"a": 1}, ' + b"[" * 100_000, r"row 2 is not valid JSON \(nested too deeply\)"),
+        ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv: the header names column 'a' twice"),
+        ("a.csv", b"a,b\n" + b"1,2\n" * 9000 + b"\xff,2\n", r"a\.csv is not UTF-8 after row [1-9]\d\d\d"),
         ("a.csv", b'a,b\n1,"2\n', r"a\.csv, row 1 is not valid CSV"),
         ("a.arrow", b"ARROW1 but not really", r"a\.arrow cannot be read as arrow"),
         ("a.jsonl.gz", b"not gzip", r"cannot read .*a\.jsonl\.gz"),
@@ -109,6 +119,7 @@ def test_what_cannot_be_read_is_named_with_file_and_row(
         ("a.jsonl", b'{"a": 1}\r\n[1, 2]\r\n{"a": 2}', 2, "a JSON array instead of an object with named columns"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', 2, "not UTF-8 (invalid start byte); convert the file first"),
         ("a.jsonl", b"[" * 100_000, 1, "not valid JSON (nested too deeply)"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", 1, "not valid JSON (a number has too many digits)"),
         ("a.json", b'["text", {"a": 1}]', 1, "a JSON string instead of an object with named columns"),
         ("a.csv", b"a,b\n1,2\n3\n", 2, "more or fewer cells than the header has columns"),
         ("a.csv", b"a,b\n1,2,3\n", 1, "more or fewer cells than the header has columns"),
@@ -154,6 +165,23 @@ def test_arrow_files_and_streams_and_nested_parquet_give_the_same_rows(tmp_path:
     for name in ("a.parquet", "b.arrow", "c.arrow"):
         assert read(tmp_path / name) == rows, name
         assert count_rows([tmp_path / name]) == 700
+
+
+def test_an_array_of_300_megabytes_is_read_in_a_few(tmp_path: Path) -> None:
+    row, small = json.dumps({"text": "x" * 1_000_000}), json.dumps({"text": "y", "n": [1, {"k": None}]})
+    with (tmp_path / "a.json").open("w") as stream:
+        stream.write("[" + small)
+        for _ in range(300):
+            stream.write(",\n" + row + ",\n" + small)
+        stream.write("]")
+    code = (
+        "import sys; from pathlib import Path; from mindspeed_llm.data.rows import read_rows;"
+        "print(sum(1 for row in read_rows([Path(sys.argv[1])])), Path('/proc/self/status').read_text())"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.json")], capture_output=True, text=True)
+    rows, *status = found.stdout.split()
+    assert int(rows) == 601, found.stderr
+    assert int(status[status.index("VmHWM:") + 1]) < 100 * 1024, "KiB at the peak, the interpreter's own among them"
 
 
 def test_a_text_file_is_one_row_per_line_that_is_not_empty(tmp_path: Path) -> None:

@@ -84,7 +84,11 @@ def test_an_id_is_found_in_the_hubs_cache_or_refused_in_one_line(
     write(home / "snapshots" / ("a" * 40) / "data" / "train.jsonl", 4)
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
     assert names(open_source("some/alpaca#2", (3, 0)).rows())
-    with pytest.raises(InputError, match=r"some/other: no such file or folder, and the hub does not give it"):
+    write(home / "snapshots" / ("a" * 40) / "data" / "test.jsonl", 4)
+    whole = open_source("some/alpaca", (3, 0))
+    assert names(whole.rows()) == ["train0", "train1", "train2", "train3"], "of a hub's data set only its part train"
+    assert [file.name for file in whole.unused] == ["test.jsonl"]
+    with pytest.raises(InputError, match=r"some/other: no such file or folder, and the hub does not give some/other"):
         open_source("some/other", (0, 0))
     with pytest.raises(InputError, match="no id of the form owner/name"):
         open_source("nowhere.jsonl", (0, 0))

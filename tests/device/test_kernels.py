@@ -6,8 +6,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_llm.device import kernels
+from mindspeed_llm.device.segments import Segments
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, Tensor):
+                self.elements = max(self.elements, one.numel())
+        return out
+
 
 B, N, G, D = 2, 6, 2, 5  # rows, query heads, key-value heads, head dimension
 
@@ -110,6 +126,30 @@ def test_capped_scores_are_not_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.numel()) or one, lambda one: one):
         kernels.sdpa(query, key, value, causal=True, scale=0.3, softcap=0.4)
     assert max(kept, default=0) < B * N * 40 * 40
+
+
+@pytest.mark.parametrize("name", ["plain", *FEATURES])
+def test_segments_are_attended_to_as_rows_of_their_own_with_their_gradients(name: str) -> None:
+    lengths, features = (5, 1, 8, 2), FEATURES.get(name, {})
+    leaves = [one[:1].clone().requires_grad_() for one in tensors(sum(lengths), sum(lengths))]
+    found = kernels.sdpa(*leaves, causal=True, scale=0.3, segments=Segments(lengths, torch.empty(0)), **features)
+    rows = zip(*(one.split(lengths, 2) for one in leaves), strict=True)
+    seen = features.get("window"), features.get("softcap"), features.get("sinks")
+    wanted = torch.cat([featured(*row, *seen) for row in rows], 2)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-13)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    grads, sought = (torch.autograd.grad((out * weight).sum(), leaves) for out in (found, wanted))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(grads, sought, strict=True))
+
+
+def test_no_scores_or_masks_of_a_whole_long_sequence_are_made() -> None:
+    lengths = (64,) * 32
+    leaves = [torch.randn(1, heads, 2048, 8, requires_grad=True) for heads in (2, 1, 1)]
+    with Largest() as largest:
+        for features in ({}, {"window": 20}, {"softcap": 2.0}):
+            segments = Segments(lengths, torch.empty(0))
+            kernels.sdpa(*leaves, causal=True, scale=0.3, segments=segments, **features).sum().backward()
+    assert largest.elements <= 2 * 2048 * 64
 
 
 def test_caps_with_sinks_are_refused() -> None:

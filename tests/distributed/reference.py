@@ -1,5 +1,8 @@
 """The truth every layout is held against: transformers' Qwen3 with peft's adapter, trained by torch's AdamW.
 
+With an adapter it is computed in float64, so that the difference to it is our rounding and not the sum of both sides'.
+Full tuning stays in float32: there some gradients are nothing but rounding, and Adam makes whole steps of them.
+
 Also the only place of these tests that knows how megatron-core's tensors lie relative to transformers': written here
 from the layouts' definitions, on purpose without the package's weight tables.
 
@@ -90,7 +93,7 @@ def build_model(tied: bool) -> Qwen3ForCausalLM:
         rope_theta=10000.0,
         tie_word_embeddings=tied,
         dtype="float32",
-        attn_implementation="eager",
+        attn_implementation="sdpa",  # the eager form rounds its softmax to float32 in any model
     )
     model = Qwen3ForCausalLM(config)
     generator = torch.Generator().manual_seed(5)
@@ -99,6 +102,22 @@ def build_model(tied: bool) -> Qwen3ForCausalLM:
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * drawn if parameter.dim() == 1 else 0.15 * drawn)
     return model.eval()
+
+
+class DoubleNorm(torch.nn.RMSNorm):
+    """transformers' norm in the type of its input: its own rounds to float32 in any model."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__(norm.weight.shape, eps=norm.variance_epsilon)
+        self.weight = norm.weight
+
+
+def in_double(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """The model in float64 throughout, its parameters' values unchanged."""
+    for name, module in list(model.named_modules()):
+        if name.endswith("norm"):
+            model.set_submodule(name, DoubleNorm(module))
+    return model.double()
 
 
 def add_adapter(model: Qwen3ForCausalLM) -> torch.nn.Module:
@@ -170,13 +189,13 @@ def forward(model: torch.nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, to
     return logits, total, int((labels != IGNORE).sum())
 
 
-def optimizer_of(parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
+def optimizer_of(parameters: list[torch.nn.Parameter], epsilon: float = 1e-8) -> torch.optim.AdamW:
     """AdamW; vectors (norms) are not decayed."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=epsilon)
 
 
 @cache
@@ -194,10 +213,10 @@ _holders: list[tempfile.TemporaryDirectory[str]] = []
 @cache
 def reference(tied: bool = False, lora: bool = True, ragged: bool = True, per_token: bool = False) -> Reference:
     """Train the reference; the loss of a step is the mean over its micro-batches of their means, or per token."""
-    base = build_model(tied)
+    base = in_double(build_model(tied)) if lora else build_model(tied)
     model: Any = add_adapter(base) if lora else base
     parameters = [p for p in model.parameters() if p.requires_grad]
-    adapter = by_our_names(base, True, False) if lora else {}
+    adapter = {name: value.astype("float32") for name, value in by_our_names(base, True, False).items()} if lora else {}
     optimizer = optimizer_of(parameters)
     steps = global_batches(ragged)
     logits: list[numpy.ndarray] = []

@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed.cases import Case
 from tests.distributed.compare import assert_exact, results
-from tests.distributed.test_layouts import LAYOUTS, MODULAR, SP
+from tests.distributed.test_layouts import LAYOUTS, MODULAR, PACKED, SP
 
 FIRST_BATCH = [replace(case, steps=1) for case in (*LAYOUTS, *MODULAR)]
 
@@ -19,7 +19,9 @@ def noticed(cases: list[Case], fault: str, where: str) -> list[pytest.param]:
 PARALLEL = [case for case in FIRST_BATCH if case.sequence_parallel]
 FUSED_TENSOR = [case for case in FIRST_BATCH if case.tensor > 1 and case.fused]
 REPLICATED = [case for case in FIRST_BATCH if case.replicas > 1]
+PACKED_ROWS = [replace(case, steps=1) for case in PACKED if case.recompute is None]
 PLANTED = [
+    *(param for fault in ("bound-crossed", "position-reset-late") for param in noticed(PACKED_ROWS, fault, "logits")),
     *noticed([case for case in FIRST_BATCH if case.fused], "gate-and-up-swapped", "logits"),
     *noticed(PARALLEL, "no-sequence-parallel-mark", "gradients .*replicas differ over TP"),
     *noticed([c for c in FUSED_TENSOR if not c.sequence_parallel], "all-reduce-skipped", "logits"),

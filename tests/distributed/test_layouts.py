@@ -8,6 +8,7 @@ from tests.distributed.cases import Case
 from tests.distributed.collectives import totals
 from tests.distributed.compare import assert_exact, gathered, reference_of, results
 from tests.distributed.expected import collectives, parameter_bytes
+from tests.distributed.flat import steps_for
 from tests.distributed.reference import IGNORE
 
 SP = {"tensor": 2, "sequence_parallel": True}
@@ -51,6 +52,14 @@ PER_TOKEN = (
     Case(world=2, per_token=True, pipeline=2),
     Case(world=4, per_token=True, pipeline=2, **SP),
 )
+PACKED = (
+    *(replace(case, packed=True) for case in LAYOUTS),
+    Case(packed=True, recompute="full"),
+    Case(world=2, packed=True, recompute="selective", **SP),
+    Case(world=2, packed=True, recompute="full", **VPP),
+    Case(world=2, packed=True, per_token=True),
+    Case(world=4, packed=True, pipeline=2, recompute="full", fused=False, **SP),
+)
 COMBINED = (
     Case(world=2, distributed_optimizer=True, overlap=True),
     Case(world=2, distributed_optimizer=True, overlap=True, fused=False),
@@ -69,13 +78,14 @@ FUSED_MLP = tuple(
         Case(world=4, virtual_layers=1, pipeline=2, recompute="full", **SP),
     )
 )
-ADAPTERS = (*LAYOUTS, *FUSED_MLP, *MODULAR, *RECOMPUTED, *TIED, *PADDED, *PER_TOKEN, *COMBINED)
+ADAPTERS = (*LAYOUTS, *FUSED_MLP, *MODULAR, *RECOMPUTED, *TIED, *PADDED, *PACKED, *PER_TOKEN, *COMBINED)
 FULL_TUNING = tuple(
     replace(case, lora=False)
     for case in (
         Case(),
         Case(tied=True),
         Case(world=2, **SP),
+        Case(world=2, packed=True, steps=1, **SP),
         Case(world=2, pipeline=2, tied=True),
         Case(world=2, distributed_optimizer=True),
         Case(world=2, distributed_optimizer=True, overlap=True),
@@ -101,7 +111,7 @@ def test_the_bytes_of_parameters_per_rank_follow_from_the_sizes(case: Case) -> N
 
 @every_adapter
 def test_exactly_the_expected_collectives_are_seen(case: Case) -> None:
-    step = reference_of(case).steps[0]
+    (step,) = steps_for(case, reference_of(case).steps[:1])
     for report in results(case):
         assert report.collectives == collectives(case, report.pp, report.dp, step)
 

@@ -13,12 +13,13 @@ from megatron.core import parallel_state
 
 from mindspeed_llm import device
 from mindspeed_llm.checkpoint.formats.hf import HFSource
-from mindspeed_llm.checkpoint.live import load_live
+from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.inference.live import LiveModel
 from mindspeed_llm.models import families, parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.gpt import EngineOptions, build_chunks
+from mindspeed_llm.models.packed import packed_rows
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def live(folder: Path, **engine: Any) -> Iterator[tuple[CausalLM, ModelConfig]]:
         source = HFSource(folder)
         (chunk,) = build_chunks(source.config, options, chosen)
         rank = parallel_state.get_tensor_model_parallel_rank()
-        load_live(dict(chunk.named_parameters()), source, rank, options.tensor, chunk.first_layer)
+        load_live(live_tensors(chunk), source, rank, options.tensor, chunk.first_layer)
         chunk.eval()
         yield chunk, source.config
     finally:
@@ -43,6 +44,23 @@ def logits(rank: int, folder: Path, tokens: numpy.ndarray, **engine: Any) -> num
     with live(folder, **engine) as (chunk, model):
         found = chunk(torch.from_numpy(tokens), None, None, runtime_gather_output=True)
         return found[..., : model.vocab_size].numpy()
+
+
+@torch.no_grad()
+def packed_logits(
+    rank: int, folder: Path, tokens: numpy.ndarray, lengths: Sequence[int], counted: Sequence[int]
+) -> numpy.ndarray:
+    """Logits [sum of lengths, vocabulary] of rows one behind the other.
+
+    Args:
+        tokens: [1, sum of lengths].
+        lengths: tokens that see each other.
+        counted: tokens whose positions are counted together.
+    """
+    with live(folder) as (chunk, model):
+        packed = packed_rows(lengths, counted, torch.device("cpu"))
+        found = chunk(torch.from_numpy(tokens), None, None, packed_seq_params=packed, runtime_gather_output=True)
+        return found[0, :, : model.vocab_size].numpy()
 
 
 def logits_bf16(rank: int, folder: Path, tokens: numpy.ndarray) -> numpy.ndarray:
