@@ -22,6 +22,7 @@ NAMES = {
 FEATURES: dict[str, Callable[[Case], bool]] = {
     "adapter": lambda case: case.lora,
     "fused": lambda case: case.lora and case.fused,
+    "fused MLP": lambda case: case.lora and case.fused_mlp,
     "all weights": lambda case: not case.lora,
     "distributed optimizer": lambda case: case.distributed_optimizer,
     "overlap": lambda case: case.overlap,

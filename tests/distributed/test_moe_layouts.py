@@ -78,7 +78,18 @@ CONTEXT = (
     replace(PADDED, world=4, distributed_optimizer=True, overlap=True),
     replace(PADDED, lora=False, recompute="full"),
 )
-EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT)
+FUSED = (
+    moe(fused=True),
+    moe(world=4, fused=True, expert=2, **SP),
+    moe(world=2, fused=True, expert=2, expert_tensor=1, recompute="full", **SP),
+    moe(world=4, fused=True, expert=2, distributed_optimizer=True, overlap=True),
+    moe(model="qwen3-moe-late", world=2, fused=True, fused_mlp=True, **SP),
+    moe(model="deepseek-v3", world=2, fused=True, expert=2, expert_tensor=1, **SP),
+    moe(model="gpt-oss", world=2, fused=True, **SP),
+    replace(PADDED, fused_mlp=True),
+    replace(PADDED, fused_mlp=True, world=4, **SP),
+)
+EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT, *FUSED)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
