@@ -34,6 +34,12 @@ ALIASES_BY_SCRIPT: dict[str, dict[str, str]] = {
         "convert_to_hf": "to_hf",
         "torch_dtype": "params_dtype",
     },
+    # Megatron's own name of the folder, and transformers' of two options
+    "posttrain_gpt.py": {
+        "data_cache_path": "data_cache_dir",
+        "group_by_length": "length_grouping",
+        "dataloader_num_workers": "num_workers",
+    },
 }
 
 

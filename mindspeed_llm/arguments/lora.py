@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from mindspeed_llm.arguments.schema import option
 from mindspeed_llm.errors import UsageError
 
-TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+TARGET_MODULES = (
+    "linear_qkv",
+    "linear_proj",
+    "linear_fc1",
+    "linear_fc2",
+    "linear_q_proj",
+    "linear_q_down_proj",
+    "linear_q_up_proj",
+    "linear_kv_down_proj",
+    "linear_kv_up_proj",
+)
 
 
 @dataclass

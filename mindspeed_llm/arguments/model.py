@@ -37,6 +37,9 @@ class ModelOptions:
     untie_embeddings_and_output_weights: bool | None = option(
         None, help="Whether the output layer has its own weights instead of the embedding's."
     )
+    num_experts: int | None = option(None, help="Number of experts in a layer that has them.")
+    moe_router_topk: int | None = option(None, help="Experts that each token goes to.")
+    moe_ffn_hidden_size: int | None = option(None, help="Width of one expert.")
     vocab_size: int | None = option(None, help="Rows of the embedding in the HF model.")
     padded_vocab_size: int | None = option(None, help="Rows of the embedding after padding.")
     make_vocab_size_divisible_by: int | None = option(

@@ -22,9 +22,11 @@ class ParallelOptions:
     sequence_parallel: bool = option(
         False, help="Cut the sequence over the TP processes outside the matrix products; has no effect at TP 1."
     )
-    context_parallel_size: int = option(1, help="Processes over which a sequence is cut (CP); only 1 yet.")
+    context_parallel_size: int = option(
+        1, help="Processes over which a sequence is cut (CP), in training; each has an early and a late piece."
+    )
     expert_model_parallel_size: int = option(
-        1, help="Processes over which experts are spread (EP); only 1 in training yet.", unit="processes"
+        1, help="Processes over which experts are spread (EP); must divide the number of experts.", unit="processes"
     )
     expert_tensor_parallel_size: int | None = option(
         None,
@@ -41,12 +43,10 @@ class ParallelOptions:
 
     def check(self) -> None:
         """Raise UsageError for sizes that are not supported and options that need another one."""
-        sizes = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+        sizes = ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")
         for name in (f"{one}_parallel_size" for one in sizes):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if self.context_parallel_size != 1:
-            raise UsageError(f"--context-parallel-size {self.context_parallel_size}: only 1 is supported yet")
         layers = self.num_layers_per_virtual_pipeline_stage
         if layers is not None and self.pipeline_model_parallel_size < 2:
             raise UsageError(

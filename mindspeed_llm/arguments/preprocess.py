@@ -3,19 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mindspeed_llm.arguments.rows import RowOptions
 from mindspeed_llm.arguments.schema import Program, group, option
 from mindspeed_llm.arguments.sources import SourceOptions
 from mindspeed_llm.arguments.tokenizer import THINKING_MODES, TOKENIZER_TYPES
 from mindspeed_llm.errors import UsageError
 
-COUNTS = (
-    "workers", "n_subs", "log_interval", "seq_length", "max_length", "max_chars_per_row", "num_shards",
-    "pad_to_multiple_of",
-)  # fmt: skip
-
 
 @dataclass
-class PreprocessOptions(Program):
+class PreprocessOptions(RowOptions, Program):
     """Make training files from rows: json, jsonl or parquet to <prefix>_packed_*_document.bin and .idx.
 
     Every row that is dropped or cut is counted by its reason and listed in <prefix>_report.json.
@@ -28,17 +24,10 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
     --prompt-type qwen3 --enable-thinking true --workers 4
 """
 
-    sources: SourceOptions = group(SourceOptions)
-    input: str | None = option(
-        None, help="File of rows, or a folder of such files; with --merge-group-keys the folder of the files to merge."
-    )
     output_prefix: str | None = option(
         None, help="Path and first part of the name of the files written; folders are made."
     )
     tokenizer_name_or_path: str | None = option(None, help="Folder of the HF tokenizer.")
-    handler_name: str | None = option(
-        None, help="How a row is read, e.g. AlpacaStyleInstructionHandler; left out, rows are running text."
-    )
     prompt_type: str | None = option(
         None, help="Name of the prompt template, e.g. qwen3; hf for the tokenizer's own chat template."
     )
@@ -52,23 +41,6 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
         "closes the prompt of answers without.",
         choices=THINKING_MODES,
     )
-    map_keys: str | None = option(
-        None, help='Columns of the rows as JSON, e.g. {"prompt":"question","response":"answer","history":"history"}.'
-    )
-    json_keys: list[str] = option(
-        ["text"], help="Columns of running text, each written to files of its own.", nargs="+"
-    )
-    dataset_additional_keys: list[str] = option(
-        [], help="For the R1 handlers: columns that become fields of their own; labels is the last answer.", nargs="*"
-    )
-    compat: str | None = option(
-        None,
-        help="upstream: its tokens, slot by slot, with its cutting, packing order and treatment of bad rows.",
-        choices=("upstream",),
-    )
-    allow_control_tokens: bool = option(
-        False, help="Let text of users, systems and tools that spells a control token become that token."
-    )
     pad_to_multiple_of: int = option(1, help="Fill documents of running text up to a multiple of this.", unit="tokens")
     tokenizer_type: str = option("PretrainedFromHF", help="Kind of tokenizer.", choices=TOKENIZER_TYPES)
     seq_length: int | None = option(
@@ -76,31 +48,6 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
         help="Longest row; longer ones are cut, unless --max-length says otherwise. Left out, rows keep their length.",
         unit="tokens",
     )
-    max_length: int | None = option(
-        None, help="Longest row; what becomes of a longer one says --truncation-strategy.", unit="tokens"
-    )
-    truncation_strategy: str = option(
-        "delete",
-        help="Rows longer than --max-length: delete leaves them out, left cuts their beginning off, right their end.",
-        choices=("delete", "left", "right"),
-    )
-    system: str | None = option(None, help="System text of rows that bring none.")
-    mask_history: bool = option(False, help="Train only the last answer of a conversation.")
-    train_on_prompt: bool = option(False, help="Train prompts too, not only answers.")
-    on_bad_row: str = option(
-        "auto",
-        help="Rows that cannot be used. error: stop at the first; skip: pass over, count and list them; auto: skip, "
-        "but refuse the input when more than 1 % of its rows and at least 10 are bad.",
-        choices=("auto", "error", "skip"),
-    )
-    max_chars_per_row: int = option(
-        2_000_000, help="Rows with more text are left out before they are tokenised.", unit="characters"
-    )
-    append_eod: bool = option(False, help="Add the end-of-document token after each row.")
-    pack: bool = option(False, help="Join rows into sequences of --seq-length.")
-    neat_pack: bool = option(False, help="With --pack: number the joined rows in the attention mask.")
-    workers: int = option(1, help="Processes that tokenise; the result does not depend on it.", unit="processes")
-    n_subs: int = option(1, help="Parts that --pack packs each on its own.", unit="parts")
     log_interval: int = option(100, help="Rows between log lines, at most one a second.", unit="rows")
     split: str | None = option(
         None,
@@ -127,13 +74,12 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
     )
     seed: int = option(1234, help="Seed where rows are mixed or sampled.")
     overwrite: bool = option(False, help="Replace existing files of the same prefix.")
+    sources: SourceOptions = group(SourceOptions)
 
     def check(self) -> None:
         """Raise UsageError for counts below one and for options that need others or contradict them."""
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        super().check()
+        self.check_counts("log_interval", "seq_length", "num_shards", "pad_to_multiple_of")
         self._check_mode()
         self._check_lengths()
         if self.inspect is None:

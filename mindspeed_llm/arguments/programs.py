@@ -1,6 +1,6 @@
 """The programs that build the live model, each composed of groups of options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from mindspeed_llm.arguments.checkpoint import CheckpointOptions, LoadOptions
@@ -8,6 +8,7 @@ from mindspeed_llm.arguments.convert import ConvertOptions
 from mindspeed_llm.arguments.data import DataOptions
 from mindspeed_llm.arguments.device import DeviceOptions
 from mindspeed_llm.arguments.evaluation import EvaluationOptions
+from mindspeed_llm.arguments.experts import ExpertOptions
 from mindspeed_llm.arguments.generation import GenerationOptions
 from mindspeed_llm.arguments.logging import LoggingOptions
 from mindspeed_llm.arguments.lora import LoraOptions
@@ -15,7 +16,9 @@ from mindspeed_llm.arguments.model import ModelOptions
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.arguments.parallel import ParallelOptions
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
+from mindspeed_llm.arguments.rows import RowOptions
 from mindspeed_llm.arguments.schema import Program, group, option
+from mindspeed_llm.arguments.sources import SourceOptions
 from mindspeed_llm.arguments.tokenizer import TokenizerOptions
 from mindspeed_llm.arguments.training import TrainingOptions
 from mindspeed_llm.errors import UsageError
@@ -43,11 +46,39 @@ torchrun --nproc_per_node 2 posttrain_gpt.py --stage sft --finetune --bf16 \\
     parallel: ParallelOptions = group(ParallelOptions)
     tokenizer: TokenizerOptions = group(TokenizerOptions)
     data: DataOptions = group(DataOptions)
+    sources: SourceOptions = group(SourceOptions)
+    rows: RowOptions = group(RowOptions)
     training: TrainingOptions = group(TrainingOptions)
+    experts: ExpertOptions = group(ExpertOptions)
     optimizer: OptimizerOptions = group(OptimizerOptions)
     lora: LoraOptions = group(LoraOptions)
     checkpoint: CheckpointOptions = group(CheckpointOptions)
     logging: LoggingOptions = group(LoggingOptions)
+
+    @property
+    def raw_rows(self) -> bool:
+        """Whether rows are named as they are, to be prepared inside training."""
+        return self.rows.input is not None or bool(self.sources.dataset)
+
+    def check(self) -> None:
+        """Raise UsageError for rows named twice, and for options of raw rows where there are none."""
+        prepared = "--data-path" if self.data.data_path else "--train-data-path"
+        if self.raw_rows and (self.data.data_path or self.data.train_data_path):
+            named = "--dataset" if self.sources.dataset else "--input"
+            raise UsageError(f"{named} names raw rows and {prepared} prepared ones; give one of the two")
+        if self.rows.input is not None and self.sources.dataset:
+            raise UsageError("--input and --dataset both name the rows; give one of the two")
+        if self.raw_rows:
+            return
+        # upstream's training scripts repeat these of preprocessing; the data's own report decides
+        repeated = {"neat_pack", "pack", "dataset_additional_keys"}
+        for group_ in (self.rows, self.sources):
+            for one in fields(group_):
+                if one.name not in repeated and getattr(group_, one.name) != getattr(type(group_)(), one.name):
+                    raise UsageError(
+                        f"--{one.name.replace('_', '-')} is about raw rows, which --dataset or --input name; "
+                        f"{prepared} names rows that are prepared already"
+                    )
 
 
 @dataclass

@@ -19,7 +19,7 @@ class SourceOptions:
         help="Several sources instead of --input, each path[:subset][#count]: a file, a folder, an id on the Hugging "
         "Face hub, or self-cognition. The count draws rows by --seed; beyond the source's size it repeats them. "
         "Without --handler-name the columns of each source tell its format.",
-        nargs="+",
+        nargs="*",
     )
     mix_strategy: str = option(
         "concat",
@@ -28,7 +28,7 @@ class SourceOptions:
         choices=("concat", "interleave_under", "interleave_over"),
     )
     interleave_probs: list[str] = option(
-        [], help="Shares of the sources in an interleaved mixture; left out, equal ones.", nargs="+"
+        [], help="Shares of the sources in an interleaved mixture; left out, equal ones.", nargs="*"
     )
     dataset_dir: str | None = option(
         None, help="For LlamaFactoryInstructionHandler: folder of dataset_info.json, whose entries --input names."
@@ -37,9 +37,9 @@ class SourceOptions:
         None, help="For LlamaFactoryInstructionHandler: rows drawn of each entry at most.", unit="rows"
     )
     model_name: list[str] = option(
-        [], help="For self-cognition: the model's name, or two names (Chinese, English).", nargs="+"
+        [], help="For self-cognition: the model's name, or two names (Chinese, English).", nargs="*"
     )
-    model_author: list[str] = option([], help="For self-cognition: its maker, one or two likewise.", nargs="+")
+    model_author: list[str] = option([], help="For self-cognition: its maker, one or two likewise.", nargs="*")
 
     def check_used(self, single: str | None, handler: str | None) -> None:
         """Raise UsageError for options of sources that the run does not have.

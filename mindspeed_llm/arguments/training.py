@@ -44,9 +44,9 @@ class TrainingOptions:
         None, help="Layers per group (uniform) or layers recomputed per stage (block).", unit="layers"
     )
     eval_interval: int = option(1000, help="Steps between validations (Megatron's default).", unit="steps")
-    eval_iters: int = option(
-        100,
-        help="Global batches per validation; 0 turns it off, and so does a --split without validation rows.",
+    eval_iters: int | None = option(
+        None,
+        help="Global batches per validation, from the first; left out, all validation rows; 0 turns it off.",
         unit="batches",
     )
 
@@ -61,7 +61,16 @@ class TrainingOptions:
             raise UsageError("--bf16 and --fp32 contradict each other; give one of the two")
         if self.train_iters is not None and self.epochs is not None:
             raise UsageError(f"--train-iters {self.train_iters} and --epochs {self.epochs} both set the length")
-        for name in ("micro_batch_size", "global_batch_size", "train_iters", "epochs", "recompute_num_layers"):
+        if self.eval_iters is not None and self.eval_iters < 0:
+            raise UsageError(f"--eval-iters {self.eval_iters}: must not be negative")
+        for name in (
+            "micro_batch_size",
+            "global_batch_size",
+            "train_iters",
+            "epochs",
+            "recompute_num_layers",
+            "eval_interval",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")

@@ -55,7 +55,7 @@ ACCEPTED: dict[str, Accepted] = {
     "loss_scale_window": Accepted(_HALF, 1),
     "hysteresis": Accepted(_HALF, 1),
     "distributed_backend": Accepted("--device decides between nccl, hccl and gloo", 1, ("nccl", "hccl", "gloo")),
-    "no_shared_storage": Accepted("no index cache is written beside the data"),
+    "no_shared_storage": Accepted("only training keeps a cache on disk"),
     "no_async_tensor_model_parallel_allreduce": Accepted(_COMMUNICATION),
     "no_overlap_p2p_communication": Accepted(_COMMUNICATION),
     "variable_seq_lengths": Accepted("pipeline stages always exchange batches at their own length"),
@@ -64,6 +64,9 @@ ACCEPTED: dict[str, Accepted] = {
     "tokenizer_not_use_fast": Accepted("the tokenizer.json of the model is used; its tokens are the same"),
     "tokenizer_padding_side": Accepted("batches are padded on the right", 1, ("right",)),
     "vocab_file": Accepted("the tokenizer comes from the model folder", 1, ("None", "none")),
+    "moe_grouped_gemm": Accepted("experts are computed one after another, with the same result"),
+    "moe_permutation_async_comm": Accepted(_COMMUNICATION),
+    "moe_token_dispatcher_type": Accepted(_COMMUNICATION, 1, ("alltoall", "allgather", "alltoall_seq")),
     "manual_gc": Accepted("garbage collection needs no steering here"),
     "manual_gc_interval": Accepted("garbage collection needs no steering here", 1),
 }
@@ -101,7 +104,6 @@ ACCEPTED_BY_SCRIPT: dict[str, dict[str, Accepted]] = {
     },
 }
 
-_MOE = "mixture-of-experts models are not supported yet"
 _QLORA = "4-bit base weights are not supported; LoRA on bf16 weights needs no conversion flag"
 _LU = "LU-LoRA's local update rule is not implemented; use LoRA"
 _LAYERS = "layers are divided evenly over the stages; choose a pipeline size that divides them"
@@ -118,12 +120,9 @@ REFUSED: dict[str, str] = {
     "lu_lora_lr": _LU,
     "lu_lora_lr_ratio": _LU,
     "lora_modules_to_save": "only the adapters are trained; leave it out (upstream ignored it)",
-    "num_experts": _MOE,
-    "moe_grouped_gemm": _MOE,
-    "moe_tp_extend_ep": _MOE,
+    "moe_tp_extend_ep": "give --expert-tensor-parallel-size 1, and --expert-model-parallel-size TP x EP instead",
     "mla_mm_split": "latent attention's up projections are kept whole, as training here wants them; leave it out",
     "add_output_layer_bias": "no supported family's output layer has a bias; leave it out",
-    "moe_router_topk": _MOE,
     "num_layer_list": _LAYERS,
     "noop_layers": _LAYERS,
     "load_from_legacy": _LEGACY,

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mindspeed_llm.data.dataset import RowSource, Sample
 from mindspeed_llm.errors import InputError, UsageError
 
 
-def parse_data_path(words: Sequence[str]) -> tuple[list[float], list[str]]:
+def parse_data_path(words: Sequence[str], flag: str = "--data-path") -> tuple[list[float], list[str]]:
     """(weights, prefixes) of `--data-path`: prefixes alone, or a weight before each of them.
 
     The weights are empty where none are given, and else sum to one.
@@ -21,10 +20,10 @@ def parse_data_path(words: Sequence[str]) -> tuple[list[float], list[str]]:
         return [], list(words)
     given = " ".join(words)
     if len(words) % 2 or any(n is None for n in numbers[0::2]) or any(n is not None for n in numbers[1::2]):
-        raise UsageError(f"--data-path {given}: give a weight before every prefix, such as 0.3 FIRST 0.7 SECOND")
+        raise UsageError(f"{flag} {given}: give a weight before every prefix, such as 0.3 FIRST 0.7 SECOND")
     weights = [number for number in numbers[0::2] if number is not None]
     if min(weights) <= 0 or not np.isfinite(weights).all():
-        raise UsageError(f"--data-path {given}: weights must be above 0")
+        raise UsageError(f"{flag} {given}: weights must be above 0")
     return [weight / sum(weights) for weight in weights], list(words[1::2])
 
 
@@ -35,49 +34,64 @@ def _number(word: str) -> float | None:
         return None
 
 
-class BlendedDataset:
-    """Rows of several sources, as many of each as its weight says.
+class Blend:
+    """Which rows a pass reads of several data sets that stand one after the other, as many of each as its weight says.
 
-    One pass through the blend has as many rows as the sources have together. A source that has fewer rows than its
-    share comes in whole passes and a drawn part of another; one that has more, in a drawn part. `passes` draws other
-    rows for the next pass, so that nothing of a large source is left out for good.
+    A pass has as many rows as the data sets have together. Each data set is gone through pass after pass in an order
+    of its own, and a pass of the blend takes up where the one before has stopped: at any moment of the run no row of a
+    data set has been read more often than another by more than one, and nothing of a large one is left out for good.
 
     Attributes:
-        counts: [sources] int64, rows of each in one pass.
-        lengths: [rows] int32, tokens of each row.
+        sizes, weights: rows and share of each data set.
+        counts: [data sets] int64, rows of each in one pass.
     """
 
-    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], seed: int, passes: int = 0) -> None:
-        """Args: weights: one above zero per source; passes: number of the pass, from 0.
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool = True) -> None:
+        """Args:
+            sizes: rows of each data set.
+            weights: one above zero for each; they need not sum to one.
+            shuffle: False takes each data set's rows in their order.
 
         Raises:
-            InputError: a source has no rows.
-            UsageError: not one weight per source.
+            InputError: a data set has no rows.
+            UsageError: not one weight per data set.
         """
-        if len(sources) != len(weights) or any(weight <= 0 for weight in weights):
-            raise UsageError(f"{len(sources)} data sets are blended with the weights {list(weights)}; one above 0 each")
-        empty = [number for number, source in enumerate(sources) if not len(source)]
+        if len(sizes) != len(weights) or any(weight <= 0 for weight in weights):
+            raise UsageError(f"{len(sizes)} data sets are blended with the weights {list(weights)}; one above 0 each")
+        empty = [number for number, size in enumerate(sizes) if not size]
         if empty:
             raise InputError(f"data set {empty[0] + 1} of the blend holds no rows")
-        self.sources = list(sources)
-        self.counts = shares_of(sum(len(source) for source in sources), weights)
-        drawn = [
-            _draw(len(source), count, np.random.default_rng([seed, passes, number]))
-            for number, (source, count) in enumerate(zip(sources, self.counts.tolist(), strict=True))
-        ]
-        self.part = np.repeat(np.arange(len(sources), dtype=np.int16), self.counts)
-        self.row = np.concatenate(drawn)
-        lengths = [np.asarray(source.lengths)[rows] for source, rows in zip(sources, drawn, strict=True)]
-        self.lengths = np.concatenate(lengths)
+        self.sizes, self.weights, self.seed, self.shuffle = list(sizes), list(weights), seed, shuffle
+        self.counts = shares_of(sum(sizes), weights)
 
     def __len__(self) -> int:
-        return len(self.row)
+        """Rows of one pass."""
+        return sum(self.sizes)
 
-    def __getitem__(self, row: int) -> Sample:
-        """Row `row` of the blend."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        return self.sources[int(self.part[row])][int(self.row[row])]
+    def rows(self, number: int) -> np.ndarray:
+        """[len] int64, rows of pass `number` (from 0), the data sets spread evenly over it."""
+        starts = np.cumsum([0, *self.sizes[:-1]])
+        drawn = [start + self._stretch(part, number) for part, start in enumerate(starts.tolist())]
+        place = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts.tolist()])
+        return np.concatenate(drawn)[np.argsort(place, kind="stable")]
+
+    def _stretch(self, part: int, number: int) -> np.ndarray:
+        """[counts[part]] rows of one data set that pass `number` of the blend reads."""
+        size, count = self.sizes[part], int(self.counts[part])
+        first, begin = divmod(number * count, size)
+        last, end = divmod((number + 1) * count, size)
+        if first == last:
+            return self._order(part, first)[begin:end]
+        # passes that lie within this one whole are shuffled with it; only the cut ones must be continued exactly
+        whole = np.tile(np.arange(size), last - first - 1)
+        tail = self._order(part, last)[:end] if end else np.zeros(0, np.int64)
+        return np.concatenate([self._order(part, first)[begin:], whole, tail])
+
+    def _order(self, part: int, number: int) -> np.ndarray:
+        """[sizes[part]] rows of a data set in the order of its own pass `number`."""
+        if not self.shuffle:
+            return np.arange(self.sizes[part])
+        return np.random.default_rng([self.seed, number, part]).permutation(self.sizes[part])
 
 
 def shares_of(total: int, weights: Sequence[float]) -> np.ndarray:
@@ -91,10 +105,3 @@ def shares_of(total: int, weights: Sequence[float]) -> np.ndarray:
         counts[part] += 1
         counts[np.argmax(counts)] -= 1
     return counts
-
-
-def _draw(size: int, count: int, random: np.random.Generator) -> np.ndarray:
-    """[count] rows of a source, ascending: whole passes, and the rest drawn without replacement."""
-    full, rest = divmod(count, size)
-    drawn = random.choice(size, rest, replace=False, shuffle=False) if rest else np.zeros(0, np.int64)
-    return np.sort(np.concatenate([np.tile(np.arange(size), full), drawn]))

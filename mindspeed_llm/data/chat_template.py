@@ -29,6 +29,7 @@ from mindspeed_llm.errors import InputError, UsageError
 BREAK = "\ufdd1"  # a noncharacter put into control tokens that are to stay text, until they are marked
 ONLY_LAST = "only the last answer is trained: the chat template writes earlier turns otherwise once others follow"
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+ANSWERS = ("assistant", "function")
 ROLES = {"user": "user", "assistant": "assistant", "function": "assistant", "observation": "tool"}
 EXAMPLE = (Message(role="user", content="a"), Message(role="assistant", content="b"))
 Span = tuple[int, int]
@@ -186,16 +187,18 @@ class HfEncoder(ChatEncoder):
     def _trained(self, row: Conversation, only_last: bool) -> tuple[str, list[Span], str]:
         """A conversation's text, the trained spans of it in characters, and a remark."""
         text, generated = self._render(row, self.thinking)
-        answers = [n for n, message in enumerate(row.messages) if message["role"] in ("assistant", "function")]
+        answers = [n for n, message in enumerate(row.messages) if message["role"] in ANSWERS]
         if self.answer_marks is not None:
             opening, closing = map(re.escape, self.answer_marks)
             generated = [found.span() for found in re.finditer(f"{opening}.*?{closing}", text, re.DOTALL)]
         elif not self.chat.marks_answers:
             return self._added(row, text, answers[-1:] if only_last else answers)
+        flags = [row.messages[n].get("train") is not False for n in answers]
         if len(generated) == len(answers):
-            flags = [row.messages[n].get("train") is not False for n in answers]
             return text, [span for span, flag in zip(generated, flags, strict=True) if flag], ""
-        return text, generated, ""
+        if all(flags):
+            return text, generated, ""
+        return text, generated[-1:] if flags[-1] else [], ONLY_LAST  # which part is which answer cannot be told
 
     def _added(self, row: Conversation, text: str, answers: Sequence[int]) -> tuple[str, list[Span], str]:
         """The spans that each answer's turn adds to what precedes it, checked to be a beginning of the whole."""
@@ -345,7 +348,7 @@ def _calls(message: Message) -> list[Call]:
 
 def _untrained(messages: Sequence[Message]) -> list[Message]:
     """The messages, none of them trained."""
-    return [{**message, "train": False} if message["role"] == "assistant" else message for message in messages]
+    return [{**message, "train": False} if message["role"] in ANSWERS else message for message in messages]
 
 
 def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mindspeed_llm.data.word_table import word_table
 from mindspeed_llm.errors import InputError
 
 MARK = "\ufdd0"  # a noncharacter: valid in strings, meant for use within a program
@@ -121,6 +122,9 @@ class MarkedTokenizer:
         self._same_ids = bool((self.ids == np.arange(len(self.ids))).all())
         self._of_normal = self._without_normalizer()
         self._check(rust, spelling, [token.content for _, token in added])
+        takes_space = any(token.lstrip or token.rstrip or token.single_word for _, token in added)
+        marked = {mark: self.inner.token_to_id(mark) for mark in spelling.marks.values()}
+        self._table = None if takes_space else word_table(self._of_normal, _MARKED.pattern, marked)
 
     def _check(self, rust: Any, spelling: Spelling, tokens: Sequence[str]) -> None:
         """Raise unless both tokenizers agree on every control token between words."""
@@ -153,32 +157,54 @@ class MarkedTokenizer:
         """See `Marked`. A token that holds bytes on both sides of a boundary belongs to both."""
         if self._lengths is None:
             return self._by_offsets(texts, spans)
-        # a text the normaliser would change has no tokens here: its size tells it from the others below
-        normal = [text if self._is_normal(text) else "" for text in texts]
-        encoded = [row.ids for row in self._of_normal.encode_batch_fast(normal, add_special_tokens=False)]
-        counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        raw = np.concatenate([np.fromiter(row, np.int32, len(row)) for row in encoded] or [np.zeros(0, np.int32)])
-        rows = np.concatenate([[0], np.cumsum(counts)])  # where each row begins, in tokens
-        places = np.zeros(len(raw) + 1, np.int64)  # where each token begins, in bytes
-        np.cumsum(self._lengths[raw], out=places[1:])
+        sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], np.int64)
+        encoded = self._by_words(texts)
+        raw, rows, places = self._gathered(encoded)
+        others = np.flatnonzero(np.diff(places[rows]) != sizes).tolist()
+        if others:
+            # a text the normaliser would change has no tokens here, which tells it from the others below
+            normal = [texts[n] if self._is_normal(texts[n]) else "" for n in others]
+            found = self._of_normal.encode_batch_fast(normal, add_special_tokens=False)
+            for n, ids in zip(others, (row.ids for row in found), strict=True):
+                encoded[n] = np.fromiter(ids, np.int32, len(ids)).tobytes()
+            raw, rows, places = self._gathered(encoded)
         begins = places[rows]
         turns = np.fromiter(map(len, spans), np.int64, len(spans))
         bounds = np.array([span for row in spans for span in row], np.int64).reshape(-1, 2)
         bounds += np.repeat(begins[:-1], turns)[:, None]
-        found = (_token_spans(places, bounds) - np.repeat(rows[:-1], turns)[:, None]).tolist()
-        sizes = np.diff(begins).tolist()
-        ids = raw if self._same_ids else self.ids[raw]
-        edges = rows.tolist()
-        results: list[tuple[Any, list[Span]]] = []
+        told = (_token_spans(places, bounds) - np.repeat(rows[:-1], turns)[:, None]).tolist()
+        ids, edges = raw if self._same_ids else self.ids[raw], rows.tolist()
+        exact = (np.diff(begins) == sizes).tolist()
+        results: list[tuple[Any, list[Span] | None]] = []
         at = 0
-        for n, (text, row) in enumerate(zip(texts, spans, strict=True)):
-            if sizes[n] == (len(text) if text.isascii() else len(text.encode())):
-                token_spans = [(start, stop) for start, stop in found[at : at + len(row)]]
+        for n, row in enumerate(spans):
+            if exact[n]:
+                token_spans = [(start, stop) for start, stop in told[at : at + len(row)]]
                 results.append((ids[edges[n] : edges[n + 1]], token_spans))
             else:
-                results += self._by_offsets([text], [row])
+                results += self._by_offsets([texts[n]], [row])
             at += len(row)
         return results
+
+    def _by_words(self, texts: Sequence[str]) -> list[bytes | None]:
+        """Ids of each text by the table of words, None where that is not known to be right."""
+        if self._table is None:
+            return [None] * len(texts)
+        if self.inner.normalizer is None:
+            return self._table.encode(texts)
+        normal = [text if self._is_normal(text) else "" for text in texts]
+        return self._table.encode(normal)
+
+    def _gathered(self, encoded: Sequence[bytes | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of all texts [tokens], where each text begins in them [texts + 1], where each token begins in bytes of
+        text [tokens + 1]."""
+        raw = np.frombuffer(b"".join(row or b"" for row in encoded), np.int32)
+        counts = np.array([len(row) // 4 if row else 0 for row in encoded], np.int64)
+        rows = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum(counts, out=rows[1:])
+        places = np.zeros(len(raw) + 1, np.int64)
+        np.cumsum(self._lengths[raw], out=places[1:])
+        return raw, rows, places
 
     def _is_normal(self, text: str) -> bool:
         """Whether the normaliser leaves the text as it is."""

@@ -56,9 +56,9 @@ class IndexedDataset:
         self._ends = np.cumsum([len(part["input_ids"]) for part in self._parts])
 
     @property
-    def report(self) -> dict[str, Any] | None:
-        """The first prefix' report, None when it has none."""
-        return self.reports[0]
+    def sizes(self) -> list[int]:
+        """Rows of each prefix."""
+        return [len(part["input_ids"]) for part in self._parts]
 
     @property
     def neat_packed(self) -> bool:
@@ -134,7 +134,9 @@ def split_dataset(data: IndexedDataset, split: str) -> tuple[Subset, Subset, Sub
 
 def _open_fields(prefix: Path) -> dict[str, IndexedFile]:
     """The indexed files of a prefix by field, checked to belong together."""
-    base = _base_of(prefix)
+    base = find_base(prefix)
+    if base is None:
+        raise _missing(prefix)
     fields = {}
     for field in (*REQUIRED_FIELDS, "attention_mask"):
         file = Path(f"{base}_{field}_document")
@@ -150,8 +152,8 @@ def _open_fields(prefix: Path) -> dict[str, IndexedFile]:
     return fields
 
 
-def _base_of(prefix: Path) -> Path:
-    """`<prefix>_packed`, also when the prefix was given with that ending, or as one of the files."""
+def find_base(prefix: Path) -> Path | None:
+    """`<prefix>_packed`, also when the prefix was given with that ending or as one of its files; None without files."""
     name = prefix.name
     for kind in (".bin", ".idx"):
         name = name.removesuffix(kind)
@@ -160,9 +162,14 @@ def _base_of(prefix: Path) -> Path:
     for base in (f"{name}_packed", name):
         if any((prefix.parent / f"{base}_{field}_document.idx").exists() for field in REQUIRED_FIELDS):
             return prefix.parent / base
+    return None
+
+
+def _missing(prefix: Path) -> InputError:
+    """The error for a prefix without files, naming those that there are."""
     if not prefix.parent.is_dir():
-        raise InputError(f"no data {prefix}: the folder {prefix.parent} does not exist")
+        return InputError(f"no data {prefix}: the folder {prefix.parent} does not exist")
     ending = "_packed_input_ids_document.idx"
     there = sorted(f.name.removesuffix(ending) for f in prefix.parent.iterdir() if f.name.endswith(ending))
     found = f"prefixes there: {', '.join(there[:8])}" if there else "that folder holds no preprocessed data"
-    raise InputError(f"no data {prefix}{ending} ({found}); --data-path is the --output-prefix of preprocess_data.py")
+    return InputError(f"no data {prefix}{ending} ({found}); --data-path is the --output-prefix of preprocess_data.py")

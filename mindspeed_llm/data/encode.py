@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindspeed_llm.data.cutting import Pair
-from mindspeed_llm.data.layout import CONTENT, THINKING, Block, Special, Template, Thinking, Turn
+from mindspeed_llm.data.layout import CONTENT, TEXT, THINKING, Block, Special, Template, Thinking, Turn
 from mindspeed_llm.data.messages import Conversation, Message, PlainTurns, Preference
-from mindspeed_llm.data.plain_turns import plain_row
+from mindspeed_llm.data.plain_turns import as_turns, plain_row
 from mindspeed_llm.data.slots import SlotEncoder
 from mindspeed_llm.data.tokenizer import Tokenizer
 from mindspeed_llm.data.upstream import as_upstream
@@ -181,18 +181,22 @@ class ChatEncoder:
         Args:
             only_last: nothing but the last answer will be trained, so that what precedes it can be as in a prompt.
         """
-        chats = [row for row in rows if isinstance(row, Conversation)]
-        turns = [self._turns(row, only_last) for row in chats]
-        laid_out = iter(self._way.tokenize(turns) if turns else [])
-        return [
-            self._training_row(row, next(laid_out), limits)
-            if isinstance(row, Conversation)
-            else self._plain(row, limits)
-            for row in rows
-        ]
+        turns = [self._turns(row, only_last) for row in rows]
+        laid_out = iter(self._way.tokenize([row for row in turns if row is not None]) if any(turns) else [])
+        encoded = []
+        for row, whole in zip(rows, turns, strict=True):
+            laid = None if whole is None else next(laid_out)
+            if isinstance(row, Conversation) and laid is not None:
+                encoded.append(self._training_row(row, laid, limits))
+            elif isinstance(row, PlainTurns):
+                encoded.append(self._plain(row, laid, limits))
+        return encoded
 
-    def _turns(self, row: Conversation, only_last: bool) -> list[Turn]:
-        """A row's turns; just one where the others are not trained and have thoughts that prompts leave out."""
+    def _turns(self, row: Conversation | PlainTurns, only_last: bool) -> Sequence[Turn] | None:
+        """The turns of a row that is tokenised as one text, None for other ones; of conversations just one where the
+        others are not trained and have thoughts that prompts leave out."""
+        if isinstance(row, PlainTurns):
+            return as_turns(row) if row.whole and not self.upstream else None
         as_prompt = only_last and self.template.uses_thinking and not self.upstream
         if as_prompt and row.messages[-1].get("train") is not False:
             return [self.template.final_turn(row.messages, row.system, self.thinking, row.tools)]
@@ -244,8 +248,7 @@ class ChatEncoder:
         """Ids of texts as they are, whatever stands in them; control tokens are text unless in `compat`."""
         if self.upstream:
             return self.tokenizer.encode_batch(texts)
-        rows: list[Sequence[Turn]] = [[([Block(CONTENT, ((text, "text"),))], [])] for text in texts]
-        return [laid.ids for laid in self._way.tokenize(rows)]
+        return self._pieces(texts)
 
     def _training_row(self, row: Conversation, laid: Laid, limits: Limits) -> Encoded:
         """A row of a conversation; messages that say so are not trained."""
@@ -261,9 +264,18 @@ class ChatEncoder:
             encoded.spans = kept
         return encoded
 
-    def _plain(self, row: PlainTurns, limits: Limits) -> Encoded:
-        ids, spans, eos_at = plain_row(row, self.tokenizer, self.eos_id)
+    def _plain(self, row: PlainTurns, laid: Laid | None, limits: Limits) -> Encoded:
+        """A row that its handler lays out, `laid` where it has been tokenised as one text."""
+        if laid is not None:
+            return self._join(laid, limits, template_ends=False)
+        encode = self.tokenizer.encode_batch if self.upstream else self._pieces
+        ids, spans, eos_at = plain_row(row, encode, self.eos_id)
         return self._join(Laid(ids, spans), limits, eos_at, template_ends=False)
+
+    def _pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, control tokens in them being text."""
+        rows: list[Sequence[Turn]] = [[([Block(CONTENT, ((text, TEXT),))], [])] for text in texts]
+        return [[int(i) for i in laid.ids] for laid in self._way.tokenize(rows)]
 
     def _join(self, laid: Laid, limits: Limits, eos_at: Sequence[int] = (), template_ends: bool = True) -> Encoded:
         """One row from its turns: cut, with its trained spans and what ends it."""

@@ -22,6 +22,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 INDEX_BLOCK = 1 << 16  # sequences whose index entries are made at once
 BLOCK_TOKENS = 1 << 20  # tokens that `RowFile.blocks` puts together
+BLOCK_ROWS = 1 << 13  # and rows, of which Python makes objects
 # code -> element type, as Megatron numbers them
 ELEMENT_TYPES: dict[int, np.dtype] = {
     1: np.dtype("u1"),
@@ -197,10 +198,10 @@ class RowFile:
         return np.frombuffer(os.pread(self.handle, size, int(self.index.offsets[begin])), self.index.dtype)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """(begin, end) of runs of rows of about `BLOCK_TOKENS` together."""
+        """(begin, end) of runs of rows of about `BLOCK_TOKENS` together, and `BLOCK_ROWS` at most."""
         begin = tokens = 0
         for row, length in enumerate(self.lengths):
-            if tokens and tokens + length > BLOCK_TOKENS:
+            if (tokens and tokens + length > BLOCK_TOKENS) or row - begin == BLOCK_ROWS:
                 yield begin, row
                 begin, tokens = row, 0
             tokens += int(length)

@@ -166,12 +166,14 @@ class Template:
         return [*slots, *self.thought_words] if self.uses_thinking else slots
 
     def system_block(self, system: str, tools: str | None) -> Blocks:
-        """The block of system text and tools; empty when there are neither."""
+        """The block of system text (the template's own where there is none) and tools; empty when there are neither."""
         fragments: list[Fragment] = [(system, TEXT)] if system else []
+        if not system and self.default_system:
+            fragments = [(self.default_system, LITERAL)]
         if not tools or not (parsed := parse_tools(tools)):
             return [Block(self.system, tuple(fragments))] if fragments else []
         spelled = tuple(
-            (text, TEXT if from_data else LITERAL) for text, from_data in self.tools.tools_text(parsed, bool(system))
+            (text, TEXT if from_data else LITERAL) for text, from_data in self.tools.tools_text(parsed, bool(fragments))
         )
         if self.tools.own_block:
             own = [Block(self.system, spelled)]
@@ -216,7 +218,7 @@ class Template:
             if position == 0:
                 if self.prefix.slots:
                     blocks.append(Block(self.prefix))
-                blocks += self.system_block(system or self.default_system, tools)
+                blocks += self.system_block(system or "", tools)
             elif position % 2 == 0 and self.separates:
                 blocks.append(Block(self.separator))
             if role in ("assistant", "function"):

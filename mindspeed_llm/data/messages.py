@@ -64,8 +64,9 @@ class PlainTurns:
     """Turns laid out by their handler, without a template: (source, target) pieces, of which targets are trained.
 
     Attributes:
-        whole: the text of all turns is tokenised as one, and the tokens of the source alone, counted from the
-            beginning, are not trained; else every piece is tokenised on its own.
+        whole: the text of all turns is tokenised as one, and a token is trained when it holds any character of a
+            target (upstream: when it comes after as many tokens as the source has alone); else every piece is tokenised
+            on its own.
         ends_with_eos: an end-of-text token follows the last turn, trained.
         eos_opens_turns: the label of the first token of every turn is end-of-text.
     """

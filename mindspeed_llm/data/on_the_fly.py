@@ -1,46 +1,85 @@
 """Preprocessing inside training: the same rows and tokens as offline, made once and kept under what they follow from.
 
-One process makes the files in `<cache>/<key>/`, where the key is a hash over the input files, the options, the
-tokenizer and the template; the others wait for them to appear. A second run with the same inputs finds them there.
+The files lie in `<cache>/<key>/`, where the key is a hash over the input files, the options, the tokenizer and the
+template. A second run with the same inputs finds them there; two that begin at once do not make them twice.
 """
 
-from dataclasses import replace
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
-from mindspeed_llm.data.index_cache import wait_for
-from mindspeed_llm.data.plan import make_plan
+from mindspeed_llm.data.plan import CHAT_FIELDS, make_plan
 from mindspeed_llm.data.preprocess import preprocess
 from mindspeed_llm.data.publish import settle
-from mindspeed_llm.data.report import read_report, report_path
-from mindspeed_llm.errors import UsageError
+from mindspeed_llm.data.report import read_report
+from mindspeed_llm.errors import InputError, UsageError
 
 NAME = "data"  # first part of the files' names in the folder of a key
+LOCK = "lock"
 
 
-def prepared_prefix(options: PreprocessOptions, cache: str | Path, builds: bool, patience: float = 24 * 3600.0) -> Path:
-    """The output prefix of the files that `options` make, made now where they are not in the cache yet.
+@dataclass(frozen=True)
+class Prepared:
+    """Files that lie ready.
+
+    Attributes:
+        prefix: their output prefix.
+        report: what became of the rows.
+        made: whether this call has made them, or found them.
+    """
+
+    prefix: Path
+    report: dict[str, Any]
+    made: bool
+
+
+def prepare_rows(options: PreprocessOptions, cache: str | Path) -> Prepared:
+    """The files that `options` make, made now where they are not in the cache yet.
 
     Args:
         options: of preprocessing; the output prefix is chosen here.
         cache: folder for all such files.
-        builds: this process makes what is missing: rank 0 where the nodes share the folder, the first process of every
-            node where they do not.
-        patience: how long the others wait, in seconds.
 
     Raises:
-        UsageError: options that name an output, parts or a merge.
-        InputError: the rows cannot be read, or the process that builds has not finished in time.
+        UsageError: options that name an output, parts or a merge, or rows that are no conversations.
+        InputError: the rows cannot be read, or the folder cannot be written to.
     """
     if options.output_prefix or options.num_shards > 1 or options.merge_group_keys:
         raise UsageError("--output-prefix, --num-shards and --merge-group-keys are of preprocess_data.py alone")
     root = Path(cache).expanduser()
-    key = make_plan(replace(options, output_prefix=str(root / NAME))).key
-    prefix = root / key[:32] / NAME
-    if builds:
+    plan = make_plan(replace(options, output_prefix=str(root / NAME)))
+    if tuple(plan.fields) != CHAT_FIELDS:
+        raise UsageError(
+            f"{plan.job.handler} makes {', '.join(plan.fields)}, no conversations to train on; choose another "
+            "--handler-name, e.g. AlpacaStyleInstructionHandler"
+        )
+    prefix = root / plan.key[:32] / NAME
+    with _locked(prefix.parent):
         settle(prefix)
         report = read_report(prefix)
-        if report is None or report.get("key") != key:
-            preprocess(replace(options, output_prefix=str(prefix), overwrite=True))
-    wait_for(report_path(prefix), patience)
-    return prefix
+        if report is not None and report.get("key") == plan.key:
+            return Prepared(prefix, report, made=False)
+        made = preprocess(replace(options, output_prefix=str(prefix), overwrite=True))
+        return Prepared(prefix, made, made=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A folder that is this process's alone; what another process of this machine makes there is waited for."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror}); name another folder with --data-cache-dir"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

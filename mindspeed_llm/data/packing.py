@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+BLOCK_ROWS = 1 << 16  # rows looked at at once
+
 
 @dataclass(frozen=True)
 class Packs:
     """Rows in the order in which they are laid down, and where each pack ends.
 
     Attributes:
-        rows: [rows] int64, row numbers, pack after pack.
-        ends: [packs] int64, position in `rows` behind each pack.
+        rows: [rows] int32, row numbers, pack after pack.
+        ends: [packs] int32, position in `rows` behind each pack.
     """
 
     rows: np.ndarray
@@ -50,18 +52,20 @@ def pack_rows(lengths: np.ndarray, capacity: int, seed: int) -> Packs:
     lengths = np.asarray(lengths)
     _check(lengths, capacity)
     random = np.random.default_rng(seed)
-    patterns = list(_patterns(np.bincount(lengths, minlength=1), capacity, _filled))
+    counts = _counts(lengths)
+    patterns = list(_patterns(counts, capacity, _filled))
     if not patterns:
-        return Packs(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    # rows by length, equally long ones in random order, handed out to the patterns from the front
-    shuffled = random.permutation(len(lengths))
-    by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    next_of = np.concatenate([[0], np.cumsum(np.bincount(lengths))])
-    sizes = np.concatenate([np.full(repeats, sum(c for _, c in parts)) for parts, repeats in patterns])
-    rows = np.empty(len(lengths), np.int64)
+        return Packs(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    # handed out to the patterns from the front
+    by_length = _by_length(lengths, random)
+    next_of = np.concatenate([[0], np.cumsum(counts)])
+    sizes = np.repeat(
+        np.array([sum(c for _, c in parts) for parts, _ in patterns], np.int32), [repeats for _, repeats in patterns]
+    )
+    rows = np.empty(len(lengths), np.int32)
     at = 0
     for parts, repeats in patterns:
-        block = np.empty((repeats, sum(count for _, count in parts)), np.int64)
+        block = np.empty((repeats, sum(count for _, count in parts)), np.int32)
         column = 0
         for length, count in parts:
             first = next_of[length]
@@ -71,7 +75,35 @@ def pack_rows(lengths: np.ndarray, capacity: int, seed: int) -> Packs:
         block.sort(axis=1)
         rows[at : at + block.size] = block.ravel()
         at += block.size
-    return _reordered(rows, sizes, random.permutation(len(sizes)))
+    del by_length
+    order = np.arange(len(sizes), dtype=np.int32)
+    random.shuffle(order)
+    return _reordered(rows, sizes, order)
+
+
+def _counts(lengths: np.ndarray) -> np.ndarray:
+    """[longest + 1] rows of each length; numpy would make eight bytes of every length at once."""
+    counts = np.zeros(int(lengths.max(initial=0)) + 1, np.int64)
+    for begin in range(0, len(lengths), BLOCK_ROWS):
+        counts += np.bincount(lengths[begin : begin + BLOCK_ROWS], minlength=len(counts))
+    return counts
+
+
+def _by_length(lengths: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """[rows] int32, rows by length, equally long ones in random order; 16 bytes per row while it works."""
+    shuffled = np.arange(len(lengths), dtype=np.int32)
+    random.shuffle(shuffled)
+    # length above, place in the random order below: sorted where they stand
+    keys = lengths[shuffled].astype(np.int64)
+    keys <<= 32
+    for begin in range(0, len(keys), BLOCK_ROWS):
+        part = keys[begin : begin + BLOCK_ROWS]
+        part |= np.arange(begin, begin + len(part))
+    keys.sort()
+    for begin in range(0, len(keys), BLOCK_ROWS):
+        part = keys[begin : begin + BLOCK_ROWS]
+        part[:] = shuffled[part & 0xFFFFFFFF]
+    return keys.astype(np.int32)
 
 
 def greedy_packs(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -96,6 +128,8 @@ def greedy_packs(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _check(lengths: np.ndarray, capacity: int) -> None:
+    if len(lengths) >= 1 << 31:
+        raise ValueError(f"{len(lengths)} rows are more than can be numbered; pack them in parts")
     wrong = np.flatnonzero((lengths < 1) | (lengths > capacity))
     if wrong.size:
         row = int(wrong[0])
@@ -203,9 +237,15 @@ def _exact(left: _Left, room: int, parts: Counter[int]) -> tuple[int, ...]:
 
 def _reordered(rows: np.ndarray, sizes: np.ndarray, order: np.ndarray) -> Packs:
     """The packs of `sizes` rows each that stand one after the other in `rows`, in another order."""
-    begins = np.cumsum(sizes) - sizes
-    sizes = sizes[order]
-    ends = np.cumsum(sizes)
-    # position of every row in its pack, added to where that pack stood
-    within = np.arange(len(rows)) - np.repeat(ends - sizes, sizes)
-    return Packs(rows[np.repeat(begins[order], sizes) + within], ends)
+    moved = np.cumsum(sizes, dtype=np.int32)
+    moved -= sizes
+    moved, sizes = moved[order], sizes[order]
+    ends = np.cumsum(sizes, dtype=np.int32)
+    moved -= ends
+    moved += sizes
+    # where every row stood: its new place, and how far its pack has moved
+    places = np.repeat(moved, sizes)
+    for begin in range(0, len(places), BLOCK_ROWS):
+        part = places[begin : begin + BLOCK_ROWS]
+        part += np.arange(begin, begin + len(part), dtype=np.int32)
+    return Packs(rows[places], ends)

@@ -63,8 +63,8 @@ class Progress:
         megabytes = self.tokens * TOKEN_BYTES / 2**20
         left = ""
         if self.total is not None and 0 < self.rows < self.total:
-            left = f" {(self.total - self.rows) * seconds / self.rows:.0f} s left."
+            left = f", {(self.total - self.rows) * seconds / self.rows:.0f} s left"
         log.info(
-            "Processed %s documents (%.1f docs/s, %.2f MB/s).%s",
-            self.rows, self.rows / seconds, megabytes / seconds, left,
+            "Processed %s documents (%.1f docs/s, %.2f MB/s). %.0f tokens/s%s",
+            self.rows, self.rows / seconds, megabytes / seconds, self.tokens / seconds, left,
         )  # fmt: skip

@@ -104,16 +104,16 @@ class Account:
         for what, listings in (("dropped", self.dropped), ("left out", self.left_out)):
             for reason, listing in listings.items():
                 first = listing.rows[0]
-                lines.append(f"{what} {listing.count} rows: {reason} (first: row {first['row']} of {first['file']})")
-        if self.cut.count:
-            lines.append(f"cut {self.cut.count} rows that were longer than --seq-length")
-        if self.untrained.count:
-            lines.append(f"{self.untrained.count} rows have no token that is trained (empty answers)")
-        if self.odd_thoughts.count:
-            lines.append(
-                f"{self.odd_thoughts.count} rows have thought tags that make no whole thought as the template writes it"
-            )
-        lines += [f"{listing.count} rows: {remark}" for remark, listing in self.remarks.items()]
+                place = f"(first: row {first['row']} of {first['file']})"
+                lines.append(f"{what} {_rows(listing.count)}: {reason} {place}")
+        for listing, what in (
+            (self.cut, "cut to the length"),
+            (self.untrained, "no token is trained (empty answers)"),
+            (self.odd_thoughts, "thought tags that make no whole thought as the template writes it"),
+        ):
+            if listing.count:
+                lines.append(f"{_rows(listing.count)}: {what}")
+        lines += [f"{_rows(listing.count)}: {remark}" for remark, listing in self.remarks.items()]
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,6 +168,10 @@ def _listing(listings: dict[str, Listing], reason: str) -> Listing:
     return listings.setdefault(reason, Listing())
 
 
+def _rows(count: int) -> str:
+    return f"{count} row" + ("" if count == 1 else "s")
+
+
 def _add_all(listing: Listing, places: Iterable[Place]) -> None:
     for place in places:
         listing.add(place)
@@ -210,6 +214,8 @@ def check_data_matches(
     tokenizer_hash: str,
     template: str | None = None,
     enable_thinking: str | None = None,
+    template_hash: str | None = None,
+    name: str = "the data",
 ) -> None:
     """Refuse data made with another tokenizer, template or thinking mode than the run's.
 
@@ -218,6 +224,8 @@ def check_data_matches(
         tokenizer_hash: `Tokenizer.content_hash` of the model to be trained.
         template: the run's `--prompt-type`; None when it names none.
         enable_thinking: the run's mode; None when it names none.
+        template_hash: `content_hash` of the run's template; None when it is not known.
+        name: what the error calls the data.
 
     Raises:
         InputError: naming both sides and the remedy.
@@ -227,14 +235,47 @@ def check_data_matches(
     made = report.get("tokenizer", {})
     if made.get("sha256") != tokenizer_hash:
         raise InputError(
-            f"the data were made with the tokenizer in {made.get('path')} (sha256 {str(made.get('sha256'))[:12]}), the "
+            f"{name} were made with the tokenizer in {made.get('path')} (sha256 {str(made.get('sha256'))[:12]}), the "
             f"model's has sha256 {tokenizer_hash[:12]}; preprocess again with the model's tokenizer"
         )
-    sides = [("--prompt-type", report.get("template", {}).get("name"), template)]
-    if report.get("template", {}).get("uses_thinking"):
+    made = report.get("template", {})
+    sides = [("--prompt-type", made.get("name"), template)]
+    if made.get("uses_thinking"):
         sides.append(("--enable-thinking", report.get("enable_thinking"), enable_thinking))
     for flag, of_data, of_run in sides:
         if of_run is not None and of_run != of_data:
             raise InputError(
-                f"the data were made with {flag} {of_data}, the run asks for {of_run}; use the same for both"
+                f"{name} were made with {flag} {of_data}, the run asks for {of_run}; use the same for both"
             )
+    if None not in (template_hash, made.get("sha256")) and template_hash != made["sha256"]:
+        raise InputError(
+            f"{name} were made with another text of template {made.get('name')} (sha256 {made['sha256'][:12]}) "
+            f"than the run's (sha256 {str(template_hash)[:12]}); preprocess again, or name their templates file "
+            "by --prompt-type-path"
+        )
+
+
+def check_data_agree(reports: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Refuse data sets of one run that were made with different tokenizers or templates.
+
+    Thinking modes may differ: a model learns from such a mixture to answer in each.
+
+    Args:
+        reports: of each data set, by its name; those without a report are let pass.
+
+    Raises:
+        InputError: naming two that differ and in what.
+    """
+    known = [(name, report) for name, report in reports.items() if report is not None]
+    for name, report in known[1:]:
+        first_name, first = known[0]
+        for what, one, other in (
+            ("tokenizer", first.get("tokenizer", {}).get("sha256"), report.get("tokenizer", {}).get("sha256")),
+            ("template", first.get("template", {}).get("name"), report.get("template", {}).get("name")),
+            ("text of the template", first.get("template", {}).get("sha256"), report.get("template", {}).get("sha256")),
+        ):
+            if one != other:
+                raise InputError(
+                    f"{first_name} and {name} were made with different settings ({what}: {str(one)[:12]} and "
+                    f"{str(other)[:12]}), and a model learns one; preprocess again with the same"
+                )

@@ -18,8 +18,13 @@ h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin:2rem 0 .6rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.7rem;margin:1.2rem 0}
 .tile{background:var(--panel);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem}
 .tile b{display:block;font-size:1.3rem;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:.85rem}
+.share{display:grid;grid-template-columns:11rem 1fr 4.5rem;gap:.8rem;align-items:center;margin:.35rem 0;
+font-size:.88rem}
+.share b{text-align:right;font-variant-numeric:tabular-nums;font-weight:600}
+.share div{background:var(--line);border-radius:.3rem;height:.7rem;overflow:hidden}
+.share i{display:block;height:100%;background:var(--bar)}
 table{border-collapse:collapse;width:100%;table-layout:fixed;font-size:.88rem}
-th:nth-child(1){width:4.5rem}th:nth-child(2){width:15rem}
+th.n{width:4.5rem}th.f{width:13rem}th.w{width:13rem}
 th,td{text-align:left;padding:.3rem .6rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top;
 overflow-wrap:anywhere}td.n,th.n{text-align:right;white-space:nowrap}
 details{margin:.5rem 0}summary{cursor:pointer}code,pre{font:13px/1.5 ui-monospace,monospace}
@@ -42,11 +47,12 @@ def page(report: Mapping[str, Any], samples: Sequence[Shown], title: str) -> str
     """
     sections = [
         _tiles(report),
+        _shares(report),
         _warnings(report["warnings"]),
         "<h2>Row lengths</h2>" + histogram(report["histogram"]),
         _listings("Dropped: rows that cannot be used", report["dropped"]),
         _listings("Left out: well made, but too long or with nothing to train", report["left_out"]),
-        _listings("Kept, but changed", _kept(report)),
+        _listings("Written, and worth a look", _kept(report)),
         "<h2>Samples as the model gets them</h2><p class=note>Marked text is trained.</p>"
         + "".join(map(as_html, samples)),
         _settings(report),
@@ -81,6 +87,24 @@ def _tiles(report: Mapping[str, Any]) -> str:
         tiles.append((f"{made['rows']:,}", f"rows in {part}"))
     cells = "".join(f"<div class=tile><b>{number}</b><span>{what}</span></div>" for number, what in tiles)
     return f"<div class=tiles>{cells}</div>"
+
+
+def _shares(report: Mapping[str, Any]) -> str:
+    """Bars of what is a part of something: rows written, tokens trained, sequences filled."""
+    read, tokens = report["rows"]["read"], report["tokens"]
+    shares = [
+        ("rows that are written", report["rows"]["written"] / read if read else 0.0),
+        ("tokens that are trained", report["trained_tokens"] / tokens if tokens else 0.0),
+    ]
+    if report["pack"]:
+        shares.append(("packed sequences filled", report["fill"]))
+        parts = report.get("parts", {}).items()
+        shares += [(f"... those of {part}", made["fill"]) for part, made in parts if made["sequences"]]
+    return "".join(
+        f"<div class=share><span>{html.escape(what)}</span><div><i style='width:{min(share, 1):.2%}'></i></div>"
+        f"<b>{share:.2%}</b></div>"
+        for what, share in shares
+    )
 
 
 def _warnings(lines: Sequence[str]) -> str:
@@ -137,16 +161,19 @@ def _listings(title: str, listings: Mapping[str, Any]) -> str:
         return ""
     parts = [f"<h2>{html.escape(title)}</h2>"]
     for reason, listing in listings.items():
+        listed = listing["rows"][:LISTED]
+        noted = any(row["note"] not in ("", reason) for row in listed)
         rows = "".join(
-            f"<tr><td class=n>{row['row']:,}<td>{html.escape(row['file'])}<td>"
-            f"{html.escape(row['note']) if row['note'] != reason else ''}<td><code>{html.escape(row['excerpt'])}</code>"
-            for row in listing["rows"][:LISTED]
+            f"<tr><td class=n>{row['row']:,}<td>{html.escape(row['file'])}"
+            f"{'<td>' + html.escape(row['note']) if noted else ''}<td><code>{html.escape(row['excerpt'])}</code>"
+            for row in listed
         )
         hidden = listing["count"] - min(LISTED, len(listing["rows"]))
         more = f"<p class=note>and {hidden:,} more</p>" if hidden else ""
+        head = f"<tr><th class=n>row<th class=f>file{'<th class=w>what' if noted else ''}<th>begins"
         parts.append(
             f"<details open><summary>{listing['count']:,} × {html.escape(reason)}</summary><table>"
-            f"<tr><th class=n>row<th>file<th><th>begins{rows}</table>{more}</details>"
+            f"{head}{rows}</table>{more}</details>"
         )
     return "".join(parts)
 

@@ -4,8 +4,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from mindspeed_llm.data.blend import Blend
 from mindspeed_llm.data.index_cache import IndexCache, lengths_origin
 from mindspeed_llm.errors import InputError, UsageError
+
+NO_ROW = -1  # stands where `once` has no row left
 
 
 class EpochSampler:
@@ -26,15 +29,19 @@ class EpochSampler:
         seed: int,
         shuffle: bool = True,
         cache: IndexCache | None = None,
+        blend: Blend | None = None,
+        once: bool = False,
     ) -> None:
         """Args:
-            num_samples: rows of the data set.
+            num_samples: rows of the data set, which are also those of an epoch.
             micro_batch_size: rows a rank computes at once.
             data_parallel_rank, data_parallel_size: this rank among those that share the rows.
             num_microbatches: micro-batches of a rank per global batch.
             seed: with the epoch's number decides its order.
             shuffle: False keeps the rows' order.
             cache: where orders are kept for all ranks; left out, every rank draws them itself.
+            blend: which rows an epoch holds where data sets have shares; left out, each row once.
+            once: there is one epoch only, and `NO_ROW` behind it.
 
         Raises:
             InputError: there are no rows.
@@ -57,6 +64,8 @@ class EpochSampler:
         self.seed = seed
         self.shuffle = shuffle
         self.cache = cache
+        self.blend = blend
+        self.once = once
         # a batch touches few epochs; the cache only saves drawing an epoch's order again
         self._order = lru_cache(maxsize=2)(self._kept_order)
 
@@ -84,7 +93,9 @@ class EpochSampler:
 
     def _row(self, position: int) -> int:
         epoch, within = divmod(position, self.num_samples)
-        return int(self._order(epoch)[within]) if self.shuffle else within
+        if self.once and epoch:
+            return NO_ROW
+        return int(self._order(epoch)[within]) if self.shuffle or self.blend else within
 
     def _kept_order(self, epoch: int) -> np.ndarray:
         """The order of one epoch, from the cache where there is one."""
@@ -94,11 +105,17 @@ class EpochSampler:
 
     def _origin(self) -> dict[str, object]:
         """What an epoch's order follows from, besides its number."""
-        return {"kind": "shuffled", "rows": self.num_samples, "seed": self.seed}
+        return {"kind": "shuffled", "rows": self.num_samples, **self._drawn_from()}
+
+    def _drawn_from(self) -> dict[str, object]:
+        """What an epoch's rows and their order follow from, besides its number and the rows themselves."""
+        parts = {"sizes": self.blend.sizes, "weights": self.blend.weights} if self.blend else None
+        return {"seed": self.seed, "shuffle": self.shuffle, "blend": parts}
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         """[num_samples] rows in the order of one epoch."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        rows = np.arange(self.num_samples) if self.blend is None else self.blend.rows(epoch)
+        return np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else rows
 
 
 class LengthGroupedSampler(EpochSampler):
@@ -111,24 +128,25 @@ class LengthGroupedSampler(EpochSampler):
 
     WINDOW = 50  # global batches sorted together: more of them make batches more alike and the order less random
 
-    def __init__(self, lengths: np.ndarray, *sizes: int, seed: int, cache: IndexCache | None = None) -> None:
+    def __init__(
+        self, lengths: np.ndarray, *sizes: int, seed: int, cache: IndexCache | None = None, blend: Blend | None = None
+    ) -> None:
         """Args:
         lengths: [rows] tokens of each row.
         sizes: micro_batch_size, data_parallel_rank, data_parallel_size, num_microbatches, as `EpochSampler` has them.
         """
         self.lengths = np.asarray(lengths)
-        super().__init__(len(self.lengths), *sizes, seed=seed, cache=cache)
+        super().__init__(len(self.lengths), *sizes, seed=seed, cache=cache, blend=blend)
 
     def _origin(self) -> dict[str, object]:
         return {
-            "kind": "grouped by length", "rows": lengths_origin(self.lengths), "seed": self.seed,
+            "kind": "grouped by length", "rows": lengths_origin(self.lengths), **self._drawn_from(),
             "global_batch_size": self.global_batch_size, "window": self.WINDOW,
         }  # fmt: skip
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         """[num_samples] rows in the order of one epoch."""
-        random = np.random.default_rng([self.seed, epoch])
-        order = random.permutation(self.num_samples)
+        order = super()._draw_order(epoch)
         whole = len(order) // self.global_batch_size
         # a small data set keeps four windows, so that its epochs differ
         window = min(self.WINDOW, max(whole // 4, 1)) * self.global_batch_size
@@ -138,7 +156,7 @@ class LengthGroupedSampler(EpochSampler):
         if whole < 2:
             return order
         batches = order[: whole * self.global_batch_size].reshape(whole, -1)
-        turn = random.permutation(whole)
+        turn = np.random.default_rng([self.seed, epoch, whole]).permutation(whole)
         longest = int(np.argmax(self.lengths[batches[turn]].max(axis=1)))
         turn[[0, longest]] = turn[[longest, 0]]
         order[: whole * self.global_batch_size] = batches[turn].ravel()

@@ -58,6 +58,7 @@ class _Upstream(Template):
 
     def system_block(self, system: str, tools: str | None) -> Blocks:
         """The system block, which there is as soon as a row has anything for tools."""
+        system = system or self.default_system
         if not system and not tools:
             return []
         fragments: list[Fragment] = [(system, TEXT)] if system else []

@@ -1,9 +1,10 @@
 """The processes that tokenise: chunks of rows out, their tokens back in the same order."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -21,12 +22,22 @@ def in_order(work: Callable[[Job, Chunk], Made], job: Job, chunks: Iterator[Chun
         try:
             while True:
                 while len(waiting) <= ahead and (chunk := next(chunks, None)):
-                    waiting.append(executor.submit(work, job, chunk))
+                    waiting.append(_submit(executor, work, job, chunk))
                 if not waiting:
                     return
                 yield waiting.pop(0).result()
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(executor: Executor, work: Callable[[Job, Chunk], Made], job: Job, chunk: Chunk) -> "Future[Made]":
+    """Hand out a chunk. A process that is started for it never sees a terminal's Ctrl-C: it would answer by a traceback
+    of its own, where this process ends it and says one line."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return executor.submit(work, job, chunk)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _executor(workers: int) -> Executor:

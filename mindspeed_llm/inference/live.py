@@ -67,6 +67,9 @@ def open_sources(options: LiveProgram) -> Sources:
     check_architecture_flags(base.config, options.model, path)
     if options.parallel.num_layers_per_virtual_pipeline_stage is not None:
         raise UsageError("--num-layers-per-virtual-pipeline-stage is for training only; leave it out")
+    if options.parallel.context_parallel_size != 1:
+        size = options.parallel.context_parallel_size
+        raise UsageError(f"--context-parallel-size {size} is for training only; leave it out")
     merge = adapter is not None and live_obstacles(adapter)
     return Sources(base, path, adapter, MergedSource(base, adapter) if merge else base)
 

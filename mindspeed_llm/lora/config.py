@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from mindspeed_llm.arguments.lora import TARGET_MODULES as TARGETS
 from mindspeed_llm.arguments.lora import LoraOptions
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.errors import UsageError, unknown
 
-TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
 

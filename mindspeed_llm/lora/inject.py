@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -64,18 +63,17 @@ def peft_config(chunk: nn.Module, settings: LoraSettings) -> LoraConfig:
 
 def initialise(chunk: nn.Module, seed: int) -> None:
     """Draw every A by its logical name and set every B to zero."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    first_expert = parallel.expert_place(chunk.config.num_moe_experts or 0)[0]
     for name, module in chunk.named_modules():
         if not isinstance(module, tuple(CUSTOM_MODULES.values())):
             continue
-        parts = name.split(".")
-        parts[2] = str(int(parts[2]) + chunk.first_layer)
-        digest = hashlib.sha256(f"{seed}:{'.'.join(parts)}".encode()).digest()
+        logical = logical_name(name, chunk.first_layer, first_expert=first_expert)
+        digest = hashlib.sha256(f"{seed}:{logical}".encode()).digest()
         for a, b in zip(module.lora_A.values(), module.lora_B.values(), strict=True):
             split = module.group.size() if isinstance(module, RowParallelLora) else 1
             width = module.in_features
             whole = uniform_init((a.out_features, width * split), int.from_bytes(digest[:6], "big"))
-            start = width * rank if split > 1 else 0
+            start = width * module.group.rank() if split > 1 else 0
             with torch.no_grad():
                 a.weight.copy_(whole[:, start : start + width])
                 b.weight.zero_()

@@ -5,6 +5,10 @@ activations between parallel regions are [s/t, b, h].
 
     column: W [o/t, i]  A [r, i] replicated  B [o/t, r]            row: W [o, i/t]  A [r, i/t]  B [o, r] replicated
 
+Experts are cut alike over their own processes (ETP), but the token dispatcher gathers their input and adds up their
+output: here they compute on [n, i] whole tokens, give partial sums, and communicate nothing. Both replicated factors
+then get partial gradients, which are summed over ETP after the backward pass (`models.expert_marks`).
+
 peft's own Megatron layer does not work with the versions pinned here, and its gradients under SP are wrong: the
 replicated factor sees a slice of the tokens, so its gradient must be summed over TP. The mark `sequence_parallel` on
 that parameter makes megatron-core do so.
@@ -27,6 +31,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from mindspeed_llm.lora import fused
+from mindspeed_llm.models.expert_marks import mark_expert_parameter
+from mindspeed_llm.models.linear import ReplicatedLinear
 
 
 class ParallelLora(nn.Module, LoraLayer):
@@ -37,12 +43,14 @@ class ParallelLora(nn.Module, LoraLayer):
     """
 
     use_fused = False
+    split_factor: int | None = None  # which of A (0) and B (1) is cut over the ranks
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.group = base_layer.tp_group
-        self.sequence_parallel = base_layer.sequence_parallel
+        self.of_expert = getattr(base_layer, "is_expert", False)
+        self.sequence_parallel = base_layer.sequence_parallel and not self.of_expert
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
 
@@ -60,7 +68,13 @@ class ParallelLora(nn.Module, LoraLayer):
         made = {"bias": False, "device": weight.device, "dtype": weight.dtype}
         self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, **made)
         self.lora_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, self.out_features, **made)
-        self.mark_parameters(self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight)
+        factors = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        if self.of_expert:
+            for number, factor in enumerate(factors):
+                split = self.split_factor == number
+                mark_expert_parameter(factor, self.group, (1 - number) if split else None)
+        else:
+            self.mark_parameters(*factors)
         self.set_adapter(self.active_adapters)
 
     def mark_parameters(self, a: nn.Parameter, b: nn.Parameter) -> None:
@@ -71,7 +85,7 @@ class ParallelLora(nn.Module, LoraLayer):
         """(output, bias) as megatron-core's layers return them; bias is None unless its addition is left to others."""
         name = self.active_adapters[0]
         factors = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        if not self.use_fused:
+        if not self.use_fused or self.of_expert:
             out, bias = self.base_layer(x, *args, **kwargs)
             return out + self.delta(x, *factors).to(out.dtype), bias
         out = fused.apply(x, self.base_layer.weight, *factors, self.case, self.group)
@@ -96,6 +110,7 @@ class ColumnParallelLora(ParallelLora):
     """Adapter of a layer whose output is split over TP."""
 
     kind = "column"
+    split_factor = 1
 
     def mark_parameters(self, a: nn.Parameter, b: nn.Parameter) -> None:
         """A is replicated and sees local tokens only under SP; B is split."""
@@ -105,6 +120,8 @@ class ColumnParallelLora(ParallelLora):
     def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """[s, b, i] or [s/t, b, i] -> [s, b, o/t]."""
         ax = nn.functional.linear(x, a)
+        if self.of_expert:
+            return nn.functional.linear(ax, b) * scaling
         if self.sequence_parallel:
             ax = gather_from_sequence_parallel_region(ax, group=self.group)
         else:
@@ -116,6 +133,7 @@ class RowParallelLora(ParallelLora):
     """Adapter of a layer whose input is split over TP."""
 
     kind = "row"
+    split_factor = 0
 
     def mark_parameters(self, a: nn.Parameter, b: nn.Parameter) -> None:
         """A is split; B is replicated and sees local tokens only under SP."""
@@ -125,6 +143,8 @@ class RowParallelLora(ParallelLora):
     def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """[s, b, i/t] -> [s, b, o] or [s/t, b, o]."""
         ax = nn.functional.linear(x, a)
+        if self.of_expert:
+            return nn.functional.linear(ax, b) * scaling
         if self.sequence_parallel:
             ax = reduce_scatter_to_sequence_parallel_region(ax, group=self.group)
         else:
@@ -132,9 +152,29 @@ class RowParallelLora(ParallelLora):
         return nn.functional.linear(ax, b) * scaling
 
 
+class ReplicatedLora(ParallelLora):
+    """Adapter of a layer that every rank holds whole (latent attention's down projections)."""
+
+    kind = "replicated"
+
+    def mark_parameters(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Both see local tokens only under SP."""
+        a.sequence_parallel = b.sequence_parallel = self.sequence_parallel
+
+    def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """[s/t, b, i] under SP, else [s, b, i] -> the same with o."""
+        return nn.functional.linear(nn.functional.linear(x, a), b) * scaling
+
+    @property
+    def case(self) -> str:
+        """Nothing is communicated, with sequence parallelism or without."""
+        return "single"
+
+
 CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     ColumnParallelLinear: ColumnParallelLora,
     RowParallelLinear: RowParallelLora,
+    ReplicatedLinear: ReplicatedLora,
 }
 
 

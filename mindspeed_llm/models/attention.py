@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from mindspeed_llm.device.base import Device
+from mindspeed_llm.models import context
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.rope import rotate
 
@@ -62,6 +63,7 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.kernel = device.attention
+        self.cp_group = None if pg_collection is None else getattr(pg_collection, "cp", None)
         own = model.attention_scale if softmax_scale is None else softmax_scale
         self.features: dict[str, Any] = {
             "causal": True,
@@ -86,6 +88,9 @@ class CoreAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> Tensor:
         """[s, b, n/t, d], [s, b, g/t, d] x 2 -> [s, b, n/t * d]; `packed_seq_params` is a `PackedRows`, or None."""
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            features = {"sinks": self.softmax_offset, **self.features}
+            return context.attend(self.kernel, query, key, value, self.cp_group, **features).flatten(2)
         heads_first = (one.permute(1, 2, 0, 3) for one in (query, key, value))
         segments = None if packed_seq_params is None else packed_seq_params.segments
         out = self.kernel(*heads_first, sinks=self.softmax_offset, segments=segments, **self.features)

@@ -71,10 +71,17 @@ class CausalLM(GPTModel):
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
     ) -> tuple:
-        """megatron-core's, on the scaled embedding where the model scales it."""
+        """megatron-core's, on the scaled embedding where the model scales it.
+
+        It cuts the padding mask for sequence parallelism on the first stage only (defect 16); here every stage does.
+        """
         if self.embedding_scale is not None and self.pre_process and decoder_input is None:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids) * self.embedding_scale
-        return super()._preprocess(input_ids, position_ids, decoder_input=decoder_input, **kwargs)
+        mask = kwargs.pop("padding_mask", None)
+        found = super()._preprocess(input_ids, position_ids, decoder_input=decoder_input, **kwargs)
+        if mask is not None and self.config.sequence_parallel:
+            mask = mask.chunk(self.pg_collection.tp.size(), 1)[self.pg_collection.tp.rank()]
+        return (*found[:5], mask, *found[6:])
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Hidden states between stages; on the last one the losses [m] (or logits [m, v]) of labelled positions.

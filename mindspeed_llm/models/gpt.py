@@ -21,6 +21,7 @@ from torch.nn.functional import gelu, silu
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.models.causal_lm import CausalLM
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.expert_marks import mark_expert_parameter
 from mindspeed_llm.models.layer import layer_spec
 from mindspeed_llm.models.linear import PartialSumLinear
 from mindspeed_llm.models.mla import latent_options
@@ -52,14 +53,14 @@ class EngineOptions:
 
     Attributes:
         tensor, pipeline: TP and PP sizes.
+        context: processes over which a sequence is cut (CP).
         expert: processes over which the experts are spread (EP).
         expert_tensor: processes over which each expert is cut (ETP); None for as many as `tensor`.
         layers_per_virtual_stage: layers of one model chunk under interleaved pipelining; None for one chunk a stage.
         sequence_parallel: split activations along the sequence between TP regions.
         dtype: of parameters and activations.
         moe_aux_loss: coefficient of the load-balancing loss in training; 0 for none.
-        moe_aux_loss_type: over the tokens of a micro-batch ("aux_loss"), of a row ("seq_aux_loss") or of all ranks
-            ("global_aux_loss").
+        moe_aux_loss_type: over the tokens of a micro-batch ("aux_loss") or of each row ("seq_aux_loss").
         moe_z_loss: coefficient of the loss that keeps router logits small; None for none.
         variable_seq_lengths: micro-batches may differ in length, so pipeline stages send shapes first.
         recompute_granularity, recompute_method, recompute_num_layers: megatron-core's recomputation options.
@@ -67,6 +68,7 @@ class EngineOptions:
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     expert: int = 1
     expert_tensor: int | None = None
     layers_per_virtual_stage: int | None = None
@@ -111,6 +113,7 @@ def transformer_config(model: ModelConfig, engine: EngineOptions, device: Device
         tensor_model_parallel_size=engine.tensor,
         pipeline_model_parallel_size=engine.pipeline,
         virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=engine.context,
         sequence_parallel=engine.sequence_parallel and engine.tensor > 1,
         # megatron-core 0.16.1 is silently wrong under interleaving with its default point-to-point settings.
         overlap_p2p_comm=virtual is not None,
@@ -175,5 +178,11 @@ def mark_split_weights(chunk: torch.nn.Module) -> None:
     split = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1, PartialSumLinear: 1}
     for module in chunk.modules():
         weight = getattr(module, "weight", None)
-        if type(module) in split and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+        if type(module) not in split or weight is None:
+            continue
+        if getattr(module, "is_expert", False):
+            mark_expert_parameter(weight, module.tp_group, split[type(module)])
+            if module.bias is not None:
+                mark_expert_parameter(module.bias, module.tp_group, 0 if split[type(module)] == 0 else None)
+        elif not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, True, split[type(module)], 1)

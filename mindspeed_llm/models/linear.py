@@ -6,6 +6,7 @@ Shapes: t tokens, h hidden, f ffn; `/t` = divided by expert tensor parallelism.
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -50,7 +51,9 @@ class ReplicatedLinear(MegatronModule):
     def __init__(self, config: TransformerConfig, in_features: int, out_features: int) -> None:
         super().__init__(config)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.register_parameter("bias", None)
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.sequence_parallel = self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[..., in] -> ([..., out], no bias), as megatron-core's linear layers answer."""

@@ -16,10 +16,10 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
 from mindspeed_llm.models.config import ModelConfig
@@ -101,8 +101,17 @@ class Router(TopKRouter):
     """megatron-core's router (parameters, auxiliary losses) that chooses experts as `ModelConfig` says.
 
     Logits are computed in float32 whatever the type of the weights. The correction is a buffer in float32 that training
-    leaves as it is.
+    leaves as it is. The losses that keep the choice balanced and logits small are computed here too: megatron-core's
+    count padding, and under per-token loss weigh micro-batches by tokens that are not trained (defect 14).
+
+    Attributes:
+        balance_scale: factor of those losses' gradients; constant during a step, so that recomputation and pipelining
+            change nothing.
+        balance_seen: sum of this process's shares of the balancing losses since somebody set it to 0.
     """
+
+    balance_scale: float = 1.0
+    balance_seen: Tensor | float = 0.0
 
     def __init__(self, config: TransformerConfig, pg_collection: Any = None, *, model: ModelConfig) -> None:
         config = copy(config)
@@ -119,24 +128,86 @@ class Router(TopKRouter):
         return linear(input.float(), self.weight.float(), bias)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits [s, b, e] -> (weights [t, e], 0 where not chosen; chosen [t, e])."""
-        length, rows = logits.shape[:2]
-        logits = logits.reshape(-1, logits.size(-1))
-        padding_mask = None if padding_mask is None else padding_mask.reshape(-1)
-        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
-        weights, experts = choose_experts(logits, self.expert_bias, self.model)
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, experts, True)
-        probs = torch.zeros_like(logits).scatter(1, experts, weights)
-        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
-            probs = self.balanced(probs, logits, length, rows, padding_mask)
+        """Logits [s, b, e] -> (weights [t, e], 0 where not chosen; chosen [t, e]).
+
+        Args:
+            padding_mask: [s, b], True where a position is padding and does not count for balance; None for nowhere.
+        """
+        flat = logits.reshape(-1, logits.size(-1))
+        weights, experts = choose_experts(flat, self.expert_bias, self.model)
+        chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, experts, True)
+        probs = torch.zeros_like(flat).scatter(1, experts, weights)
+        if self.training and torch.is_grad_enabled():
+            probs = self.balance(probs, logits, padding_mask)
         return probs, chosen
 
-    def balanced(self, probs: Tensor, logits: Tensor, length: int, rows: int, padding_mask: Tensor | None) -> Tensor:
-        """`probs`, to whose backward pass the auxiliary losses' gradients are attached."""
-        chosen, scores = compute_routing_scores_for_aux_loss(
-            logits, self.topk, self.score_function, padding_mask=padding_mask
-        )
-        masked = padding_mask is not None
-        probs = self._apply_aux_loss(probs, scores, chosen, with_padding_mask=masked)
-        probs = self._apply_seq_aux_loss(probs, scores, chosen, length, rows, with_padding_mask=masked)
-        return self._apply_global_aux_loss(probs, scores, chosen, with_padding_mask=masked)
+    def balance(self, probs: Tensor, logits: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """`probs`, to whose backward pass the gradients of the losses on the router's logits are attached."""
+        config = self.config
+        if not config.moe_aux_loss_coeff and not config.moe_z_loss_coeff:
+            return probs
+        counted = torch.ones_like(logits[..., 0]) if padding_mask is None else (~padding_mask).to(logits.dtype)
+        loss = torch.zeros((), device=logits.device)
+        if config.moe_aux_loss_coeff:
+            rows_apart = config.moe_router_load_balancing_type == "seq_aux_loss"
+            balance = load_balancing_loss(logits, counted, self.topk, self.score_function, rows_apart, self.tp_cp_group)
+            self.balance_seen = self.balance_seen + balance.detach()
+            loss = loss + config.moe_aux_loss_coeff * balance
+        if config.moe_z_loss_coeff:
+            total = summed(counted.sum(), self.tp_cp_group)
+            loss = loss + config.moe_z_loss_coeff * (logits.logsumexp(-1).square() * counted).sum() / total
+        return _Attached.apply(probs, loss, self.balance_scale)
+
+
+class _Attached(torch.autograd.Function):
+    """A tensor as it is, whose backward pass also asks for `scale` x the gradient of a loss."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.like = loss.new_empty(())
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full_like(ctx.like, ctx.scale), None
+
+
+def summed(value: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of the processes' values, a constant for autograd."""
+    value = value.detach().clone()
+    if group.size() > 1:
+        torch.distributed.all_reduce(value, group=group)
+    return value
+
+
+def load_balancing_loss(
+    logits: Tensor, counted: Tensor, k: int, score: str, rows_apart: bool, group: ProcessGroup
+) -> Tensor:
+    """This process's share of e x sum over experts of (share of the choices) x (mean score); 1 when balanced.
+
+    The shares of a group's processes, which have different positions of the same rows, add up to the loss. It is
+    Switch Transformer's (arXiv 2101.03961), over the tokens of a micro-batch, or of each row and then averaged.
+
+    Args:
+        logits: [s, b, e]; counted: [s, b], 1 where a position counts, else 0.
+        k: experts per token; choices are the k best scores, whatever corrections and groups then choose.
+        score: "softmax" or "sigmoid" (divided by their sum).
+        rows_apart: balance every row by itself.
+    """
+    scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    if score == "sigmoid":
+        scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    choices = torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
+    weight = counted.unsqueeze(-1)
+    over = (0,) if rows_apart else (0, 1)
+    known = torch.cat([(choices * weight).sum(over), weight.sum(over)], -1)  # [(b,) e + 1]
+    chosen, tokens = summed(known, group).split([logits.size(-1), 1], -1)
+    tokens = tokens.clamp(min=1)
+    loss = ((chosen / (k * tokens)) * ((scores * weight).sum(over) / tokens)).sum(-1) * logits.size(-1)
+    return loss.mean()
+
+
+def routers(module: nn.Module) -> list[Router]:
+    """All routers below `module`."""
+    return [one for one in module.modules() if isinstance(one, Router)]

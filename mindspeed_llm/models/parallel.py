@@ -42,8 +42,9 @@ def start(
     timeout: int = 30,
     expert: int = 1,
     expert_tensor: int | None = None,
+    context: int = 1,
 ) -> None:
-    """Create megatron-core's groups for TP x PP (x VPP); data parallelism takes the remaining processes.
+    """Create megatron-core's groups for TP x CP x PP (x VPP); data parallelism takes the remaining processes.
 
     In layers with experts the same processes are divided into ETP x EP x PP instead.
 
@@ -53,16 +54,18 @@ def start(
         timeout: minutes until a collective that misses a rank fails.
         expert: processes over which the experts are spread (EP).
         expert_tensor: processes over which each expert is cut (ETP); None for as many as `tensor`.
+        context: processes over which a sequence is cut (CP).
 
     Raises:
-        UsageError: the processes do not divide into TP x PP, or not into ETP x EP x PP.
+        UsageError: the processes do not divide into TP x CP x PP, or not into ETP x EP x PP.
     """
     connect(device, timeout)
     world = torch.distributed.get_world_size()
-    if world % (tensor * pipeline):
+    if world % (tensor * context * pipeline):
+        cut = f" x context-parallel-size {context}" if context > 1 else ""
         raise UsageError(
-            f"{world} processes cannot hold tensor-model-parallel-size {tensor} x pipeline-model-parallel-size "
-            f"{pipeline}: start a multiple of {tensor * pipeline} (NPROC_PER_NODE x NNODES)"
+            f"{world} processes cannot hold tensor-model-parallel-size {tensor}{cut} x pipeline-model-parallel-size "
+            f"{pipeline}: start a multiple of {tensor * context * pipeline} (NPROC_PER_NODE x NNODES)"
         )
     expert_tensor = expert_tensor or tensor
     if world % (expert_tensor * expert * pipeline):
@@ -75,6 +78,7 @@ def start(
         tensor,
         pipeline,
         virtual,
+        context_parallel_size=context,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
         distributed_timeout_minutes=timeout,

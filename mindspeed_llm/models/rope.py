@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 from torch import Tensor, nn
 
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.context import own_positions
 
 
 def inverse_frequencies(
@@ -152,7 +152,7 @@ class Rotary(nn.Module):
         table = self.kept[1][offset:stop]
         group = cp_group if cp_group is not None else self.cp_group
         if group is not None and group.size() > 1 and not packed_seq:
-            table = get_pos_emb_on_this_cp_rank(table, 0, group)
+            table = own_positions(table, 0, group)
         return table
 
     def packed(self, lengths: tuple[int, ...]) -> Tensor:

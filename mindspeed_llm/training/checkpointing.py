@@ -1,7 +1,7 @@
 """Training checkpoints: what a rank writes, how the folder is published, what a resumed run takes back.
 
     <save>/iter_0000020/args.json                              model, layout, base, LoRA settings, template
-    <save>/iter_0000020/mp_rank_TT[_PPP]/model_optim_rng.pt    {"model": ..., "optimizer": ..., "rng_state": ..., ...}
+    <save>/iter_0000020/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt   {"model": ..., "optimizer": ..., "rng_state": ...}
     <save>/iter_0000020/hf, <save>/iter_0000020/peft           with --save-safetensors: see `training.export`
     <save>/latest_checkpointed_iteration.txt                   written last
 
@@ -25,12 +25,13 @@ from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.mcore_writer import local_share
 from mindspeed_llm.checkpoint.formats.torch_file import materialise, write_torch_file
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
-from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout, Rank
+from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, ExpertShare, Layout, Rank
 from mindspeed_llm.checkpoint.metadata import Metadata, write_metadata
-from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, logical_name
+from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, expert_number, logical_name
 from mindspeed_llm.checkpoint.upstream_args import upstream_args
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError
+from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import CausalLM
 from mindspeed_llm.training.engine import Engine, finish_parameter_sync
 from mindspeed_llm.training.export import ADAPTER_FOLDER, MODEL_FOLDER, Export, export_adapter, export_model
@@ -110,12 +111,21 @@ def save(
     return staged.final
 
 
+def own_place() -> Rank:
+    """The numbers that name this rank's file."""
+    expert = parallel_state.get_expert_model_parallel_rank()
+    return Rank(
+        parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(), expert
+    )
+
+
 def write_rank_file(checkpoint: Path, metadata: Metadata, content: dict[str, Any]) -> None:
-    """Write this rank's file, unless another replica of the model does."""
-    if parallel_state.get_data_parallel_rank() != 0:
+    """Write this rank's file, unless a rank before it holds the same; collective."""
+    places: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(places, place := own_place())
+    if places.index(place) != torch.distributed.get_rank():
         return
-    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    path = checkpoint / metadata.layout.rank_folder(*ranks) / CHECKPOINT_FILE
+    path = checkpoint / metadata.layout.rank_folder(*place) / CHECKPOINT_FILE
     path.parent.mkdir(exist_ok=True)
     write_torch_file(path, content)
 
@@ -150,8 +160,9 @@ def rank_content(
         }
         content["optimizer"] = {**optimizer, "step": max(step for _, step in parts)}
     if with_rng:
-        states: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
-        torch.distributed.all_gather_object(states, rng_state(device), group=parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        states: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(states, rng_state(device), group=group)
         content["rng_state"] = states
     return content
 
@@ -209,13 +220,15 @@ def load_optimizer(engine: Engine, checkpoint: MegatronCheckpoint) -> None:
     sources = {field: checkpoint.section("optimizer", field) for field in FIELDS}
     tp = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
+    experts = ExpertShare(*parallel.expert_place(checkpoint.config.num_experts))
     for chunk in engine.chunks:
         parameters = trainable(chunk)
         state = {}
         for local, parameter in parameters.items():
-            name = checkpoint.table.resolve(logical_name(local, chunk.first_layer))
+            name = checkpoint.table.resolve(logical_name(local, chunk.first_layer, first_expert=experts.first))
             padded = parameter.shape[0] * tp if name in (EMBEDDING, OUTPUT_LAYER) else None
-            state[local] = {field: local_share(source, name, tp, rank, padded) for field, source in sources.items()}
+            place = (tp, rank) if expert_number(name) is None else (experts.parts, experts.part)
+            state[local] = {field: local_share(source, name, *place, padded) for field, source in sources.items()}
         import_state(engine.optimizer, parameters, state, int(stored["step"]))
 
 
@@ -223,9 +236,9 @@ def load_rng(checkpoint: MegatronCheckpoint, layout: Layout, device: Device) -> 
     """Take this rank's random states; -> False when the layout differs, where they mean nothing."""
     if checkpoint.layout != layout:
         return False
-    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    states = checkpoint.files[Rank(*ranks)].get("rng_state")
-    if not states or len(states) != parallel_state.get_data_parallel_world_size():
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    states = checkpoint.files[own_place()].get("rng_state")
+    if not states or len(states) != group.size():
         return False
-    restore_rng(materialise(states[parallel_state.get_data_parallel_rank()]), device)
+    restore_rng(materialise(states[group.rank()]), device)
     return True

@@ -15,13 +15,19 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.lora.layers import lora_layers
-from mindspeed_llm.models.causal_lm import CausalLM
+from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
+from mindspeed_llm.models.context import own_positions
+from mindspeed_llm.models.expert_marks import sum_partial_gradients
 from mindspeed_llm.models.packed import packed_rows
+from mindspeed_llm.training.balance import scale_balance, seen_balance
+from mindspeed_llm.training.optimizer_state import inner_optimizers
 
 Batch = dict[str, Any]
 """A micro-batch on the device: tokens and labels [b, s]; of packed rows [1, s], and `packed`, their `PackedRows`."""
@@ -37,12 +43,15 @@ class StepResult:
         tokens: trained tokens of the global batch.
         grad_norm: before clipping.
         updated: False when the step was skipped (non-finite gradients).
+        balance: load-balancing loss, its coefficient aside: mean over micro-batches, DP and layers with experts; 1 when
+            balanced. None where it is not asked for.
     """
 
     loss: float
     tokens: int
     grad_norm: float
     updated: bool
+    balance: float | None = None
 
 
 @dataclass
@@ -113,7 +122,7 @@ def create_engine(
     )
     if len(getattr(optimizer, "chained_optimizers", ())) == 1:  # a chain of one hides the optimizer's own state
         optimizer = optimizer.chained_optimizers[0]
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize
     config.grad_scale_func = optimizer.scale_loss
     if overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
@@ -121,6 +130,12 @@ def create_engine(
         for chunk in wrapped:
             await_adapters(chunk)
     return Engine(list(chunks), wrapped, optimizer)
+
+
+def finalize(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
+    """megatron-core's completion of gradients, and that of expert parameters it does not know of."""
+    finalize_model_grads(chunks, *args, **kwargs)
+    sum_partial_gradients(chunks, parallel_state.get_expert_tensor_parallel_group())
 
 
 def await_adapters(chunk: DistributedDataParallel) -> None:
@@ -149,30 +164,45 @@ def finish_parameter_sync(engine: Engine) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [m] of a micro-batch's labelled positions -> (sum, count, report of both).
+def sum_loss(losses: Tensor, trained: Tensor, parts: int, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [m] of this process's labelled positions of a micro-batch -> (sum, count, report).
 
     megatron-core divides the sum by the count and the number of micro-batches, or leaves it whole under per-token
-    loss. The report owns its memory: the sum is scaled in place.
+    loss; then it averages over DP and CP alike. Under CP the count is therefore that of the whole micro-batch and the
+    sum counts c times:  1/(D c) sum_d sum_c  c S_dc / n_d  =  1/D sum_d S_d / n_d.
+    The report [S, own count, S / n] owns its memory: the sum is scaled in place.
+
+    Args:
+        trained: labelled positions of the micro-batch over all CP ranks. parts: c.
     """
-    total = losses.sum()
-    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
-    return total, count, torch.stack([total.detach().double(), count.double()])
+    total, own = losses.sum(), losses.numel()
+    count = (torch.full_like(trained, own) if per_token else trained).int()
+    mean = total.detach().double() / trained.clamp(min=1)
+    report = torch.stack([total.detach().double(), torch.full_like(mean, own), mean])
+    return (total if per_token or parts == 1 else total * parts), count, report
 
 
 def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     """One micro-batch through one model chunk."""
     batch = next(batches)
-    output = model(batch["tokens"], None, None, labels=batch["labels"], packed_seq_params=batch.get("packed"))
-    return output, sum_loss
+    config, group = get_model_config(model), parallel_state.get_context_parallel_group()
+    trained = (batch["labels"] != IGNORE).sum()
+    tokens, labels, padding = (own_positions(batch.get(name), 1, group) for name in ("tokens", "labels", "padding"))
+    packed = batch.get("packed")
+    output = model(tokens, None, None, labels=labels, packed_seq_params=packed, padding_mask=padding)
+    return output, partial(sum_loss, trained=trained, parts=group.size(), per_token=config.calculate_per_token_loss)
 
 
-def run_microbatches(engine: Engine, batches: Sequence[Batch], forward_only: bool) -> tuple[float, int]:
+def run_microbatches(
+    engine: Engine, batches: Sequence[Batch], forward_only: bool, per_token: bool | None = None
+) -> tuple[float, int]:
     """Run the micro-batches of one global batch forward (and backward); -> (loss, trained tokens), see `StepResult`.
 
+    The loss told is the mean per token, or over micro-batches, as `per_token` says; None: as the engine trains.
     Every rank of a DP replica passes the same batches: the first stage reads the tokens, the last the labels.
     """
     models = engine.wrapped or engine.chunks
+    scale_balance(engine, batches)
     micro_batch_size, length = batches[0]["tokens"].shape
     reports = get_forward_backward_func()(
         forward_step_func=_forward_step,
@@ -183,7 +213,9 @@ def run_microbatches(engine: Engine, batches: Sequence[Batch], forward_only: boo
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    return _reduce_reports(reports, len(batches), engine.config.calculate_per_token_loss, batches[0]["tokens"].device)
+    if per_token is None:
+        per_token = engine.config.calculate_per_token_loss
+    return _reduce_reports(reports, len(batches), per_token, batches[0]["tokens"].device)
 
 
 def _reduce_reports(
@@ -193,12 +225,14 @@ def _reduce_reports(
 
     per micro-batch:  loss = 1/(D M) sum_d sum_m S_dm / n_dm        (D DP ranks, M micro-batches, S sums, n counts)
     per token:        loss = sum_d sum_m S_dm / sum_d sum_m n_dm
+
+    S and own counts are sums over CP too.
     """
     sums = torch.zeros(3, dtype=torch.float64)  # sum of S, sum of n, sum of S/n
-    for total, count in (report.tolist() for report in reports):
-        sums += torch.tensor([total, count, total / max(count, 1)], dtype=torch.float64)
+    for report in reports:
+        sums += report.to(sums.device)
     sums = sums.to(device, torch.float64 if device.type == "cpu" else torch.float32)
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if pipeline.size() > 1:
         torch.distributed.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
@@ -220,7 +254,16 @@ def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
     engine.optimizer.zero_grad()
     loss, tokens = run_microbatches(engine, batches, forward_only=False)
     updated, grad_norm = _update(engine.optimizer)
-    return StepResult(loss, tokens, grad_norm, updated)
+    return StepResult(loss, tokens, grad_norm, updated, seen_balance(engine, len(batches)))
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """The norm of all gradients, those of experts included; collective.
+
+    sqrt(sum over optimizers of n^2): dense and expert parameters have optimizers of their own, whose norms are sums
+    over different processes.
+    """
+    return math.hypot(*(float(one.get_grad_norm()) for one in inner_optimizers(optimizer)))
 
 
 def _update(optimizer: Any) -> tuple[bool, float]:
@@ -231,30 +274,48 @@ def _update(optimizer: Any) -> tuple[bool, float]:
     """
     optimizer.prepare_grads()
     limit = optimizer.config.clip_grad
-    norm = float(optimizer.clip_grad_norm(limit) if limit > 0.0 else optimizer.get_grad_norm())
+    norm = gradient_norm(optimizer)
     if not math.isfinite(norm):
         return False, norm
+    for one in inner_optimizers(optimizer) if limit > 0.0 else ():
+        if one.get_parameters():
+            clip_grad_by_total_norm_fp32(one.get_parameters(), limit, norm)
     return bool(optimizer.step_with_ready_grads()), norm
 
 
 @torch.no_grad()
 def evaluate(engine: Engine, global_batches: Iterator[Sequence[Batch]]) -> float:
-    """Mean loss over validation batches, with the model in evaluation mode; nan when there are none."""
+    """Mean loss per trained token of the batches, however they are cut; nan when no token is trained.
+
+    The model is in evaluation mode meanwhile.
+    """
     models = engine.wrapped or engine.chunks
     for model in models:
         model.eval()
-    losses = [run_microbatches(engine, batches, forward_only=True)[0] for batches in global_batches]
+    total, count = 0.0, 0
+    for batches in global_batches:
+        loss, tokens = run_microbatches(engine, batches, forward_only=True, per_token=True)
+        if tokens:
+            total, count = total + loss * tokens, count + tokens
     for model in models:
         model.train()
-    return sum(losses) / len(losses) if losses else float("nan")
+    return total / count if count else float("nan")
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> Batch:
     """A collated batch of numpy arrays as device tensors, with only what the model reads."""
     move = partial(torch.as_tensor, device=device)
     moved: Batch = {"tokens": move(batch["tokens"]), "labels": move(batch["labels"])}
+    if "lengths" in batch:
+        moved["padding"] = move(padding_of(batch))
     if "cu_seqlens" in batch:
         starts = numpy.flatnonzero(batch["position_ids"][0] == 0)
         position_lengths = numpy.diff(starts, append=batch["position_ids"].size)
         moved["packed"] = packed_rows(numpy.diff(batch["cu_seqlens"]).tolist(), position_lengths.tolist(), device)
     return moved
+
+
+def padding_of(batch: dict[str, Any]) -> numpy.ndarray:
+    """[b, s], True behind the end of each row; of packed rows [1, s], True behind the last."""
+    lengths = batch["lengths"][:, None] if "cu_seqlens" not in batch else batch["lengths"].sum()
+    return numpy.arange(batch["tokens"].shape[1])[None] >= lengths

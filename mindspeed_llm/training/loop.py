@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 from megatron.core import parallel_state
 
+from mindspeed_llm.arguments.parser import to_dict
 from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import barrier
 from mindspeed_llm.training.engine import Batch, StepResult, evaluate, train_step
@@ -76,6 +77,9 @@ def train(run: Run, report: Report | None) -> bool:
                 saved = iteration
             if stopping:
                 break
+    for feed in (run.feed, run.validation, run.test):
+        if feed is not None:
+            feed.close()
     if report is not None:
         report.end()
     return saved == run.train_iters
@@ -100,6 +104,7 @@ class _Window:
         self.run = run
         self.losses: list[float] = []
         self.tokens, self.flops, self.grad_norm = 0, 0.0, 0.0
+        self.balance: float | None = None
         self.first = True
         self.began = time.perf_counter()
 
@@ -112,7 +117,7 @@ class _Window:
             lengths = batch["packed"].segments.lengths if "packed" in batch else (length,) * rows
             self.flops += sum(step_flops(self.run.metadata.model, one, one, frozen) for one in lengths)
         self.losses.append(result.loss)
-        self.grad_norm = result.grad_norm
+        self.grad_norm, self.balance = result.grad_norm, result.balance
 
     def flush(self, report: Report | None, rate: float) -> None:
         """Print the steps as one line and begin anew."""
@@ -133,8 +138,10 @@ class _Window:
                 memory=self.run.device.memory()[1] / MEGABYTE,
                 skipped=done.skipped,
                 nan=done.nan,
+                load_balancing_loss=self.balance,
             )
-            throughput = self.flops / seconds / (layout.tp * layout.pp) / 1e12
+            context = parallel_state.get_context_parallel_world_size()
+            throughput = self.flops / seconds / (layout.tp * layout.pp * context) / 1e12
             report.step(record, throughput if self.run.options.logging.log_throughput else None)
             if self.first:
                 now, peak = (value / MEGABYTE for value in self.run.device.memory())
@@ -149,15 +156,20 @@ class _Window:
 
 
 def validate(run: Run, report: Report | None) -> None:
-    """Validation loss, every --eval-interval steps and at the end, where there are validation rows."""
+    """Losses of the rows held out: for validation every --eval-interval steps and at the end, for the test at the end.
+
+    Over all of these rows, or the first --eval-iters global batches.
+    """
     training, iteration = run.options.training, run.progress.iteration
-    due = iteration % training.eval_interval == 0 or iteration == run.train_iters
-    if run.validation is None or not training.eval_iters or not due:
-        return
-    rows = math.ceil(len(run.validation.source) / run.global_batch_size)
-    loss = evaluate(run.engine, run.validation.walk(min(training.eval_iters, rows)))
-    if report is not None:
-        report.validation(iteration, loss)
+    ends = iteration == run.train_iters
+    due = ((run.validation, "validation", iteration % training.eval_interval == 0 or ends), (run.test, "test", ends))
+    for feed, name, now in due:
+        if feed is None or training.eval_iters == 0 or not now:
+            continue
+        whole = math.ceil(len(feed.source) / run.global_batch_size)
+        loss = evaluate(run.engine, feed.walk(min(training.eval_iters or whole, whole)))
+        if report is not None:
+            report.validation(iteration, loss, name)
 
 
 def save(run: Run) -> Path:
@@ -187,6 +199,50 @@ def save(run: Run) -> Path:
     return final
 
 
+def shares_of_pass(run: Run) -> list[str]:
+    """How many rows of each data set make a pass, where they have shares; what is held out."""
+    part, blend = run.rows.parts.train, run.feed.sampler.blend
+    lines = []
+    if blend is not None:
+        shown = zip(part.weights, blend.counts.tolist(), part.sizes, part.prefixes, strict=True)
+        lines.append(
+            "a pass has " + ", ".join(f"{count:,} of {size:,} rows ({w:.1%}) of {p}" for w, count, size, p in shown)
+        )
+    held = [(feed, name) for feed, name in ((run.validation, "validation"), (run.test, "test")) if feed is not None]
+    return [*lines, *(f"{len(feed.source):,} {name} rows" for feed, name in held)]
+
+
+# what the order of rows follows from, by the group of options that holds it
+ORDER = {
+    "data": ("data_path", "train_data_path", "split", "no_shuffle", "length_grouping"),
+    "training": ("seed",),
+    "sources": ("dataset",),
+    "rows": ("input",),
+}
+
+
+def changed_order(run: Run) -> list[str]:
+    """A warning where a resumed run reads its rows in another order than the one it continues."""
+    start = run.start.resume
+    if start is None or start.metadata is None:
+        return []
+    now, before = to_dict(run.options), start.metadata.options
+    names = [(group, name) for group, listed in ORDER.items() for name in listed]
+    if run.options.data.length_grouping:
+        names.append(("training", "global_batch_size"))
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for group, name in names
+        if name in before.get(group, {}) and before[group][name] != now[group][name]
+    ]
+    if not changed:
+        return []
+    return [
+        f"warning: {', '.join(changed)} changed since {start.folder}: rows come in another order, so that some of this "
+        "epoch's may be read twice or not at all"
+    ]
+
+
 def announce(run: Run) -> None:
     """What is about to happen, in a few lines; on rank 0."""
     world = torch.distributed.get_world_size()
@@ -201,11 +257,17 @@ def announce(run: Run) -> None:
         )
     )
     source = run.feed.source
+    pieces = parallel_state.get_context_parallel_world_size()
+    context = f" CP{pieces}" if pieces > 1 else ""
     lines = [
         f"{what}: {parameters:,} trainable parameters on this rank, {run.metadata.model.dtype}, {run.device.name}",
-        f"{layout} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; base {run.start.base_path}",
+        f"{layout}{context} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; "
+        f"base {run.start.base_path}",
         f"{len(source):,} training rows, {int(source.lengths.sum()):,} tokens; {run.train_iters} steps of "
         f"{run.global_batch_size} rows = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
+        *shares_of_pass(run),
+        *run.rows.notes,
+        *changed_order(run),
     ]
     if run.progress.iteration:
         lines.append(f"resumed at step {run.progress.iteration} from {run.start.resume.folder}")

@@ -31,6 +31,25 @@ class _Shard:
     stop: int
 
 
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """megatron-core's optimizers behind `optimizer`: dense parameters have one, experts another."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _optimizer_of(optimizer: Any) -> dict[nn.Parameter, Any]:
+    """Parameter -> the optimizer that updates it, or a shard of it."""
+    found: dict[nn.Parameter, Any] = {}
+    for one in inner_optimizers(optimizer):
+        if hasattr(one, "model_param_gbuf_map"):
+            found |= {p: one for buffer in one.buffers for p in buffer.params}
+        else:
+            for groups in (getattr(one, "float16_groups", []), getattr(one, "fp32_from_fp32_groups", [])):
+                found |= {p: one for group in groups for p in group}
+            if not hasattr(one, "float16_groups"):
+                found |= dict.fromkeys(one.get_parameters(), one)
+    return found
+
+
 def _shard(optimizer: Any, parameter: nn.Parameter) -> _Shard | None:
     """This rank's shard of a trainable parameter, or None when other DP ranks own all of it."""
     if not hasattr(optimizer, "model_param_gbuf_map"):
@@ -60,23 +79,24 @@ def _dp_group(optimizer: Any) -> Any:
 def export_state(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, dict[str, Tensor]], int]:
     """-> ({name: {field: fp32 tensor of the parameter's shape}}, Adam's step count). Collective over DP.
 
-    Before the first update the moments are zero and the step is 0.
+    Before the first update the moments are zero and the step is 0. All ranks take part.
     """
-    group = _dp_group(optimizer)
+    owners = _optimizer_of(optimizer)
     state: dict[str, dict[str, Tensor]] = {}
     steps = 0
     for name, parameter in parameters.items():
-        shard = _shard(optimizer, parameter)
-        inner = optimizer.optimizer.state.get(shard.main, {}) if shard else {}
+        owner = owners[parameter]
+        shard = _shard(owner, parameter)
+        inner = owner.optimizer.state.get(shard.main, {}) if shard else {}
         values = {"master": shard.main if shard else None, **{m: inner.get(m) for m in MOMENTS}}
-        state[name] = {field: _gathered(values[field], shard, parameter, group) for field in FIELDS}
+        state[name] = {field: _gathered(values[field], shard, parameter, _dp_group(owner)) for field in FIELDS}
         steps = max(steps, int(inner.get("step", 0)))
-    steps = max([steps, *(int(g.get("step", 0)) for g in optimizer.optimizer.param_groups)])
-    if group is not None:
-        most = torch.tensor(steps, device=next(iter(parameters.values())).device)
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
-        steps = int(most)
-    return state, steps
+    for one in inner_optimizers(optimizer):
+        if one.optimizer is not None:
+            steps = max([steps, *(int(g.get("step", 0)) for g in one.optimizer.param_groups)])
+    counts = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, steps)  # a rank may hold no state
+    return state, max(counts)
 
 
 @torch.no_grad()
@@ -89,20 +109,24 @@ def import_state(
         state: {name: {field: tensor of this rank's parameter shape}}.
         steps: Adam's step count.
     """
+    owners = _optimizer_of(optimizer)
     for name, parameter in parameters.items():
-        shard = _shard(optimizer, parameter)
+        owner = owners[parameter]
+        shard = _shard(owner, parameter)
         parameter.copy_(state[name]["master"])
         if shard is None:
             continue
         cut = {f: state[name][f].reshape(-1)[shard.start : shard.stop].to(shard.main.device) for f in FIELDS}
         shard.main.copy_(cut["master"].view(shard.main.shape))
-        entry = optimizer.optimizer.state[shard.main]
+        entry = owner.optimizer.state[shard.main]
         for moment in MOMENTS:
             entry[moment] = cut[moment].reshape(shard.main.shape).to(torch.float32).clone()
-        if isinstance(optimizer.optimizer, torch.optim.Optimizer) and _counts_per_parameter(optimizer):
+        if isinstance(owner.optimizer, torch.optim.Optimizer) and _counts_per_parameter(owner):
             entry["step"] = torch.tensor(float(steps))
-    for group in optimizer.optimizer.param_groups:
-        if not _counts_per_parameter(optimizer):
+    for one in inner_optimizers(optimizer):
+        if one.optimizer is None or _counts_per_parameter(one):
+            continue
+        for group in one.optimizer.param_groups:
             group["step"] = steps
 
 
@@ -113,10 +137,11 @@ def _counts_per_parameter(optimizer: Any) -> bool:
 
 def export_gradients(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The finished fp32 gradients {name: tensor of the parameter's shape}, gathered over DP. Collective over DP."""
-    group = _dp_group(optimizer)
+    owners = _optimizer_of(optimizer)
     gradients = {}
     for name, parameter in parameters.items():
-        shard = _shard(optimizer, parameter)
+        owner = owners[parameter]
+        shard = _shard(owner, parameter)
         values = parameter.main_grad.reshape(-1)[shard.start : shard.stop] if shard else None
-        gradients[name] = _gathered(values, shard, parameter, group)
+        gradients[name] = _gathered(values, shard, parameter, _dp_group(owner))
     return gradients

@@ -20,6 +20,7 @@ class StepRecord:
         milliseconds: wall time per step since the last record. tokens_per_second: trained and padding tokens read,
             over all processes. skipped, nan: steps without an update, and those among them without a finite loss.
         memory: peak megabytes of this process (device memory; resident memory on a CPU).
+        load_balancing_loss: of the last step, its coefficient aside; None where none is asked for.
     """
 
     iteration: int
@@ -32,11 +33,14 @@ class StepRecord:
     memory: float
     skipped: int
     nan: int
+    load_balancing_loss: float | None = None
 
 
 def log_line(record: StepRecord, train_iters: int, global_batch_size: int, now: float, teraflops: float | None) -> str:
     """Upstream's log line with tokens/s, memory and time left behind it; the loss is printed whatever its value."""
     left = (train_iters - record.iteration) * record.milliseconds / 1000
+    balance = record.load_balancing_loss
+    balance_text = f" load_balancing_loss: {balance:.6E} |" if balance is not None else ""
     throughput = f" throughput per GPU (TFLOP/s/GPU): {teraflops:.1f} |" if teraflops is not None else ""
     return (
         f" [{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}]"
@@ -47,6 +51,7 @@ def log_line(record: StepRecord, train_iters: int, global_batch_size: int, now: 
         f" learning rate: {record.learning_rate:.6E} |"
         f" global batch size: {global_batch_size:5d} |"
         f" lm loss: {record.loss:.6E} |"
+        f"{balance_text}"
         f" loss scale: {1.0:.1f} |"
         f" grad norm: {record.grad_norm:.3f} |"
         f" number of skipped iterations: {record.skipped:3d} |"
@@ -106,6 +111,8 @@ class Report:
             self.bar.write(line, file=sys.stdout)
             self.bar.update(record.iteration - self.bar.n)
         values = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in asdict(record).items()}
+        if record.load_balancing_loss is None:
+            del values["load_balancing_loss"]
         self.records.append(values)
         with self.history.open("a", encoding="utf-8") as history:
             history.write(json.dumps(values) + "\n")
@@ -114,12 +121,13 @@ class Report:
                 self.writer.add_scalar(tag, getattr(record, key), record.iteration)
             self.writer.add_scalar("tokens-per-second", record.tokens_per_second, record.iteration)
 
-    def validation(self, iteration: int, loss: float) -> None:
-        """Print and store a validation loss."""
-        say(f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |")
-        self.validations.append((iteration, loss))
+    def validation(self, iteration: int, loss: float, name: str = "validation") -> None:
+        """Print and store the loss of rows held out; `name` says for what they are."""
+        say(f" {name} loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |")
+        if name == "validation":
+            self.validations.append((iteration, loss))
         if self.writer is not None:
-            self.writer.add_scalar("lm loss validation", loss, iteration)
+            self.writer.add_scalar(f"lm loss {name}", loss, iteration)
 
     def end(self) -> None:
         """Draw the loss curve and close what is open."""

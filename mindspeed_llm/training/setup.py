@@ -12,28 +12,27 @@ from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
 from mindspeed_llm.arguments.programs import PosttrainOptions
-from mindspeed_llm.checkpoint.layout import Layout
+from mindspeed_llm.checkpoint.layout import ExpertShare, Layout
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.metadata import BaseRecord, Metadata
-from mindspeed_llm.checkpoint.recorded import tokenizer_folder
 from mindspeed_llm.data.batch import cut_count
-from mindspeed_llm.data.dataset import IndexedDataset, RowSource, split_dataset
-from mindspeed_llm.data.report import check_data_matches
-from mindspeed_llm.data.sampler import EpochSampler
-from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
+from mindspeed_llm.data.prefixes import Part
+from mindspeed_llm.data.sampler import EpochSampler, LengthGroupedSampler
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.lora.sources import shared_hash
 from mindspeed_llm.models import parallel
-from mindspeed_llm.models.config import check_architecture_flags
+from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
 from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import Progress
 from mindspeed_llm.training.engine import Engine, create_engine
 from mindspeed_llm.training.export import Export, plan_export
-from mindspeed_llm.training.feed import Feed, length_multiple
+from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
+from mindspeed_llm.training.layout_rules import check_targets, length_parts, training_layout
 from mindspeed_llm.training.report import say
+from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
 from mindspeed_llm.training.schedule import Schedule
 from mindspeed_llm.training.start import Start, find_start
 
@@ -45,7 +44,8 @@ class Run:
     Attributes:
         progress: how far it is; the loop replaces it after every step.
         train_iters: optimizer steps in all. global_batch_size: rows per step over all ranks.
-        feed, validation: training and validation batches (None without validation rows).
+        rows: what is read. feed: training batches.
+        validation, test: batches of rows held out; None without such rows.
         metadata: of the checkpoints it will write, iteration aside.
         export: what is written beside them, or None.
     """
@@ -55,8 +55,10 @@ class Run:
     start: Start
     engine: Engine
     schedule: Schedule
+    rows: Rows
     feed: Feed
     validation: Feed | None
+    test: Feed | None
     metadata: Metadata
     train_iters: int
     global_batch_size: int
@@ -69,12 +71,26 @@ class Run:
         return torch.distributed.get_rank() == 0
 
 
-def engine_options(options: PosttrainOptions) -> EngineOptions:
+def aux_loss_coefficient(options: PosttrainOptions, model: ModelConfig) -> float:
+    """Of the load-balancing loss: the option's, else the model's own where its config.json asks for the loss."""
+    given = options.experts.moe_aux_loss_coeff
+    if not model.num_experts or options.experts.moe_router_load_balancing_type == "none":
+        return 0.0
+    if given is not None:
+        return given
+    own = model.hf_config.get("router_aux_loss_coef") if model.hf_config.get("output_router_logits") else None
+    return float(own or 0.0)
+
+
+def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptions:
     """The engine's view of the options."""
     cut, training = options.parallel, options.training
     return EngineOptions(
         tensor=cut.tensor_model_parallel_size,
         pipeline=cut.pipeline_model_parallel_size,
+        context=cut.context_parallel_size,
+        expert=cut.expert_model_parallel_size,
+        expert_tensor=cut.expert_tensor_parallel_size,
         layers_per_virtual_stage=cut.num_layers_per_virtual_pipeline_stage,
         sequence_parallel=cut.sequence_parallel and cut.tensor_model_parallel_size > 1,
         dtype=DTYPES[training.dtype_name],
@@ -83,6 +99,9 @@ def engine_options(options: PosttrainOptions) -> EngineOptions:
         recompute_method=training.recompute_method,
         recompute_num_layers=training.recompute_num_layers,
         calculate_per_token_loss=training.calculate_per_token_loss,
+        moe_aux_loss=aux_loss_coefficient(options, model),
+        moe_aux_loss_type=options.experts.moe_router_load_balancing_type,
+        moe_z_loss=options.experts.moe_z_loss_coeff,
     )
 
 
@@ -92,11 +111,11 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     export = plan_export(options, start)
     model = start.base.config
     check_architecture_flags(model, options.model, start.base_path)
-    dataset, tokenizer = open_data(options, start)
-    options = with_bounds_kept(options, dataset)
-    engine = engine_options(options)
-    layout = Layout.even(model.num_layers, engine.tensor, engine.pipeline, engine.layers_per_virtual_stage)
-    check_divides(options, start, layout)
+    rows = open_rows(options, start)
+    options = with_bounds_kept(options, rows.parts)
+    engine = engine_options(options, model)
+    layout = training_layout(options, start.base.table)
+    check_targets(start.settings, start.base.table)
     parallel.start(
         device,
         engine.tensor,
@@ -104,95 +123,30 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
         layout.vp if layout.vp > 1 else None,
         options.training.seed,
         options.device.distributed_timeout_minutes,
+        expert=engine.expert,
+        expert_tensor=engine.expert_tensor,
+        context=engine.context,
     )
     seed_everything(options.training.seed)
     micro_batches, global_batch_size = batch_sizes(options, layout)
-    feed, validation = feeds(options, dataset, tokenizer, device, micro_batches)
-    metadata = describe(options, start, layout, dataset, tokenizer)
+    feed, validation, test = feeds(options, rows, device, micro_batches)
+    metadata = describe(options, start, layout, rows)
     train_iters = total_steps(options, len(feed.source), global_batch_size)
     built = build_engine(options, start, engine, device)
     schedule = Schedule(built.optimizer, options.optimizer, train_iters)
     run = Run(
-        options, device, start, built, schedule, feed, validation, metadata, train_iters, global_batch_size, export
-    )
+        options, device, start, built, schedule, rows, feed, validation, test, metadata, train_iters,
+        global_batch_size, export,
+    )  # fmt: skip
     if start.resume is not None:
         resume(run)
     return run
-
-
-def check_divides(options: PosttrainOptions, start: Start, layout: Layout) -> None:
-    """Refuse sizes that do not divide, and experts over processes; `UsageError` naming both."""
-    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
-        given, only = getattr(options.parallel, name), 1 if name.startswith("expert_model") else layout.tp
-        if given not in (None, only):
-            raise UsageError(f"--{name.replace('_', '-')} {given}: only {only} is supported in training yet")
-    for entry in start.base.table.entries.values():
-        entry.shard_map(layout.tp, None)
-    data = options.data
-    padded = not (data.no_pad_to_seq_lengths or data.lays_out_flat)
-    if options.parallel.sequence_parallel and padded and data.seq_length % layout.tp:
-        raise UsageError(
-            f"--seq-length {data.seq_length} does not divide by --tensor-model-parallel-size {layout.tp}, which "
-            "--sequence-parallel needs; change one of them"
-        )
 
 
 def seed_everything(seed: int) -> None:
     """Seed the generators outside megatron-core's reach."""
     random.seed(seed)
     numpy.random.seed(seed)
-
-
-def open_data(options: PosttrainOptions, start: Start) -> tuple[IndexedDataset, Tokenizer | None]:
-    """The preprocessed rows and the tokenizer, held against each other.
-
-    Raises:
-        UsageError: no --data-path. InputError: no such data, or made with another tokenizer or template.
-    """
-    if not options.data.data_path:
-        raise UsageError("--data-path is missing: the --output-prefix given to preprocess_data.py")
-    dataset = IndexedDataset(options.data.data_path)
-    folder = tokenizer_folder(options.tokenizer, start.base)
-    tokenizer = load_tokenizer(folder) if folder else None
-    if tokenizer is not None:
-        for report in dataset.reports:
-            check_data_matches(
-                report, tokenizer.content_hash, options.tokenizer.prompt_type, options.tokenizer.enable_thinking
-            )
-    check_resumed_template(start, dataset)
-    return dataset, tokenizer
-
-
-def with_bounds_kept(options: PosttrainOptions, dataset: IndexedDataset) -> PosttrainOptions:
-    """The options with what the data ask for: files made with --neat-pack are laid out flat, row by row.
-
-    There, and where a row holds a single text, --reset-attention-mask and --reset-position-ids have nothing to add.
-    """
-    data = options.data
-    if dataset.neat_packed:
-        data = replace(data, padding_free=True)
-    if dataset.neat_packed or not dataset.may_be_packed:
-        data = replace(data, reset_attention_mask=False, reset_position_ids=False)
-    return replace(options, data=data)
-
-
-def check_resumed_template(start: Start, dataset: IndexedDataset) -> None:
-    """Refuse to continue an adapter on data of another template than it has learnt; `InputError`."""
-    recorded = start.resume.metadata if start.resume is not None else None
-    found = data_template(dataset)
-    if recorded is None or recorded.template is None or found[0] is None:
-        return
-    if (recorded.template, recorded.enable_thinking) != found:
-        raise InputError(
-            f"{start.resume.folder} was trained with template {recorded.template} (thinking "
-            f"{recorded.enable_thinking}), the data were made with {found[0]} (thinking {found[1]}); preprocess again"
-        )
-
-
-def data_template(dataset: IndexedDataset) -> tuple[str | None, str | None]:
-    """(template name, thinking mode) the data were made with, as far as their report says."""
-    report = dataset.report or {}
-    return report.get("template", {}).get("name"), report.get("enable_thinking")
 
 
 def batch_sizes(options: PosttrainOptions, layout: Layout) -> tuple[int, int]:
@@ -218,46 +172,37 @@ def batch_sizes(options: PosttrainOptions, layout: Layout) -> tuple[int, int]:
 
 
 def feeds(
-    options: PosttrainOptions, dataset: IndexedDataset, tokenizer: Tokenizer | None, device: Device, micro_batches: int
-) -> tuple[Feed, Feed | None]:
-    """Training and validation batches of this rank."""
-    training, cut = options.training, options.parallel
-    train, valid, _ = split_dataset(dataset, options.data.split)
-    pad_id = 0 if tokenizer is None else next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
-    end_id = text_end(options, tokenizer)
-    multiple = length_multiple(options.data, cut.tensor_model_parallel_size, cut.sequence_parallel)
+    options: PosttrainOptions, rows: Rows, device: Device, micro_batches: int
+) -> tuple[Feed, Feed | None, Feed | None]:
+    """Training, validation and test batches of this rank."""
+    training, data = options.training, options.data
+    multiple = length_multiple(data, length_parts(options))
     place = device.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
+    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer))
+    ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    sizes = (training.micro_batch_size, *ranks, micro_batches)
+    parts = rows.parts
 
-    def feed(source: RowSource, shuffle: bool) -> Feed:
-        sampler = EpochSampler(
-            len(source),
-            training.micro_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-            micro_batches,
-            training.seed,
-            shuffle,
-        )
-        return Feed(source, sampler, options.data, pad_id, multiple, place, end_id)
+    def held_out(part: Part | None) -> Feed | None:
+        if part is None:
+            return None
+        blend = part.blend(training.seed, False)
+        sampler = EpochSampler(len(part.source), *sizes, training.seed, shuffle=False, blend=blend, once=True)
+        return Feed(part.source, sampler, collate, place, data.num_workers)
 
-    return feed(train, not options.data.no_shuffle), feed(valid, False) if len(valid) else None
-
-
-def text_end(options: PosttrainOptions, tokenizer: Tokenizer | None) -> int | None:
-    """The token behind which --reset-attention-mask and --reset-position-ids begin anew; None without these flags.
-
-    Raises:
-        UsageError: the tokenizer names no such token, or there is no tokenizer.
-    """
-    if not (options.data.reset_attention_mask or options.data.reset_position_ids):
-        return None
-    if tokenizer is None or tokenizer.eos_id is None:
-        raise UsageError(
-            "--reset-attention-mask and --reset-position-ids look for the tokenizer's end-of-text token, and "
-            f"{'no tokenizer was found' if tokenizer is None else 'it names none'}; give "
-            "--tokenizer-name-or-path one that has it, or pack with --neat-pack"
-        )
-    return tokenizer.eos_id
+    source = parts.train.source
+    check_lengths(source, data)
+    common = {
+        "seed": training.seed,
+        "cache": rows.index_cache(options),
+        "blend": parts.train.blend(training.seed, not data.no_shuffle),
+    }
+    if data.length_grouping:
+        sampler = LengthGroupedSampler(numpy.minimum(source.lengths, data.seq_length), *sizes, **common)
+    else:
+        sampler = EpochSampler(len(source), *sizes, shuffle=not data.no_shuffle, **common)
+    train = Feed(source, sampler, collate, place, data.num_workers)
+    return train, held_out(parts.valid), held_out(parts.test)
 
 
 def total_steps(options: PosttrainOptions, rows: int, global_batch_size: int) -> int:
@@ -267,9 +212,7 @@ def total_steps(options: PosttrainOptions, rows: int, global_batch_size: int) ->
     return math.ceil((options.training.epochs or 1) * rows / global_batch_size)
 
 
-def describe(
-    options: PosttrainOptions, start: Start, layout: Layout, dataset: IndexedDataset, tokenizer: Tokenizer | None
-) -> Metadata:
+def describe(options: PosttrainOptions, start: Start, layout: Layout, rows: Rows) -> Metadata:
     """What this run's checkpoints will say about themselves. Collective: rank 0 hashes the base."""
     recorded = getattr(start.base, "metadata", None)
     if start.settings is not None:
@@ -282,14 +225,13 @@ def describe(
         base = recorded.base
     else:
         base = BaseRecord(str(Path(start.base_path).resolve()), None)
-    template, thinking = data_template(dataset)
     return Metadata(
         model=replace(start.base.config, dtype=options.training.dtype_name),
         layout=layout,
         base=base,
         lora=start.settings,
-        template=template or options.tokenizer.prompt_type,
-        enable_thinking=thinking or options.tokenizer.enable_thinking,
+        template=rows.template or options.tokenizer.prompt_type,
+        enable_thinking=rows.enable_thinking or options.tokenizer.enable_thinking,
         options=to_dict(options),
     )
 
@@ -298,15 +240,17 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
     """Build the chunks, load the base, add the adapter, wrap for training."""
     chunks = build_chunks(start.base.config, engine, device)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    experts = ExpertShare(*parallel.expert_place(start.base.config.num_experts))
     for chunk in chunks:
-        load_live(live_tensors(chunk), start.base, tp_rank, engine.tensor, chunk.first_layer)
+        load_live(live_tensors(chunk), start.base, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
     if start.settings is not None:
         inject(chunks, start.settings, options.lora.lora_fusion, options.training.seed)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
     if start.adapter is not None:
         for chunk in chunks:
-            load_live(live_tensors(chunk), start.adapter.tensors, tp_rank, engine.tensor, chunk.first_layer)
+            tensors = start.adapter.tensors
+            load_live(live_tensors(chunk), tensors, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
     cut = options.parallel
     return create_engine(
         chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather

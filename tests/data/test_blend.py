@@ -1,46 +1,56 @@
 """Blends of data sets: shares as asked, no row more often than another by more than one, nothing out of place."""
 
-from collections import Counter
-from typing import Any
-
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mindspeed_llm.data.blend import BlendedDataset, parse_data_path, shares_of
+from mindspeed_llm.data.blend import Blend, parse_data_path, shares_of
 from mindspeed_llm.errors import InputError, UsageError
 
 
-class Numbered:
-    """A data set whose row i of `name` says so."""
-
-    def __init__(self, name: str, rows: int) -> None:
-        self.name = name
-        self.lengths = np.arange(1, rows + 1, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"input_ids": np.zeros(int(self.lengths[row]), np.int32), "name": f"{self.name}{row}"}
-
-
-def test_every_source_has_its_share_and_its_rows_come_equally_often() -> None:
-    blend = BlendedDataset([Numbered("a", 90), Numbered("b", 10), Numbered("c", 20)], [0.5, 0.25, 0.25], seed=3)
-    assert len(blend) == 120 and blend.counts.tolist() == [60, 30, 30]
-    seen = Counter(blend[i]["name"] for i in range(len(blend)))
-    assert Counter(name[0] for name in seen.elements()) == {"a": 60, "b": 30, "c": 30}
-    assert set(Counter({n: c for n, c in seen.items() if n[0] == "b"}).values()) == {3}
-    assert {c for n, c in seen.items() if n[0] == "c"} == {1, 2} and {c for n, c in seen.items() if n[0] == "a"} == {1}
-    assert [len(blend[i]["input_ids"]) for i in range(len(blend))] == blend.lengths.tolist()
-
-
-def test_the_seed_and_the_pass_draw_the_rows_of_an_incomplete_pass() -> None:
-    sources = [Numbered("a", 100), Numbered("b", 100)]
-    drawn = [
-        {blend[i]["name"] for i in range(len(blend))}
-        for blend in (BlendedDataset(sources, [0.3, 0.7], seed, n) for seed, n in ((1, 0), (1, 0), (2, 0), (1, 1)))
+def test_a_pass_holds_the_shares_asked_for_spread_evenly_over_it() -> None:
+    blend = Blend([90, 10, 20], [0.5, 0.25, 0.25], seed=3, shuffle=False)
+    rows = blend.rows(0)
+    assert len(rows) == len(blend) == 120 and blend.counts.tolist() == [60, 30, 30]
+    part = np.searchsorted([90, 100], rows, side="right")
+    assert np.bincount(part).tolist() == [60, 30, 30]
+    for begin in range(0, 120, 12):
+        assert np.bincount(part[begin : begin + 12]).tolist() == [6, 3, 3]
+    assert rows[part == 0].tolist() == list(range(60)) and rows[part == 2].tolist() == [
+        *range(100, 120),
+        *range(100, 110),
     ]
-    assert drawn[0] == drawn[1] and drawn[0] != drawn[2] and drawn[0] != drawn[3]
+    assert blend.rows(1)[part == 0].tolist() == [*range(60, 90), *range(30)], "a pass takes up where the last stopped"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.05, 1)), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.booleans(),
+    st.integers(1, 9),
+)
+def test_no_row_of_a_data_set_comes_more_often_than_another_by_more_than_one(
+    parts: list[tuple[int, float]], seed: int, shuffle: bool, passes: int
+) -> None:
+    sizes, weights = [size for size, _ in parts], [weight for _, weight in parts]
+    blend = Blend(sizes, weights, seed, shuffle)
+    seen = np.zeros(sum(sizes), np.int64)
+    for number in range(passes):
+        rows = blend.rows(number)
+        assert len(rows) == sum(sizes)
+        seen += np.bincount(rows, minlength=len(seen))
+        for begin, size, count in zip(np.cumsum([0, *sizes]), sizes, blend.counts.tolist(), strict=False):
+            times = seen[begin : begin + size]
+            assert times.max() - times.min() <= 1 and times.sum() == count * (number + 1)
+
+
+def test_the_seed_and_the_pass_draw_the_rows() -> None:
+    drawn = [
+        Blend([100, 100], [0.3, 0.7], seed).rows(number).tolist() for seed, number in ((1, 0), (1, 0), (2, 0), (1, 1))
+    ]
+    assert drawn[0] == drawn[1] and len({tuple(sorted(rows)) for rows in drawn}) == 3
 
 
 def test_shares_sum_to_the_total_and_are_within_one_of_the_exact_ones() -> None:
@@ -61,8 +71,8 @@ def test_weights_stand_before_every_prefix_or_nowhere() -> None:
             parse_data_path(words)
 
 
-def test_an_empty_source_and_missing_weights_are_refused() -> None:
+def test_an_empty_data_set_and_missing_weights_are_refused() -> None:
     with pytest.raises(InputError, match="data set 2 of the blend holds no rows"):
-        BlendedDataset([Numbered("a", 5), Numbered("b", 0)], [0.5, 0.5], 0)
+        Blend([5, 0], [0.5, 0.5], 0)
     with pytest.raises(UsageError, match="2 data sets"):
-        BlendedDataset([Numbered("a", 5), Numbered("b", 2)], [1.0], 0)
+        Blend([5, 2], [1.0], 0)

@@ -8,7 +8,7 @@ import pytest
 from mindspeed_llm.data.dataset import IndexedDataset, split_dataset
 from mindspeed_llm.data.division import content_hashes, divide, split_shares
 from mindspeed_llm.data.indexed_file import IndexedFileWriter
-from mindspeed_llm.data.report import check_data_matches, write_json
+from mindspeed_llm.data.report import check_data_agree, check_data_matches, write_json
 from mindspeed_llm.errors import InputError, UsageError
 
 
@@ -23,7 +23,7 @@ def make(prefix: Path, rows: list[list[int]], fields: tuple[str, ...] = ("input_
 def test_rows_come_back_by_number_and_name_their_place(tmp_path: Path) -> None:
     prefix = make(tmp_path / "a", [[1, 2], [3], [4, 5, 6]])
     data = IndexedDataset(prefix)
-    assert len(data) == 3 and data.lengths.tolist() == [2, 1, 3] and data.report is None
+    assert len(data) == 3 and data.lengths.tolist() == [2, 1, 3] and data.reports == [None]
     assert data[2]["input_ids"].tolist() == [4, 5, 6] and data[2]["labels"].tolist() == [104, 105, 106]
     assert data[1]["attention_mask"].tolist() == [1]
     assert data[1]["name"] == f"row 1 of {prefix}"
@@ -143,5 +143,23 @@ def test_data_of_another_tokenizer_template_or_mode_are_refused_naming_both() ->
         check_data_matches(report, "1" * 64, "qwen", "true")
     with pytest.raises(InputError, match="--enable-thinking true, the run asks for none"):
         check_data_matches(report, "1" * 64, "qwen3", "none")
+    report["template"]["sha256"] = "3" * 64
+    check_data_matches(report, "1" * 64, "qwen3", "true", "3" * 64)
+    with pytest.raises(InputError, match="a template qwen3 of other content .*333333333333.*444444444444"):
+        check_data_matches(report, "1" * 64, "qwen3", "true", "4" * 64)
     report["template"] = {"name": "alpaca", "uses_thinking": False}
     check_data_matches(report, "1" * 64, "alpaca", "none")
+
+
+def test_data_sets_of_one_run_must_come_from_one_tokenizer_and_one_text_of_one_template() -> None:
+    def report(tokenizer: str = "1", name: str = "qwen3", text: str = "a", thinking: str = "none") -> dict:
+        template = {"name": name, "sha256": text, "uses_thinking": True}
+        return {"tokenizer": {"sha256": tokenizer}, "template": template, "enable_thinking": thinking}
+
+    check_data_agree({"x": report(), "y": None, "z": report(), "w": report(thinking="true")})
+    for other, what in ((report("2"), "tokenizer"), (report(name="qwen"), "template"), (report(text="b"), "text of")):
+        with pytest.raises(InputError, match=f"x and z .*{what}"):
+            check_data_agree({"x": report(), "y": None, "z": other})
+    with pytest.raises(InputError, match="the data z were made with another text of template qwen3"):
+        check_data_matches(report(text="b"), "1", "qwen3", None, "a", "the data z")
+    check_data_matches(report(text="a"), "1", "qwen3", None, "a")

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
@@ -44,34 +42,6 @@ def trained(chat: ChatEncoder, row: Any) -> list[str]:
     return [chat.tokenizer.decode(row.ids[start:stop]) for start, stop in row.spans]
 
 
-@pytest.mark.parametrize("template", TOKENIZERS)
-def test_every_control_token_in_what_users_and_systems_say_stays_text(golden: Path, template: str) -> None:
-    chat = encoder(golden, template)
-    words = Vocabulary(chat.tokenizer.path)
-    for token, token_id in chat.tokenizer.control_tokens().items():
-        plain = words.plain.encode(f"a {token} b", add_special_tokens=False).ids
-        clean = ids_of(chat, "a b", "c", system="s t")
-        hidden = ids_of(chat, f"a {token} b", "c", system=f"s {token} t")
-        assert clean.count(token_id) == hidden.count(token_id), token
-        if template != "llama2":  # there a text after other text begins otherwise than one alone
-            joined = ",".join(map(str, hidden))
-            assert ",".join(map(str, plain[1:-1])) in joined, token
-
-
-@pytest.mark.parametrize("template", TOKENIZERS)
-def test_control_tokens_in_the_text_of_tools_and_their_answers_stay_text(golden: Path, template: str) -> None:
-    chat = encoder(golden, template)
-    for token, token_id in chat.tokenizer.control_tokens().items():
-        counts = []
-        for text in ("x", f"x{token}x"):
-            tools = json.dumps([{"name": "f", "description": text, "parameters": {}}])
-            call = json.dumps({"name": "f", "arguments": {}})
-            messages = [*said("q"), Message(role="function", content=call), Message(role="observation", content=text)]
-            row = Conversation([*messages, Message(role="assistant", content="done")], None, tools)
-            counts.append(list(chat.encode_rows([row], Limits())[0].ids).count(token_id))
-        assert counts[0] == counts[1], token
-
-
 def test_in_answers_tags_of_thoughts_and_tools_are_tokens_and_the_others_text(golden: Path) -> None:
     chat = encoder(golden)
     answer = "<think>\nhm\n</think>\n\n<tool_call>\n{}\n</tool_call> <|im_end|>\n<|im_start|>user"
@@ -80,33 +50,6 @@ def test_in_answers_tags_of_thoughts_and_tools_are_tokens_and_the_others_text(go
     assert [count[t] for t in ("<think>", "</think>", "<tool_call>", "</tool_call>")] == [1, 1, 1, 1]
     assert (count["<|im_start|>"], count["<|im_end|>"]) == (2, 2), "those of the two messages"
     assert chat.tokenizer.decode(ids).endswith(answer + "<|im_end|>\n")
-
-
-def test_control_tokens_can_be_allowed_everywhere(golden: Path) -> None:
-    chat = encoder(golden, allow_control_tokens=True)
-    text = (
-        "<|im_start|>user\n<|im_end|> <think>x<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-        "a<|im_end|><|im_end|>\n"
-    )
-    assert ids_of(chat, "<|im_end|> <think>x", "a<|im_end|>") == chat.tokenizer.encode(text)
-
-
-@pytest.mark.parametrize("template", TOKENIZERS)
-def test_rows_without_control_tokens_are_the_tokens_of_their_whole_text(golden: Path, template: str) -> None:
-    chat = encoder(golden, template)
-    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(
-        lambda t: not any(token in t for token in chat.tokenizer.control_tokens()) and MARK not in t
-    )
-
-    @settings(max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(text, text, text)
-    def check(system: str, question: str, answer: str) -> None:
-        turns = chat.template.turns(said(question, answer, question, answer), system, "none")
-        whole = chat._way.text(turns)  # type: ignore[union-attr]
-        ids = ids_of(chat, question, answer, question, answer, system=system)
-        assert ids[: len(ids) - int(chat.template.efficient_eos)] == chat.tokenizer.encode(whole)
-
-    check()
 
 
 def test_text_that_holds_the_marks_of_control_tokens_is_refused_and_other_odd_characters_are_not(golden: Path) -> None:

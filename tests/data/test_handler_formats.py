@@ -131,6 +131,11 @@ def test_an_openai_row_that_is_no_conversation_says_why(message: dict[str, Any],
         get_handler(OPENAI, {}).samples({"messages": messages})
 
 
+def test_a_list_of_no_messages_is_a_fault() -> None:
+    with pytest.raises(BadRow, match="column 'messages' is an empty list"):
+        get_handler(OPENAI, {}).samples({"messages": []})
+
+
 def test_openai_content_in_parts_is_joined_and_the_developer_is_a_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     row = {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": parts},

@@ -59,6 +59,15 @@ def test_a_row_that_is_no_conversation_says_why(change: dict[str, Any], reason: 
         get_handler(NAME, FULL).conversation(row)
 
 
+def test_a_row_without_a_question_is_no_conversation_and_an_empty_question_is_one() -> None:
+    handler = get_handler(NAME, {})
+    for columns in ({"input": "x"}, {"instruction": None}, {"instruction": None, "input": ""}):
+        with pytest.raises(BadRow, match="'instruction' is missing or null"):
+            handler.conversation({"output": "a", **columns})
+    for columns, text in (({"instruction": None, "input": "x"}, "x"), ({"instruction": ""}, "")):
+        assert handler.conversation({"output": "a", **columns}).messages[0]["content"] == text
+
+
 def test_unknown_handlers_and_keys_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match=rf"did you mean '{NAME}'"):
         get_handler("AlpacaStyleInstructionHandlr", {})

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mindspeed_llm.data.blend import Blend
 from mindspeed_llm.data.index_cache import IndexCache, lengths_origin
 from mindspeed_llm.data.sampler import EpochSampler, LengthGroupedSampler
 from mindspeed_llm.errors import InputError
@@ -51,8 +52,13 @@ def test_orders_from_the_cache_are_those_drawn_without_it(tmp_path: Path) -> Non
     caches = [None, IndexCache(tmp_path, True), IndexCache(tmp_path, False, patience=5)]
     plain = [EpochSampler(57, 2, 0, 2, 3, seed=4, cache=cache) for cache in caches]
     grouped = [LengthGroupedSampler(lengths, 2, 1, 2, 3, seed=4, cache=cache) for cache in caches]
-    for samplers in (plain, grouped):
+    blends = [Blend([20, 37], [2, 1], seed=4) for _ in caches]
+    blended = [
+        EpochSampler(57, 2, 0, 2, 3, 4, cache=cache, blend=blend) for cache, blend in zip(caches, blends, strict=True)
+    ]
+    assert plain[0].batch(0) != blended[0].batch(0)
+    for samplers in (plain, grouped, blended):
         batches = [[sampler.batch(n) for n in range(0, 180, 12)] for sampler in samplers]
         assert batches[0] == batches[1] == batches[2]
-    assert len(list(tmp_path.glob("*.npy"))) == 8, "four epochs of two kinds"
+    assert len(list(tmp_path.glob("*.npy"))) == 12, "four epochs of three kinds"
     assert lengths_origin(lengths) != lengths_origin(lengths[::-1])

@@ -168,6 +168,8 @@ def test_of_a_template_without_marks_a_trained_part_is_what_its_turn_adds_to_the
                 start, stop = encoded.spans[-1]
                 assert stop == len(encoded.ids)
                 added = chat.tokenizer.decode(encoded.ids[start:stop])
+                if template == "glm4moe":  # closes no turn: see the test of what ends an answer
+                    added = added.removesuffix("<|user|>")
                 assert added.endswith(whole[len(prompt) :].lstrip(" ")) or template in (
                     "phi3",
                     "phi3_5",
@@ -176,6 +178,36 @@ def test_of_a_template_without_marks_a_trained_part_is_what_its_turn_adds_to_the
                 )
 
     drawn_rows(check)
+
+
+def test_an_answer_that_its_template_does_not_close_is_ended_by_what_opens_the_next_turn(golden: Path) -> None:
+    chat, _ = encoder_and_reference(golden, "glm4moe", "glm")
+    _, judge = encoder_and_reference(golden, "glm4moe_training", "glm")  # it marks these tokens as the model's own
+    handler = get_handler("OpenAIInstructionHandler", {})
+    assert {chat.tokenizer.id_to_token(i) for i in chat.stop_ids()} == {"<|endoftext|>", "<|user|>", "<|observation|>"}
+    judged = 0
+
+    def check(rows: list[tuple]) -> None:
+        nonlocal judged
+        made = [row_for("glm4moe", row) for row in rows]
+        samples = [handler.samples(row)[0] for row in made]
+        for row, encoded in zip(made, chat.encode_rows(samples, Limits()), strict=True):
+            if "<|user|>" in json.dumps(row):
+                continue  # a token there, text here
+            both = judge.apply_chat_template(
+                row["messages"], tools=row.get("tools"), tokenize=True, return_dict=True,
+                return_assistant_tokens_mask=True,
+            )  # fmt: skip
+            assert list(encoded.ids) == both["input_ids"]
+            trained = [0] * len(encoded.ids)
+            for start, stop in encoded.spans:
+                trained[start:stop] = [1] * (stop - start)
+            begin = encoded.spans[-1][0] if encoded.note == ONLY_LAST else 0
+            assert trained[begin:] == both["assistant_masks"][begin:]
+            judged += not encoded.note
+
+    drawn_rows(check)
+    assert judged > 20
 
 
 def test_a_template_that_leaves_old_thoughts_out_trains_the_last_answer_and_says_so(golden: Path) -> None:

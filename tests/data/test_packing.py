@@ -1,6 +1,7 @@
 """Packing: upstream's greedy way against its quadratic definition, ours against the least number of packs."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -23,6 +24,17 @@ def by_definition(lengths: list[int], capacity: int) -> list[list[int]]:
             room -= lengths[row]
         packs.append(pack)
     return packs
+
+
+def test_packing_needs_few_bytes_per_row() -> None:
+    peaks = []
+    for count in (200_000, 600_000):
+        lengths = np.random.default_rng(1).integers(20, 2000, count, dtype=np.int32)
+        tracemalloc.start()
+        pack_rows(lengths, 2048, 1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 400_000 < 24, "with 8 bytes of hash beside them that is 32"
 
 
 def test_packs_equal_the_definition() -> None:

@@ -1,6 +1,7 @@
 """The program as a whole: same files whatever the number of workers, nothing lost, nothing half-written."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.data import preprocess as program
 from mindspeed_llm.data.dataset import IndexedDataset
+from mindspeed_llm.data.indexed_file import IndexedFile
 from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import InputError, UsageError
 
@@ -133,6 +135,74 @@ def test_packs_hold_every_row_once_also_the_long_ones(tokenizer: Path, tmp_path:
         assert pad.sum() == 50 * len(data) - report["tokens"]
 
 
+def test_reasons_that_quote_the_data_are_told_apart_up_to_a_number(tokenizer: Path, tmp_path: Path) -> None:
+    values = [{"conversations": [{"from": "human", "value": "q"}, {"from": f"bot{i}", "value": "a"}]}
+              for i in range(500)]  # fmt: skip
+    values.append({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})
+    source = write(tmp_path / "rows.jsonl", values)
+    more = ["--handler-name", "SharegptStyleInstructionHandler"]
+    with pytest.raises(InputError, match="500 of 501 rows cannot be used.*'bot0'.*; and 35 more; repair") as refused:
+        run(source, tmp_path / "x", tokenizer, *more)
+    assert len(str(refused.value)) < 2000
+    for shards in ("1", "3"):
+        report = run(source, tmp_path / f"x{shards}", tokenizer, *more, "--on-bad-row", "skip", "--num-shards", shards)
+        assert len(report["dropped"]) == 41 and report["rows"]["dropped"] == 500
+        others = report["dropped"]["other reasons, given with each row"]
+        assert others["count"] == 460 and "'bot499'" in others["rows"][-1]["note"]
+
+
+def test_half_characters_in_names_of_columns_are_written_as_question_marks(tokenizer: Path, tmp_path: Path) -> None:
+    values = [*rows(3), {"\ud800": "x", "instruction": "q"}, {"\udc80": "x", **rows(1)[0]}]
+    report = run(write(tmp_path / "rows.jsonl", values), tmp_path / "x", tokenizer)
+    assert report["dropped"]["column 'output' is missing or null"]["rows"][0]["excerpt"].startswith('{"?": "x"')
+    assert report["rows"]["written"] == 4 and '"?"' in (tmp_path / "x_report.html").read_text().replace("&quot;", '"')
+
+
+def test_a_longest_row_decides_before_packing_cuts(tokenizer: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows(60))
+    run(source, tmp_path / "all", tokenizer)
+    lengths = IndexedDataset(tmp_path / "all").lengths
+    more = ["--max-length", "40", "--seq-length", "40", "--pack"]
+    report = run(source, tmp_path / "x", tokenizer, *more)
+    assert report["rows"]["left_out"] == int((lengths > 40).sum()) > 0 == report["cut"]["count"]
+    assert report["tokens"] == int(lengths[lengths <= 40].sum())
+    cut = run(source, tmp_path / "y", tokenizer, *more, "--truncation-strategy", "right")
+    assert cut["tokens"] == int(np.minimum(lengths, 40).sum()) and cut["rows"]["left_out"] == 0
+
+
+@pytest.mark.parametrize(("handler", "strategy"), [("pair", "delete"), ("text", "delete"), ("text", "left")])
+def test_a_longest_row_holds_for_every_kind_of_row(
+    tokenizer: Path, tmp_path: Path, handler: str, strategy: str
+) -> None:
+    values = [{"instruction": "q", "chosen": "a " * (i % 30), "rejected": "b " * (i % 7), "text": "word " * (i % 40)}
+              for i in range(1, 80)]  # fmt: skip
+    source = write(tmp_path / "rows.jsonl", values)
+    common = ["--input", str(source), "--tokenizer-name-or-path", str(tokenizer)]
+    if handler == "pair":
+        common += ["--handler-name", "AlpacaStylePairwiseHandler", "--prompt-type", "qwen3"]
+    for prefix, more in (("all", []), ("x", ["--max-length", "30", "--truncation-strategy", strategy])):
+        words = [*common, "--output-prefix", str(tmp_path / prefix), *more]
+        report = program.preprocess(parse(PreprocessOptions, words, "preprocess_data.py"))
+    names = ["packed_chosen_input_ids", "packed_rejected_input_ids"] if handler == "pair" else ["text"]
+    whole, kept = ([IndexedFile(tmp_path / f"{prefix}_{name}_document") for name in names] for prefix in ("all", "x"))
+    fits = np.all([file.lengths <= 30 for file in whole], axis=0)
+    if strategy == "delete":
+        assert 0 < fits.sum() == len(kept[0]) and report["rows"]["left_out"] == int((~fits).sum())
+        assert all(np.array_equal(a.lengths[fits], b.lengths) for a, b in zip(whole, kept, strict=True))
+    else:
+        assert [kept[0][i].tolist() for i in range(len(fits))] == [whole[0][i][-30:].tolist() for i in range(len(fits))]
+
+
+def test_empty_answers_are_told_and_a_file_in_the_way_of_the_folder_is_named(tokenizer: Path, tmp_path: Path) -> None:
+    values = [*rows(3), {"instruction": "q", "input": "", "output": " \n"}]
+    source = write(tmp_path / "rows.jsonl", values)
+    report = run(source, tmp_path / "x", tokenizer)
+    assert [entry["row"] for entry in report["remarks"]["an answer is empty"]["rows"]] == [4]
+    for prefix in (source / "x", source / "deep" / "x"):
+        with pytest.raises(InputError, match=r"--output-prefix .*rows\.jsonl.* is a file, no folder"):
+            run(source, prefix, tokenizer)
+
+
 def test_columns_left_unread_and_odd_thoughts_are_said(tokenizer: Path, tmp_path: Path) -> None:
     values = rows(5)
     values[0] |= {"system": "s", "output": "<think>not closed, x"}
@@ -236,21 +306,26 @@ def test_with_a_fast_tokenizer_neither_torch_nor_transformers_is_loaded(tokenize
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("kill", "to_all"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGKILL, False)],
+)
 def test_a_stopped_run_publishes_nothing_and_leaves_no_process(
-    tokenizer: Path, tmp_path: Path, kill: signal.Signals
+    tokenizer: Path, tmp_path: Path, kill: signal.Signals, to_all: bool
 ) -> None:
     source = write(tmp_path / "rows.jsonl", rows(500) * 60)
     command = [sys.executable, str(REPO / "preprocess_data.py")]
     command += words(source, tmp_path / "out" / "x", tokenizer, "--workers", "2")
-    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         while not list((tmp_path / "out").glob(".x.*.partial/*.bin")) and process.poll() is None:
             time.sleep(0.02)
         time.sleep(0.5)
-        process.send_signal(kill)
+        # a terminal's Ctrl-C and a scheduler's cancel go to every process of the run
+        os.killpg(process.pid, kill) if to_all else process.send_signal(kill)
         process.wait(timeout=30)
         assert process.returncode != 0
-        process.stderr.read()  # ends only when no worker holds the pipe any more
+        said = process.stderr.read()  # ends only when no worker holds the pipe any more
     left = list((tmp_path / "out").iterdir())
-    assert left == [] if kill == signal.SIGTERM else all(path.name.startswith(".x.") for path in left)
+    assert left == [] if kill != signal.SIGKILL else all(path.name.startswith(".x.") for path in left)
+    assert "Traceback" not in said and (kill != signal.SIGINT or said.strip().endswith("error: interrupted"))

@@ -81,6 +81,20 @@ def test_a_preview_prints_the_first_rows_and_writes_nothing(
     assert set(tmp_path.rglob("*")) == before
 
 
+def test_a_preview_numbers_rows_through_and_says_where_there_are_no_more(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = tmp_path / "rows.txt"
+    source.write_text("".join(f"text {i}\n" for i in range(1, 621)))
+    common = ["--input", str(source), "--tokenizer-name-or-path", str(golden / "_tok" / "qwen3")]
+    for asked, last in ((610, "610"), (700, "620")):
+        assert main([*common, "--preview", str(asked)]) == 0
+        out = capsys.readouterr().out
+        numbers = re.findall(r"--- row (\d+), text: .*\n⟦text (\d+)⟧", out)
+        assert len(numbers) == int(last) and all(a == b for a, b in numbers) and numbers[-1][0] == last
+        assert ("--- 620 of 700 rows: the input ends" in out) is (asked == 700)
+
+
 def test_existing_files_are_printed_as_they_were_previewed(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

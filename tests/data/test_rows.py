@@ -1,6 +1,8 @@
 """Rows out of files: every format gives the same rows, and what is broken is named with its place."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,23 @@ def test_arrow_files_and_streams_and_nested_parquet_give_the_same_rows(tmp_path:
     for name in ("a.parquet", "b.arrow", "c.arrow"):
         assert read(tmp_path / name) == rows, name
         assert count_rows([tmp_path / name]) == 700
+
+
+def test_an_array_of_300_megabytes_is_read_in_a_few(tmp_path: Path) -> None:
+    row, small = json.dumps({"text": "x" * 1_000_000}), json.dumps({"text": "y", "n": [1, {"k": None}]})
+    with (tmp_path / "a.json").open("w") as stream:
+        stream.write("[" + small)
+        for _ in range(300):
+            stream.write(",\n" + row + ",\n" + small)
+        stream.write("]")
+    code = (
+        "import sys; from pathlib import Path; from mindspeed_llm.data.rows import read_rows;"
+        "print(sum(1 for row in read_rows([Path(sys.argv[1])])), Path('/proc/self/status').read_text())"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.json")], capture_output=True, text=True)
+    rows, *status = found.stdout.split()
+    assert int(rows) == 601, found.stderr
+    assert int(status[status.index("VmHWM:") + 1]) < 100 * 1024, "KiB at the peak, the interpreter's own among them"
 
 
 def test_a_text_file_is_one_row_per_line_that_is_not_empty(tmp_path: Path) -> None:

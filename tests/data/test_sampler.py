@@ -1,9 +1,14 @@
 """The sampler's promises: every row once per epoch, ranks disjoint, resume at any sample."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mindspeed_llm.data.sampler import EpochSampler, LengthGroupedSampler
+from mindspeed_llm.data.blend import Blend
+from mindspeed_llm.data.sampler import NO_ROW, EpochSampler, LengthGroupedSampler
 from mindspeed_llm.errors import InputError, UsageError
 
 
@@ -94,3 +99,62 @@ def test_grouping_by_length_resumes_at_any_sample() -> None:
     assert [grouped().batch(n) for n in (16, 480, 500)] == [grouped().batch(n) for n in (16, 480, 500)]
     small = LengthGroupedSampler(LENGTHS[:5], 4, 0, 1, 2, seed=7)
     assert sorted(row for micro in small.batch(0) for row in micro)[:5] and len(small.batch(3)) == 2
+
+
+KINDS = ("shuffled", "in order", "blend", "blend in order", "grouped", "grouped blend")
+
+
+def make(kind: str, rows: int, seed: int) -> Callable[..., EpochSampler]:
+    """A sampler of each kind that training builds, on `rows` rows in data sets of a third and the rest."""
+    sizes = [max(rows // 3, 1), rows - max(rows // 3, 1)] if rows > 1 else [1]
+    blend = Blend(sizes, [0.5, 0.2][: len(sizes)], seed, "order" not in kind) if "blend" in kind else None
+    lengths = np.random.default_rng(rows).integers(1, 50, rows)
+
+    def sampler(micro: int, rank: int, ranks: int, micro_batches: int) -> EpochSampler:
+        if "grouped" in kind:
+            return LengthGroupedSampler(lengths, micro, rank, ranks, micro_batches, seed=seed, blend=blend)
+        return EpochSampler(rows, micro, rank, ranks, micro_batches, seed, "order" not in kind, blend=blend)
+
+    return sampler
+
+
+def read(sampler: Callable[..., EpochSampler], sizes: tuple[int, int, int], consumed: int) -> list[int]:
+    """The rows of one global batch over all ranks, in the order of the stream; from samplers made afresh."""
+    micro, ranks, micro_batches = sizes
+    per_rank = [sampler(micro, rank, ranks, micro_batches).batch(consumed) for rank in range(ranks)]
+    return [row for m in range(micro_batches) for batch in per_rank for row in batch[m]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 70),
+    st.sampled_from([(1, 1, 12), (12, 1, 1), (2, 3, 2), (3, 2, 2), (1, 4, 3), (1, 6, 2)]),
+    st.integers(0, 300),
+    st.integers(0, 5),
+)
+def test_any_step_reads_its_stretch_of_one_stream_whatever_the_layout_and_whoever_resumes(
+    kind: str, rows: int, sizes: tuple[int, int, int], consumed: int, seed: int
+) -> None:
+    sampler = make(kind, rows, seed)
+    found = read(sampler, sizes, consumed)
+    # straight from the promise: epoch after epoch, each the order of its own number
+    whole = sampler(12, 0, 1, 1)
+    stream = [int(row) for epoch in range((consumed + 12) // rows + 1) for row in whole._draw_order(epoch)]
+    assert found == stream[consumed : consumed + 12]
+    one_epoch = np.bincount(stream[:rows], minlength=rows)
+    blend = make(kind, rows, seed)(1, 0, 1, 1).blend
+    expected = np.bincount(blend.rows(0), minlength=rows) if blend else np.ones(rows)
+    assert one_epoch.tolist() == expected.tolist(), "an epoch is complete"
+
+
+@given(st.integers(1, 40), st.sampled_from([(1, 1, 4), (2, 2, 1), (1, 4, 1)]), st.sampled_from(["plain", "blend"]))
+def test_once_reads_every_row_a_single_time_and_then_none(rows: int, sizes: tuple[int, int, int], kind: str) -> None:
+    blend = Blend([rows], [1.0], 3, shuffle=False) if kind == "blend" else None
+
+    def sampler(micro: int, rank: int, ranks: int, micro_batches: int) -> EpochSampler:
+        return EpochSampler(rows, micro, rank, ranks, micro_batches, 3, False, blend=blend, once=True)
+
+    steps = -(-rows // 4)
+    found = [row for step in range(steps) for row in read(sampler, sizes, step * 4)]
+    assert found == [*range(rows), *[NO_ROW] * (steps * 4 - rows)]

@@ -3,10 +3,9 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 
 from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
-from mindspeed_llm.data import shards
+from mindspeed_llm.data import intake, shards
 from mindspeed_llm.data.indexed_file import IndexedFile
 from mindspeed_llm.data.preprocess import preprocess
 from mindspeed_llm.errors import InputError
@@ -78,6 +77,59 @@ def test_parts_merged_are_byte_equal_to_one_run(
     assert data_files(tmp_path / "all") == one == data_files(tmp_path / "last")
     assert counts_of(once) == counts_of(merged) == counts_of(later)
     assert not list((tmp_path / "all").glob("*_shard_*")), "parts are removed when the run has merged them itself"
+
+
+@pytest.mark.parametrize("kind", ["counts", "interleaved", "preferences", "running text"])
+def test_parts_of_every_kind_of_rows_and_sources_are_byte_equal_to_one_run(
+    source: Path, tokenizer: Path, tmp_path: Path, kind: str
+) -> None:
+    preferences = tmp_path / "pairs.jsonl"
+    with preferences.open("w") as stream:
+        for i in range(90):
+            row = {"instruction": f"q{i}", "chosen": "a " * (i % 9), "rejected": None if i == 40 else "b " * (i % 5)}
+            stream.write(json.dumps({**row, "text": "word " * (i % 13)}) + "\n")
+    template = ["--prompt-type", "qwen3"]
+    named = [*template, "--model-name", "小黄", "Bot", "--model-author", "Team"]
+    more = {
+        "counts": ["--dataset", f"{source}#130", f"{source}#700", "self-cognition#200", *named, *PACK, *SPLIT],
+        "interleaved": ["--dataset", str(source), "self-cognition#20", "--mix-strategy", "interleave_over", *named],
+        "preferences": ["--input", str(preferences), "--handler-name", "AlpacaStylePairwiseHandler", *template, *SPLIT],
+        "running text": ["--input", str(preferences), *SPLIT],
+    }[kind]
+    common = [*more, "--tokenizer-name-or-path", str(tokenizer), "--output-prefix"]
+    reports = []
+    for folder, options in (("one", ["--workers", "2"] if kind == "counts" else []), ("all", ["--num-shards", "4"])):
+        words = [*common, str(tmp_path / folder / "x"), *options]
+        reports.append(preprocess(parse(PreprocessOptions, words, "preprocess_data.py")))
+    assert len(data_files(tmp_path / "one")) == {"interleaved": 6, "preferences": 24, "running text": 6}.get(kind, 18)
+    assert data_files(tmp_path / "one") == data_files(tmp_path / "all")
+    assert counts_of(reports[0]) == counts_of(reports[1])
+
+
+def test_a_run_keeps_few_bytes_per_row(tokenizer: Path, tmp_path: Path) -> None:
+    peaks = []
+    for count in (15_000, 45_000):
+        file = tmp_path / f"{count}.txt"
+        file.write_text("".join(f"{i % 97}\n" for i in range(count)))
+        words = ["--input", str(file), "--output-prefix", str(tmp_path / f"{count}" / "x"), "--num-shards", "2"]
+        words += ["--tokenizer-name-or-path", str(tokenizer), "--split", "90,5,5"]
+        options = parse(PreprocessOptions, words, "preprocess_data.py")
+        tracemalloc.start()
+        preprocess(options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 30_000 < 32
+
+
+@pytest.mark.parametrize(("rows", "characters"), [(1, 2_000_000), (7, 2_000_000), (500, 100)])
+def test_the_files_do_not_depend_on_how_many_rows_are_tokenised_at_once(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, characters: int
+) -> None:
+    run(source, tmp_path / "one" / "x", tokenizer, *PACK)
+    monkeypatch.setattr(intake, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(intake, "CHUNK_CHARACTERS", characters)
+    run(source, tmp_path / "two" / "x", tokenizer, *PACK)
+    assert data_files(tmp_path / "one") == data_files(tmp_path / "two")
 
 
 def test_equal_rows_are_in_one_part_of_a_split_and_shares_are_as_asked(tokenizer: Path, tmp_path: Path) -> None:
@@ -150,32 +202,52 @@ def test_other_programs_files_are_merged_by_name(golden: Path, tmp_path: Path) -
         preprocess(parse(PreprocessOptions, names, "preprocess_data.py"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_run_killed_at_any_moment_finishes_when_run_again(tokenizer: Path, tmp_path: Path, count: int) -> None:
-    source = write_rows(tmp_path / "rows.jsonl", 4000)
-    more = [*SPLIT, *PACK, "--num-shards", str(count)]
-    begin = time.monotonic()
-    subprocess.run(_command(source, tmp_path / "one" / "x", tokenizer, more), check=True, capture_output=True)
-    whole = time.monotonic() - begin
-    draw = random.Random(count)
-    for moment in range(6):
-        prefix = tmp_path / f"kill{moment}" / "x"
-        killed = subprocess.Popen(_command(source, prefix, tokenizer, more), stderr=subprocess.DEVNULL)
-        time.sleep(whole * draw.uniform(0.2, 1.0))
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-        again = subprocess.run(
-            _command(source, prefix, tokenizer, [*more, "--overwrite"] if killed.returncode == 0 else more),
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert again.returncode == 0 or "--overwrite" in again.stderr, again.stderr
-        assert data_files(prefix.parent) == data_files(tmp_path / "one")
-        assert not list(prefix.parent.glob(".*"))
+SHARDED = (*SPLIT, *PACK, "--num-shards", "3")
+KILLS = int(os.environ.get("KILLS", "4"))  # per phase; KILLS=20 for a long run by hand
 
 
-def _command(source: Path, prefix: Path, tokenizer: Path, more: list[str]) -> list[str]:
-    return [sys.executable, str(REPO / "preprocess_data.py"), *words(source, prefix, tokenizer, *more)]
+def driven(trials: list[dict]) -> list[dict | None]:
+    """What became of each trial of `killing.py`."""
+    command = [sys.executable, str(Path(__file__).with_name("killing.py"))]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, input=json.dumps({"trials": trials}), capture_output=True, text=True,
+                          env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("phase", "more"),
+    [
+        ("tokenising", SHARDED), ("merging", SHARDED), ("dividing", SHARDED), ("packing", SHARDED),
+        ("publishing", SHARDED), ("tokenising", ()), ("publishing", SPLIT),
+    ],
+    ids=["tokenising", "merging", "dividing", "packing", "publishing", "tokenising alone", "publishing alone"],
+)  # fmt: skip
+def test_a_run_killed_at_any_moment_of_a_phase_finishes_when_run_again_without_making_parts_anew(
+    tokenizer: Path, tmp_path: Path, phase: str, more: tuple[str, ...]
+) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", 1500)
+    draw = random.Random(f"{phase} {more}")
+    run(source, tmp_path / "one" / "x", tokenizer, *more)
+    kills = []
+    for number in range(KILLS):
+        argv = words(source, tmp_path / str(number) / "x", tokenizer, *more)
+        count_argv = words(source, tmp_path / "count" / "x", tokenizer, *more)
+        kills.append({"argv": argv, "count_argv": count_argv, "phase": phase, "share": draw.random()})
+    assert driven(kills) == [None] * KILLS, "every trial is killed"
+    parts = [len(list((tmp_path / str(number)).glob("x_shard_*_report.json"))) for number in range(KILLS)]
+    merged = [(tmp_path / str(number) / "x_report.json").exists() for number in range(KILLS)]
+    again = driven([{"argv": trial["argv"], "phase": None} for trial in kills])
+    whole = data_files(tmp_path / "one")
+    assert len(whole) == (6 if not more else 18)
+    for number, answer in enumerate(again):
+        folder = tmp_path / str(number)
+        assert answer is not None and (not answer["error"] or (merged[number] and "--overwrite" in answer["error"]))
+        assert data_files(folder) == whole
+        assert not list(folder.glob(".*")) and not list(folder.glob("*_shard_*"))
+        if "--num-shards" in more:
+            assert len(answer["made"]) <= (0 if merged[number] else 3 - parts[number]), "made parts are not made again"
 
 
 def test_the_parts_of_any_number_of_rows_cover_them_once(tokenizer: Path, tmp_path: Path) -> None:

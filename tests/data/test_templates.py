@@ -1,6 +1,7 @@
 """Layout of conversations; references are recordings, transformers' chat template form, and closed forms."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,11 @@ def test_unknown_templates_modes_tokens_and_files_are_refused_by_name(golden: Pa
     (tmp_path / "bad.json").write_text('[{"name": "x", "format_user": {"slots": [3]}}]')
     with pytest.raises(InputError, match="slot 3"):
         get_template("x", tmp_path / "bad.json")
+    for key in ("format_user", "format_assistant", "format_system", "format_observation"):
+        for slots, mentions in ((["User:"], f"{key} has no {{{{content}}}}"), ("{{content}}", f"slots of {key} are")):
+            (tmp_path / "bad.json").write_text(json.dumps([{"name": "x", key: {"slots": slots}}]))
+            with pytest.raises(InputError, match=re.escape(mentions)):
+                get_template("x", tmp_path / "bad.json")
 
 
 def test_the_template_hash_ignores_layout_and_sees_every_string(tmp_path: Path) -> None:

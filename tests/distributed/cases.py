@@ -36,6 +36,9 @@ SIZES = Sizes()
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 5e-3, 0.1, 0.5
 STEPS = 4
+MOE_EPSILON = 1e-4
+"""Adam's epsilon for models with experts. At 1e-8 the first update is lr x the sign of every gradient, also of those
+that are nothing but rounding: one process and transformers then part from the second step on."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Case:
         lora: train an adapter; else every weight.
         steps: global batches to train on.
         dtype: of parameters; the reference is fp32.
+        context: CP. expert, expert_tensor: EP, ETP (None: as TP).
+        model: "qwen3", or a model with experts (`moe_reference.MODELS`).
+        balance, z_loss: coefficients of the losses on routers; balance_rows: balance every row by itself.
         fault: what is broken on purpose (see `worker`).
     """
 
@@ -70,20 +76,42 @@ class Case:
     lora: bool = True
     steps: int = STEPS
     dtype: str = "float32"
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    model: str = "qwen3"
+    balance: float = 0.0
+    balance_rows: bool = False
+    z_loss: float = 0.0
     fault: str | None = None
 
     @property
     def replicas(self) -> int:
         """Data-parallel size."""
-        return self.world // (self.tensor * self.pipeline)
+        return self.world // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def epsilon(self) -> float:
+        """Adam's."""
+        return 1e-8 if self.model == "qwen3" else MOE_EPSILON
+
+    @property
+    def truth(self) -> "Case":
+        """The case without what must not change the numbers."""
+        kept = ("tied", "lora", "ragged", "per_token", "model", "balance", "balance_rows", "z_loss")
+        return Case(**{name: getattr(self, name) for name in kept})
 
     def __str__(self) -> str:
         """As a test's name: "TP2 SP fused tied"."""
         said = [
+            self.model if self.model != "qwen3" else "",
             f"TP{self.tensor}" if self.tensor > 1 or self.world == 1 else "",
             f"PP{self.pipeline}" if self.pipeline > 1 else "",
             "VPP2" if self.virtual_layers else "",
             "SP" if self.sequence_parallel else "",
+            f"CP{self.context}" if self.context > 1 else "",
+            f"EP{self.expert}" if self.expert > 1 else "",
+            f"ETP{self.expert_tensor}" if self.expert_tensor else "",
             f"DP{self.replicas}" if self.replicas > 1 else "",
             "distributed-optimizer" if self.distributed_optimizer else "",
             "overlap" if self.overlap else "",
@@ -92,6 +120,8 @@ class Case:
             "packed" if self.packed else "" if self.ragged else "padded",
             "per-token" if self.per_token else "",
             "tied" if self.tied else "",
+            ("row-" if self.balance_rows else "") + "balance" if self.balance else "",
+            "z-loss" if self.z_loss else "",
             "" if self.dtype == "float32" else self.dtype,
             self.fault or "",
         ]

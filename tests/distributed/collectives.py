@@ -53,8 +53,13 @@ class Collectives(TorchDispatchMode):
             return
         kind = KINDS.get(operation, operation)
         tensors = args[LARGER.get(kind, 0)]
-        nbytes = sum(t.nbytes for t in ([tensors] if isinstance(tensors, torch.Tensor) else tensors))
+        nbytes = sum(tensor.nbytes for tensor in flat(tensors))
         self.seen[kind, self.names.get(group.group_name, group.group_name), nbytes] += 1
+
+
+def flat(tensors: Any) -> list[torch.Tensor]:
+    """A tensor, or the tensors in lists of lists of them."""
+    return [tensors] if isinstance(tensors, torch.Tensor) else [one for part in tensors for one in flat(part)]
 
 
 def totals(seen: Seen) -> dict[tuple[str, str], tuple[int, int]]:

@@ -189,13 +189,13 @@ def forward(model: torch.nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, to
     return logits, total, int((labels != IGNORE).sum())
 
 
-def optimizer_of(parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
+def optimizer_of(parameters: list[torch.nn.Parameter], epsilon: float = 1e-8) -> torch.optim.AdamW:
     """AdamW; vectors (norms) are not decayed."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=epsilon)
 
 
 @cache

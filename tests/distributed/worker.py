@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,8 @@ from torch import Tensor
 from mindspeed_llm import device
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.checkpoint.formats.lazy import narrow
-from mindspeed_llm.checkpoint.live import load_live, local_slice
+from mindspeed_llm.checkpoint.layout import ExpertShare
+from mindspeed_llm.checkpoint.live import live_tensors, load_live, local_slice
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import open_base
 from mindspeed_llm.checkpoint.tables import WeightTable, logical_name
@@ -24,6 +26,7 @@ from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.models import gpt, parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.context import own_positions
 from mindspeed_llm.training import engine as engine_module
 from mindspeed_llm.training.engine import (
     Engine,
@@ -35,13 +38,13 @@ from mindspeed_llm.training.engine import (
 )
 from mindspeed_llm.training.optimizer_state import export_gradients, export_state, import_state
 from mindspeed_llm.training.schedule import Schedule
+from tests.distributed import expert_faults
 from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, STEPS, WEIGHT_DECAY, Arrays, Case
 from tests.distributed.collectives import Collectives
 from tests.distributed.packing_faults import PACKING_FAULTS
 from tests.distributed.worker_result import FIELDS, Continued, OptimizerState, Result
 
 OPTIONS = OptimizerOptions(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_grad=CLIP, lr_decay_style="constant")
-TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 RECOMPUTE = {
     None: {},
     "selective": {"recompute_granularity": "selective"},
@@ -96,6 +99,7 @@ def slice_pending(x: Tensor, group: Any) -> Any:
 
 
 CHUNK_FAULTS: dict[str, Callable[[CausalLM], None]] = {
+    **expert_faults.CHUNK,
     "no-sequence-parallel-mark": forget_sequence_parallel_mark,
     "gate-and-up-swapped": swap_gate_and_up,
 }
@@ -120,7 +124,8 @@ def start(case: Case) -> device.Device:
     """megatron-core's groups for the case."""
     chosen = device.select("cpu")
     virtual = engine_options(case).virtual_stages(SIZES.layers)
-    parallel.start(chosen, case.tensor, case.pipeline, virtual)
+    experts = {"expert": case.expert, "expert_tensor": case.expert_tensor}
+    parallel.start(chosen, case.tensor, case.pipeline, virtual, context=case.context, **experts)
     return chosen
 
 
@@ -134,6 +139,12 @@ def engine_options(case: Case) -> gpt.EngineOptions:
         dtype=gpt.DTYPES[case.dtype],
         variable_seq_lengths=case.ragged,
         calculate_per_token_loss=case.per_token,
+        context=case.context,
+        expert=case.expert,
+        expert_tensor=case.expert_tensor,
+        moe_aux_loss=case.balance,
+        moe_aux_loss_type="seq_aux_loss" if case.balance_rows else "aux_loss",
+        moe_z_loss=case.z_loss or None,
         **RECOMPUTE[case.recompute],
     )
 
@@ -143,19 +154,22 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
     base = open_base(folder)
     chunks = gpt.build_chunks(base.config, engine_options(case), device.select("cpu"))
     rank = groups.get_tensor_model_parallel_rank()
+    experts = ExpertShare(*parallel.expert_place(base.config.num_experts))
     for chunk in chunks:
-        load_live(dict(chunk.named_parameters()), base, rank, case.tensor, chunk.first_layer)
+        load_live(live_tensors(chunk), base, rank, case.tensor, chunk.first_layer, experts=experts)
     if case.lora:
-        inject(chunks, LoraSettings(SIZES.rank, SIZES.alpha, TARGETS), case.fused, seed=1)
-        if case.recompute == "full":
+        targets = sorted({name.removesuffix(".lora_A.weight").rpartition(".")[2] for name in adapter if "_A" in name})
+        inject(chunks, LoraSettings(SIZES.rank, SIZES.alpha, tuple(targets)), case.fused, seed=1)
+        if case.recompute == "full" and case.fault != "embedding-without-gradient":
             give_recompute_a_gradient(chunks)
         source = Factors(base.config, adapter)
         for chunk in chunks:
-            load_live(dict(chunk.named_parameters()), source, rank, case.tensor, chunk.first_layer)
+            load_live(live_tensors(chunk), source, rank, case.tensor, chunk.first_layer, experts=experts)
     if case.fault in CHUNK_FAULTS:
         for chunk in chunks:
             CHUNK_FAULTS[case.fault](chunk)
-    return create_engine(chunks, OPTIONS, case.distributed_optimizer, case.overlap, case.overlap)
+    options = replace(OPTIONS, adam_eps=case.epsilon)
+    return create_engine(chunks, options, case.distributed_optimizer, case.overlap, case.overlap)
 
 
 @contextmanager
@@ -173,8 +187,9 @@ def live(case: Case, folder: Path, adapter: Arrays) -> Iterator[Engine]:
 
 def logical(engine: Engine, trainable: bool | None = None) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by logical name; all, or only the trainable or the frozen ones."""
+    first = parallel.expert_place(engine.config.num_moe_experts or 0)[0]
     return {
-        logical_name(name, chunk.first_layer): parameter
+        logical_name(name, chunk.first_layer, first_expert=first): parameter
         for chunk in engine.chunks
         for name, parameter in chunk.named_parameters()
         if trainable is None or parameter.requires_grad == trainable
@@ -184,16 +199,22 @@ def logical(engine: Engine, trainable: bool | None = None) -> dict[str, torch.nn
 def share(step: Sequence[Mapping[str, numpy.ndarray]]) -> list[dict[str, Tensor]]:
     """This DP rank's micro-batches: every D-th."""
     mine = step[groups.get_data_parallel_rank() :: groups.get_data_parallel_world_size()]
-    return [{**to_device(batch, torch.device("cpu")), "real": torch.from_numpy(batch["real"])} for batch in mine]
+    found = []
+    for batch in mine:
+        real = torch.from_numpy(batch["real"])
+        found.append({**to_device(batch, torch.device("cpu")), "real": real, "padding": ~real})
+    return found
 
 
 def real_logits(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> list[numpy.ndarray]:
     """Logits [m, v] of every micro-batch's real positions, on the last stage; through the pipeline's own schedule."""
 
     def step(iterator: Any, model: Any) -> Any:
+        group = groups.get_context_parallel_group()
         batch = next(iterator)
-        labels = torch.where(batch["real"], 0, IGNORE)
-        out = model(batch["tokens"], None, None, labels=labels, packed_seq_params=batch.get("packed"))
+        tokens, real = (own_positions(batch[name], 1, group) for name in ("tokens", "real"))
+        labels = torch.where(real, 0, IGNORE)
+        out = model(tokens, None, None, labels=labels, packed_seq_params=batch.get("packed"))
         return out, lambda out, **kwargs: out
 
     models = engine.wrapped
@@ -236,6 +257,8 @@ def train(rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[
     with ExitStack() as stack:
         if case.fault in FUSED_FAULTS:
             stack.enter_context(mock.patch.object(fused, *FUSED_FAULTS[case.fault]))
+        if case.fault in expert_faults.PATCHES:
+            stack.enter_context(mock.patch.object(*expert_faults.PATCHES[case.fault]))
         if case.fault in PACKING_FAULTS:
             stack.enter_context(mock.patch.object(engine_module, "packed_rows", PACKING_FAULTS[case.fault]))
         if case.fault == BACKWARD_FAULT:
@@ -253,6 +276,8 @@ def measure(engine: Engine, steps: Sequence[Any]) -> Result:
         groups.get_tensor_model_parallel_rank(),
         groups.get_pipeline_model_parallel_rank(),
         groups.get_data_parallel_rank(),
+        groups.get_context_parallel_rank(),
+        groups.get_expert_tensor_parallel_rank(),
     )
     parameters = {id(p): p for chunk in engine.chunks for p in chunk.parameters()}
     result.parameter_bytes = sum(p.nbytes for p in parameters.values())

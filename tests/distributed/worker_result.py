@@ -14,7 +14,7 @@ class Result:
     """What one rank saw; tensors are its own shares, by logical name.
 
     Attributes:
-        tp, pp, dp: its place.
+        tp, pp, dp, cp: its place; etp: which part of its experts it holds.
         logits: per micro-batch it ran, [m, v]; empty before the last stage.
         gradients: after the first global batch. trained: after the last step.
         parameter_bytes: of all its parameters.
@@ -25,6 +25,8 @@ class Result:
     tp: int
     pp: int
     dp: int
+    cp: int = 0
+    etp: int = 0
     logits: list[numpy.ndarray] = field(default_factory=list)
     gradients: Arrays = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)

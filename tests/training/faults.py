@@ -1,8 +1,10 @@
 """Events planted into a run by the tests: signals, kills, broken numbers. Each is a context manager."""
 
 import contextlib
+import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,3 +89,64 @@ def killed_before_tracker(call: int) -> Iterator[None]:
 
     with replaced(checkpointing, "write_tracker", make):
         yield
+
+
+@contextlib.contextmanager
+def recorded(folder: str) -> Iterator[None]:
+    """What the engine receives at every step and validation, one line of JSON each, by rank, in `folder`."""
+    from mindspeed_llm.training import loop
+
+    rank = int(os.environ.get("RANK", 0))
+
+    def write(kind: str, batches: Any) -> None:
+        lines = [{name: array.tolist() for name, array in batch.items() if name != "lengths"} for batch in batches]
+        with open(os.path.join(folder, f"{kind}_{rank}.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(lines) + "\n")
+
+    def make_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def stepped(model: Any, batches: Any) -> Any:
+            write("train", batches)
+            return train_step(model, batches)
+
+        return stepped
+
+    def make_evaluate(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluated(model: Any, global_batches: Any) -> float:
+            kept = list(global_batches)
+            for batches in kept:
+                write("valid", batches)
+            return evaluate(model, iter(kept))
+
+        return evaluated
+
+    with replaced(loop, "train_step", make_step), replaced(loop, "evaluate", make_evaluate):
+        yield
+
+
+@contextlib.contextmanager
+def raised_while_preparing(kind: str, seconds: float) -> Iterator[None]:
+    """Preparing raw rows fails on rank 0 after a while with an error of mindspeed_llm.errors."""
+    from mindspeed_llm import errors
+    from mindspeed_llm.training import rows
+
+    def make(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def fail(*args: Any) -> Any:
+            time.sleep(seconds)
+            raise getattr(errors, kind, RuntimeError)("the cause of it")
+
+        return fail
+
+    with replaced(rows, "prepare_rows", make):
+        yield
+
+
+@contextlib.contextmanager
+def node_folders(parent: str) -> Iterator[None]:
+    """Every process is a node of its own that runs in `<parent>/node<rank>`: the nodes share no relative path."""
+    kept = {name: os.environ[name] for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    os.environ.update({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+    os.chdir(os.path.join(parent, f"node{os.environ['RANK']}"))
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_llm.data.templates import TEMPLATES_FILE
 from tests.fixtures import (
     LORA,
     data,
@@ -127,6 +128,12 @@ def test_data_of_another_tokenizer_template_or_thinking_mode_are_refused(tmp_pat
     refused(launch(1, "posttrain_gpt.py", words), 1, "--prompt-type qwen3, the run asks for alpaca")
     words = argv(tmp_path, "--enable-thinking", "true")
     refused(launch(1, "posttrain_gpt.py", words), 1, "--enable-thinking none, the run asks for true")
+    templates = json.loads(TEMPLATES_FILE.read_text(encoding="utf-8"))
+    next(entry for entry in templates if entry["name"] == "qwen3")["default_system"] = "Be brief."
+    changed = tmp_path / "templates.json"
+    changed.write_text(json.dumps(templates))
+    words = argv(tmp_path, "--prompt-type", "qwen3", "--prompt-type-path", changed)
+    refused(launch(1, "posttrain_gpt.py", words), 1, "a template qwen3 of other content", "--prompt-type-path")
     words = argv(tmp_path, "--data-path", data(template="alpaca"), "--lora-load", tuned())
     refused(launch(1, "posttrain_gpt.py", words), 1, "trained with template qwen3", "made with alpaca")
     assert nothing_written(tmp_path)

@@ -1,0 +1,263 @@
+"""The rows of a run: prepared files opened, or raw rows prepared by one process for all, and held against the model."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mindspeed_llm.arguments.preprocess import PreprocessOptions
+from mindspeed_llm.arguments.programs import PosttrainOptions
+from mindspeed_llm.arguments.rows import RowOptions
+from mindspeed_llm.checkpoint.recorded import tokenizer_folder
+from mindspeed_llm.data.division import PARTS, split_shares
+from mindspeed_llm.data.encoders import CHAT_TEMPLATE
+from mindspeed_llm.data.index_cache import IndexCache, wait_for
+from mindspeed_llm.data.on_the_fly import prepare_rows
+from mindspeed_llm.data.prefixes import Parts, open_parts
+from mindspeed_llm.data.report import check_data_agree, check_data_matches, report_path
+from mindspeed_llm.data.sources import parse_spec
+from mindspeed_llm.data.templates import get_template
+from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
+from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.training.report import say
+from mindspeed_llm.training.start import Start
+from mindspeed_llm.training.together import done_by_each, done_by_one, same_for_all, works_for_all
+
+CACHE = ".data_cache"  # hidden, so that no search for rows finds it
+CACHED_ROWS = 4_000_000  # smaller data sets: every rank draws its orders faster than it would wait for another's
+VISIBLE_SECONDS = 60.0  # how long a shared file system may take to show a node what another has written
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a run reads, and what that was made with.
+
+    Attributes:
+        parts: rows to train, validate and test on.
+        tokenizer: of the model; None where none is found.
+        template, enable_thinking: what the rows were laid out with, as far as their reports say.
+        cache: folder for orders of rows; None where every rank draws its own.
+        notes: what the user should know, as sentences.
+    """
+
+    parts: Parts
+    tokenizer: Tokenizer | None
+    template: str | None
+    enable_thinking: str | None
+    cache: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def pad_id(self) -> int:
+        """Token behind a row's end."""
+        if self.tokenizer is None:
+            return 0
+        return next(i for i in (self.tokenizer.pad_id, self.tokenizer.eos_id, 0) if i is not None)
+
+    def index_cache(self, options: PosttrainOptions) -> IndexCache | None:
+        """Where orders of rows are kept, None for data sets too small to gain by it."""
+        each_node = options.data.no_shared_storage
+        return None if self.cache is None else IndexCache(self.cache, works_for_all(each_node))
+
+
+def open_rows(options: PosttrainOptions, start: Start) -> Rows:
+    """The rows the options name, ready to be read by every rank. Collective.
+
+    Raises:
+        UsageError: no rows are named, or in contradicting ways.
+        InputError: they are missing, damaged, made with another tokenizer or template, or not the same on all ranks.
+    """
+    data, folder = options.data, tokenizer_folder(options.tokenizer, start.base)
+    notes: list[str] = []
+    if options.raw_rows:
+        prefix = Path(done_by_one(lambda: _prepared(options, folder), data.no_shared_storage))
+        done_by_each(lambda: wait_for(report_path(prefix), VISIBLE_SECONDS))
+        data = _data_of(options, prefix)
+    tokenizer = done_by_each(lambda: load_tokenizer(folder) if folder else None)
+
+    def opened() -> Parts:
+        parts = open_parts(data)
+        _check_made(options, parts, tokenizer)
+        return parts
+
+    parts = done_by_each(opened)
+    same_for_all(parts.fingerprint, "rows in its files", "copy the same files to every node")
+    template, thinking = _made_with(parts)
+    cache = None
+    if len(parts.train.source) >= CACHED_ROWS:
+        beside = None if options.raw_rows else parts.train.prefixes[0].parent
+        cache = Path(done_by_one(lambda: str(cache_folder(options, beside)), data.no_shared_storage))
+        notes.append(f"orders of rows are kept in {cache}")
+    rows = Rows(parts, tokenizer, template, thinking, cache, [*parts.notes, *notes])
+    check_resumed_template(start, rows)
+    return rows
+
+
+def _prepared(options: PosttrainOptions, tokenizer: str | None) -> str:
+    """Prepare raw rows, or find them prepared; -> their prefix."""
+    if tokenizer is None:
+        raise UsageError("--tokenizer-name-or-path is missing: the HF folder whose tokenizer the rows are made with")
+    wanted = preprocess_options(options, tokenizer)
+    cache = cache_folder(options, raw_folder(options))
+    with _logged():
+        prepared = prepare_rows(wanted, cache)
+    if not prepared.made:
+        say(f"rows prepared by an earlier run: {prepared.prefix}, {prepared.report['rows']['written']:,} rows")
+    return str(prepared.prefix.resolve())
+
+
+def preprocess_options(options: PosttrainOptions, tokenizer: str) -> PreprocessOptions:
+    """The options of `preprocess_data.py` that make the rows of this run.
+
+    Only packing takes --seq-length: other rows keep their length in the files, and batches cut them.
+    """
+    rows, said = options.rows, options.tokenizer
+    made = PreprocessOptions(
+        **{one.name: getattr(rows, one.name) for one in fields(RowOptions)},
+        sources=options.sources,
+        tokenizer_name_or_path=tokenizer,
+        tokenizer_type=said.tokenizer_type,
+        prompt_type=said.prompt_type,
+        prompt_type_path=said.prompt_type_path,
+        enable_thinking=said.enable_thinking or "none",
+        seq_length=options.data.seq_length if rows.pack else None,
+        split=options.data.split if options.data.divides else None,
+        seed=options.training.seed,
+    )
+    replace(made, output_prefix="checked").check()
+    return made
+
+
+def _data_of(options: PosttrainOptions, prefix: Path) -> Any:
+    """The data options of prepared files that raw rows have become."""
+    if not options.data.divides:
+        return replace(options.data, data_path=[str(prefix)], split="100,0,0")
+    there = [part for part, share in zip(PARTS, split_shares(options.data.split), strict=True) if share]
+    paths = {f"{part}_data_path": [f"{prefix}_{part}"] for part in there}
+    return replace(options.data, data_path=[], split="100,0,0", **paths)
+
+
+def raw_folder(options: PosttrainOptions) -> Path | None:
+    """The folder in which the first file or folder of raw rows lies; None when none lies on this machine."""
+    if options.sources.dataset_dir is not None:
+        return Path(options.sources.dataset_dir).expanduser()
+    named = [options.rows.input] if options.rows.input else [parse_spec(s).path for s in options.sources.dataset]
+    there = [Path(name).expanduser() for name in named if name and Path(name).expanduser().exists()]
+    return there[0].resolve().parent if there else None
+
+
+def cache_folder(options: PosttrainOptions, beside: Path | None) -> Path:
+    """The folder for what is computed once: the option's, or one beside the data, or one beside --save.
+
+    Raises:
+        InputError: it cannot be written to.
+    """
+    places = [beside] if beside is not None else []
+    if options.data.data_cache_dir:
+        chosen = Path(options.data.data_cache_dir).expanduser()
+    else:
+        places.append(Path(options.checkpoint.save or ".").resolve().parent)
+        chosen = next((place for place in places if os.access(place, os.W_OK)), places[-1]) / CACHE
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        writable = os.access(chosen, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise InputError(f"cannot write to {chosen}; name another folder with --data-cache-dir")
+    return chosen.resolve()
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """What preprocessing logs, printed as a run prints."""
+
+    class Printer(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(self.format(record))
+
+    logger, printer = logging.getLogger("mindspeed_llm.data"), Printer()
+    kept = logger.level
+    logger.addHandler(printer)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(kept)
+        logger.removeHandler(printer)
+
+
+def _check_made(options: PosttrainOptions, parts: Parts, tokenizer: Tokenizer | None) -> None:
+    """Refuse rows that this run cannot train on, or that were made for another model.
+
+    Raises:
+        InputError: another tokenizer, template or thinking mode; data sets that differ in them.
+    """
+    said = options.tokenizer
+    reports = {
+        str(prefix): report for file in parts.files for prefix, report in zip(file.prefixes, file.reports, strict=True)
+    }
+    named = said.prompt_type if said.prompt_type != CHAT_TEMPLATE else None
+    digest = get_template(named, said.prompt_type_path).content_hash if named else None
+    for prefix, report in reports.items():
+        if tokenizer is not None:
+            check_data_matches(
+                report, tokenizer.content_hash, said.prompt_type, said.enable_thinking, digest, f"the data {prefix}"
+            )
+    check_data_agree(reports)
+
+
+def _made_with(parts: Parts) -> tuple[str | None, str | None]:
+    """(template, thinking mode) of the rows trained on; thinking "none" where data sets differ in it."""
+    reports = [report for report in parts.files[0].reports if report is not None]
+    if not reports:
+        return None, None
+    modes = {report.get("enable_thinking") for report in reports}
+    return reports[0].get("template", {}).get("name"), modes.pop() if len(modes) == 1 else "none"
+
+
+def check_resumed_template(start: Start, rows: Rows) -> None:
+    """Refuse to continue an adapter on rows of another template than it has learnt; `InputError`."""
+    recorded = start.resume.metadata if start.resume is not None else None
+    if recorded is None or recorded.template is None or rows.template is None:
+        return
+    if (recorded.template, recorded.enable_thinking) != (rows.template, rows.enable_thinking):
+        raise InputError(
+            f"{start.resume.folder} was trained with template {recorded.template} (thinking "
+            f"{recorded.enable_thinking}), the data were made with {rows.template} (thinking {rows.enable_thinking}); "
+            "preprocess again"
+        )
+
+
+def with_bounds_kept(options: PosttrainOptions, parts: Parts) -> PosttrainOptions:
+    """The options with what the data ask for: files made with --neat-pack are laid out flat, row by row.
+
+    There, and where a row holds a single text, --reset-attention-mask and --reset-position-ids have nothing to add.
+    """
+    data = options.data
+    neat = any(file.neat_packed for file in parts.files)
+    if neat:
+        data = replace(data, padding_free=True)
+    if neat or not any(file.may_be_packed for file in parts.files):
+        data = replace(data, reset_attention_mask=False, reset_position_ids=False)
+    return replace(options, data=data)
+
+
+def text_end(options: PosttrainOptions, tokenizer: Tokenizer | None) -> int | None:
+    """The token behind which --reset-attention-mask and --reset-position-ids begin anew; None without these flags.
+
+    Raises:
+        UsageError: the tokenizer names no such token, or there is no tokenizer.
+    """
+    if not (options.data.reset_attention_mask or options.data.reset_position_ids):
+        return None
+    if tokenizer is None or tokenizer.eos_id is None:
+        raise UsageError(
+            "--reset-attention-mask and --reset-position-ids look for the tokenizer's end-of-text token, and "
+            f"{'no tokenizer was found' if tokenizer is None else 'it names none'}; give "
+            "--tokenizer-name-or-path one that has it, or pack with --neat-pack"
+        )
+    return tokenizer.eos_id

@@ -1,0 +1,89 @@
+"""Experts and context parallelism: every layout computes what transformers, peft and torch's AdamW compute."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.cases import Case
+from tests.distributed.compare import assert_exact, gathered, reference_of, results
+
+SP = {"tensor": 2, "sequence_parallel": True}
+VPP = {"pipeline": 2, "virtual_layers": 1}
+MOE = Case(model="qwen3-moe", fused=False)
+
+
+def moe(**fields: object) -> Case:
+    """A case of the tiny Qwen3-MoE."""
+    return replace(MOE, **fields)
+
+
+EXPERTS = (
+    MOE,
+    moe(world=2, expert=2),
+    moe(world=2),
+    moe(world=2, **SP),
+    moe(world=2, expert_tensor=1, **SP),
+    moe(world=2, expert=2, expert_tensor=1, **SP),
+    moe(world=2, pipeline=2),
+    moe(world=2, **VPP),
+    moe(world=2, context=2),
+    moe(world=2, context=2, expert=2),
+    moe(world=2, distributed_optimizer=True, expert=2),
+    moe(world=4, expert=2),
+    moe(world=4, expert=2, **SP),
+    moe(world=4, expert=2, distributed_optimizer=True, overlap=True),
+    moe(world=4, expert=2, expert_tensor=1, distributed_optimizer=True, **SP),
+    moe(world=4, expert=2, pipeline=2),
+    moe(world=4, expert=2, expert_tensor=1, **SP, **VPP),
+    moe(world=4, context=2, expert=2, expert_tensor=1, **SP),
+)
+RECOMPUTED = (
+    moe(recompute="full", balance=0.3),
+    moe(world=2, recompute="full", expert=2, expert_tensor=1, balance=0.3, **SP),
+)
+BALANCED = (
+    moe(balance=0.3, z_loss=0.01),
+    moe(balance=0.3, balance_rows=True),
+    moe(world=2, expert=2, balance=0.3, z_loss=0.01),
+    moe(world=2, context=2, balance=0.3, z_loss=0.01),
+    moe(world=2, expert_tensor=1, expert=2, balance=0.3, z_loss=0.01, **SP),
+    moe(world=2, balance=0.3, per_token=True),
+    moe(world=4, context=2, expert=2, balance=0.3, per_token=True, **SP),
+    moe(world=4, expert=2, expert_tensor=1, balance=0.3, z_loss=0.01, pipeline=2, **SP),
+)
+LATE = (
+    moe(model="qwen3-moe-late", world=2, pipeline=2),
+    moe(model="qwen3-moe-late", world=4, pipeline=2, expert=2, distributed_optimizer=True),
+)
+FAMILIES = tuple(
+    replace(MOE, model=model, **layout)
+    for model in ("mixtral", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
+    for layout in ({}, {"world": 2, "expert": 2, "expert_tensor": 1, **SP}, {"world": 2, "context": 2})
+)
+FULL = tuple(
+    replace(case, lora=False, balance=0.3)
+    for case in (
+        MOE,
+        moe(world=2, expert=2),
+        moe(world=2, expert_tensor=1, **SP),
+        moe(world=4, expert=2, expert_tensor=1, distributed_optimizer=True, **SP),
+    )
+)
+PADDED = Case(world=2, context=2, ragged=False)
+CONTEXT = (
+    PADDED,
+    replace(PADDED, per_token=True, fused=False),
+    replace(PADDED, world=4, **SP),
+    replace(PADDED, world=4, **VPP),
+    replace(PADDED, world=4, distributed_optimizer=True, overlap=True),
+    replace(PADDED, lora=False, recompute="full"),
+)
+EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_logits_losses_norms_and_every_gradient_equal_the_reference(case: Case) -> None:
+    reports = results(case)
+    assert_exact(case, reports)
+    assert [report.frozen_changed for report in reports] == [[]] * case.world
+    assert set(gathered(reports, "trained", case)) == set(reference_of(case).trained)
