@@ -55,6 +55,10 @@ LATE = (
     moe(model="qwen3-moe-late", world=2, pipeline=2),
     moe(model="qwen3-moe-late", world=4, pipeline=2, expert=2, distributed_optimizer=True),
 )
+PACKED = (
+    moe(packed=True, balance=0.3),
+    moe(world=2, packed=True, balance=0.3, expert=2, expert_tensor=1, **SP),
+)
 FAMILIES = tuple(
     replace(MOE, model=model, **layout)
     for model in ("mixtral", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
@@ -78,7 +82,7 @@ CONTEXT = (
     replace(PADDED, world=4, distributed_optimizer=True, overlap=True),
     replace(PADDED, lora=False, recompute="full"),
 )
-EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT)
+EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *PACKED, *FAMILIES, *FULL, *CONTEXT)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from mindspeed_llm.checkpoint.atomic import TRACKER
+from mindspeed_llm.checkpoint.formats.hf import HFSource
+from mindspeed_llm.checkpoint.open import open_base
 from tests.fixtures import (
     VOCABULARY,
     close,
@@ -104,6 +107,32 @@ def test_full_tuning_trains_routers_too_and_goes_on_elsewhere(tmp_path: Path) ->
     found = weights(tmp_path / "parts")
     close(found, weights(tmp_path / "whole"), 1e-4)
     assert found["exp_avg/decoder.layers.0.mlp.router.weight"].any()
+
+
+@pytest.mark.distributed
+def test_bf16_with_the_distributed_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    layout = ("--bf16", EP, 2, OPTIMIZER)
+    run(2, *argv(tmp_path / "through", *layout))
+    run(2, *argv(tmp_path / "parts", *layout), around=faults.terminated_in_step_3)
+    run(2, *argv(tmp_path / "parts", *layout, "--auto-resume"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "through")
+    same(weights(tmp_path / "parts"), weights(tmp_path / "through"))
+
+
+@pytest.mark.distributed
+def test_the_exported_model_is_base_and_adapter_merged_expert_by_expert(tmp_path: Path) -> None:
+    size, spread = SPREAD
+    run(size, *argv(tmp_path / "run", *spread, "--save-safetensors", "--lora-ckpt-filter", "false"))
+    (saved,) = (tmp_path / "run").glob("iter_*")
+    found, base = HFSource(saved / "hf"), open_base(moe_model())
+    adapter = weights(tmp_path / "run")
+    for name in base.names():
+        module = f"lora/{name.removesuffix('.weight')}"
+        expected = base.read(name)
+        if f"{module}.lora_A.weight" in adapter:
+            expected = expected + 2 * adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
+        assert torch.allclose(found.read(name), expected, rtol=1e-5, atol=1e-6), name
+    assert sum("local_experts" in name for name in adapter) == 2 * 8 * 4 * 4  # layers, experts, factors, states
 
 
 REFUSED = {
