@@ -9,6 +9,7 @@ import torch
 
 from mindspeed_llm.checkpoint.atomic import TRACKER
 from mindspeed_llm.checkpoint.formats.hf import HFSource
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.torch_file import write_torch_file
 from mindspeed_llm.checkpoint.open import open_base
 from tests.fixtures import (
@@ -138,7 +139,7 @@ def test_the_exported_model_is_base_and_adapter_merged_expert_by_expert(tmp_path
     assert sum("local_experts" in name for name in adapter) == 2 * 8 * 4 * 4  # layers, experts, factors, states
 
 
-def grouped(folder: Path, values: dict[str, torch.Tensor]) -> Path:
+def grouped(folder: Path, values: dict[str, torch.Tensor], args: object) -> Path:
     """Factors as upstream stores those of grouped experts: all in one tensor, transposed block after block."""
     state: OrderedDict[str, torch.Tensor] = OrderedDict()
     blocks: dict[str, dict[int, torch.Tensor]] = {}
@@ -155,7 +156,7 @@ def grouped(folder: Path, values: dict[str, torch.Tensor]) -> Path:
         state[key] = joined.view(rows, -1) if "weight1" in key else joined.view(-1, columns)
     path = folder / "mp_rank_00" / "model_optim_rng.pt"
     path.parent.mkdir(parents=True)
-    write_torch_file(path, {"args": None, "iteration": 1, "model": state})
+    write_torch_file(path, {"args": args, "iteration": 1, "model": state})
     return folder
 
 
@@ -163,7 +164,7 @@ def grouped(folder: Path, values: dict[str, torch.Tensor]) -> Path:
 def test_upstreams_grouped_adapters_are_trained_on_like_separate_ones(whole: Path, tmp_path: Path) -> None:
     first = whole / "iter_0000003"
     factors = {name.removeprefix("lora/"): v for name, v in weights(first).items() if name.startswith("lora/")}
-    folder = grouped(tmp_path / "grouped", factors)
+    folder = grouped(tmp_path / "grouped", factors, MegatronCheckpoint(first).first["args"])
     run(1, *argv(tmp_path / "separate", "--lora-load", first, "--finetune"))
     run(2, *argv(tmp_path / "joined", "--lora-load", folder, "--finetune", EP, 2))
     assert losses(tmp_path / "joined") == pytest.approx(losses(tmp_path / "separate"), rel=1e-5)
