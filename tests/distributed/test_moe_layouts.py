@@ -61,7 +61,7 @@ PACKED = (
 )
 FAMILIES = tuple(
     replace(MOE, model=model, **layout)
-    for model in ("mixtral", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
+    for model in ("mixtral", "qwen2-moe", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
     for layout in ({}, {"world": 2, "expert": 2, "expert_tensor": 1, **SP}, {"world": 2, "context": 2})
 )
 FULL = tuple(

@@ -4,7 +4,9 @@ import pytest
 
 from mindspeed_llm.arguments.lora import LoraOptions
 from mindspeed_llm.errors import UsageError
-from mindspeed_llm.lora.config import TARGETS, create_settings, settings_from_options
+from mindspeed_llm.lora.config import TARGETS, create_settings, for_model, settings_from_options
+from mindspeed_llm.models.config import ModelConfig
+from tests.checkpoint.families import hf_values
 
 
 def test_no_targets_mean_no_adapter() -> None:
@@ -44,3 +46,16 @@ def test_settings_that_make_no_adapter_are_refused(options: LoraOptions, message
 def test_an_adapter_needs_a_target() -> None:
     with pytest.raises(UsageError, match=f"--lora-target-modules is empty; known: {TARGETS[0]}"):
         create_settings(4, 8, ())
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("deepseek_v3", ("linear_proj", "linear_q_down_proj", "linear_kv_down_proj", "linear_fc1")),
+        ("qwen3_moe", ("linear_proj", "linear_qkv", "linear_fc1")),
+    ],
+)
+def test_upstreams_qkv_is_both_down_projections_of_latent_attention(family: str, named: tuple[str, ...]) -> None:
+    given = create_settings(3, 6, ("linear_proj", "linear_qkv", "linear_fc1"))
+    assert for_model(given, ModelConfig.from_hf_dict(hf_values(family), family)).target_modules == named
+    assert for_model(None, ModelConfig.from_hf_dict(hf_values(family), family)) is None
