@@ -249,7 +249,7 @@ def check_data_matches(
             )
     if None not in (template_hash, made.get("sha256")) and template_hash != made["sha256"]:
         raise InputError(
-            f"{name} were made with another text of template {made.get('name')} (sha256 {made['sha256'][:12]}) "
+            f"{name} were made with a template {made.get('name')} of other content (sha256 {made['sha256'][:12]}) "
             f"than the run's (sha256 {str(template_hash)[:12]}); preprocess again, or name their templates file "
             "by --prompt-type-path"
         )
@@ -272,7 +272,11 @@ def check_data_agree(reports: Mapping[str, Mapping[str, Any] | None]) -> None:
         for what, one, other in (
             ("tokenizer", first.get("tokenizer", {}).get("sha256"), report.get("tokenizer", {}).get("sha256")),
             ("template", first.get("template", {}).get("name"), report.get("template", {}).get("name")),
-            ("text of the template", first.get("template", {}).get("sha256"), report.get("template", {}).get("sha256")),
+            (
+                "content of the template",
+                first.get("template", {}).get("sha256"),
+                report.get("template", {}).get("sha256"),
+            ),
         ):
             if one != other:
                 raise InputError(

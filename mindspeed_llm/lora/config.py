@@ -7,6 +7,7 @@ from mindspeed_llm.arguments.lora import TARGET_MODULES as TARGETS
 from mindspeed_llm.arguments.lora import LoraOptions
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.errors import UsageError, unknown
+from mindspeed_llm.models.config import ModelConfig
 
 DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
@@ -26,6 +27,18 @@ def create_settings(r: int, alpha: float, target_modules: Sequence[str], dropout
         if target not in TARGETS:
             raise unknown("--lora-target-modules entry", target, TARGETS)
     return LoraSettings(r, alpha, tuple(dict.fromkeys(target_modules)), dropout)
+
+
+def for_model(settings: LoraSettings | None, model: ModelConfig) -> LoraSettings | None:
+    """The settings with a model's own names of its layers.
+
+    Under latent attention `linear_qkv` is upstream's name of the two projections of the hidden state.
+    """
+    if settings is None or not model.multi_latent_attention or "linear_qkv" not in settings.target_modules:
+        return settings
+    down = ("linear_q_down_proj" if model.q_lora_rank else "linear_q_proj", "linear_kv_down_proj")
+    named = (down if target == "linear_qkv" else (target,) for target in settings.target_modules)
+    return replace(settings, target_modules=tuple(dict.fromkeys(name for names in named for name in names)))
 
 
 def settings_from_options(options: LoraOptions) -> LoraSettings | None:

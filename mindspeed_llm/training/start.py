@@ -9,7 +9,7 @@ from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSo
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, check_base, open_base
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.lora.config import continued, settings_from_options
+from mindspeed_llm.lora.config import continued, for_model, settings_from_options
 from mindspeed_llm.lora.sources import open_pair, shared_hash
 
 ITERATION = re.compile(r"^iter_(\d{7,})$")
@@ -63,7 +63,7 @@ def find_start(options: PosttrainOptions) -> Start:
         start = Start(base, checkpoint.load, adapter, continued(adapter.settings, lora), resume)
     else:
         base = open_base(checkpoint.load, options.model.model_type_hf)
-        settings = settings_from_options(lora)
+        settings = for_model(settings_from_options(lora), base.config)
         start = Start(base, checkpoint.load, None, settings, _own_past(options, base, settings))
     return _checked_save(options, start, saved)
 

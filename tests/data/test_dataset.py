@@ -157,9 +157,13 @@ def test_data_sets_of_one_run_must_come_from_one_tokenizer_and_one_text_of_one_t
         return {"tokenizer": {"sha256": tokenizer}, "template": template, "enable_thinking": thinking}
 
     check_data_agree({"x": report(), "y": None, "z": report(), "w": report(thinking="true")})
-    for other, what in ((report("2"), "tokenizer"), (report(name="qwen"), "template"), (report(text="b"), "text of")):
+    for other, what in (
+        (report("2"), "tokenizer"),
+        (report(name="qwen"), "template"),
+        (report(text="b"), "content of"),
+    ):
         with pytest.raises(InputError, match=f"x and z .*{what}"):
             check_data_agree({"x": report(), "y": None, "z": other})
-    with pytest.raises(InputError, match="the data z were made with another text of template qwen3"):
+    with pytest.raises(InputError, match="the data z were made with a template qwen3 of other content"):
         check_data_matches(report(text="b"), "1", "qwen3", None, "a", "the data z")
     check_data_matches(report(text="a"), "1", "qwen3", None, "a")

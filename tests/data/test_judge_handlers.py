@@ -245,6 +245,8 @@ def test_rows_of_dataset_info_are_read_as_its_entries_say(golden: Path, tmp_path
               "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "u", "assistant_tag": "m"}},
     }  # fmt: skip
     (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    for entry in entries.values():
+        (tmp_path / entry["file_name"]).write_text("[]")  # the rows stand below
     forms = [(form_name(entry), entry.handler, entry.map_keys) for entry in named_data(str(tmp_path), "a,s")]
     job = Job(
         str(golden / "_tok" / tok), template, None, "none", forms[0][1], forms[0][2], Limits(), forms=tuple(forms),

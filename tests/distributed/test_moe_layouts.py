@@ -55,9 +55,13 @@ LATE = (
     moe(model="qwen3-moe-late", world=2, pipeline=2),
     moe(model="qwen3-moe-late", world=4, pipeline=2, expert=2, distributed_optimizer=True),
 )
+PACKED = (
+    moe(packed=True, balance=0.3),
+    moe(world=2, packed=True, balance=0.3, expert=2, expert_tensor=1, **SP),
+)
 FAMILIES = tuple(
     replace(MOE, model=model, **layout)
-    for model in ("mixtral", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
+    for model in ("mixtral", "qwen2-moe", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
     for layout in ({}, {"world": 2, "expert": 2, "expert_tensor": 1, **SP}, {"world": 2, "context": 2})
 )
 FULL = tuple(
@@ -89,7 +93,7 @@ FUSED = (
     replace(PADDED, fused_mlp=True),
     replace(PADDED, fused_mlp=True, world=4, **SP),
 )
-EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT, *FUSED)
+EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT, *FUSED, *PACKED)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)

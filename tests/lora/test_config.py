@@ -4,7 +4,9 @@ import pytest
 
 from mindspeed_llm.arguments.lora import LoraOptions
 from mindspeed_llm.errors import UsageError
-from mindspeed_llm.lora.config import TARGETS, continued, create_settings, settings_from_options
+from mindspeed_llm.lora.config import TARGETS, continued, create_settings, for_model, settings_from_options
+from mindspeed_llm.models.config import ModelConfig
+from tests.checkpoint.families import hf_values
 
 
 def test_no_targets_mean_no_adapter() -> None:
@@ -51,3 +53,16 @@ def test_a_saved_adapters_dropout_is_kept_unless_another_is_given() -> None:
     assert continued(saved, LoraOptions()).dropout == 0.25
     assert continued(saved, LoraOptions(lora_dropout=0.0)).dropout == 0.0
     assert settings_from_options(LoraOptions(lora_target_modules=["linear_qkv"], lora_dropout=0.1)).dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("deepseek_v3", ("linear_proj", "linear_q_down_proj", "linear_kv_down_proj", "linear_fc1")),
+        ("qwen3_moe", ("linear_proj", "linear_qkv", "linear_fc1")),
+    ],
+)
+def test_upstreams_qkv_is_both_down_projections_of_latent_attention(family: str, named: tuple[str, ...]) -> None:
+    given = create_settings(3, 6, ("linear_proj", "linear_qkv", "linear_fc1"))
+    assert for_model(given, ModelConfig.from_hf_dict(hf_values(family), family)).target_modules == named
+    assert for_model(None, ModelConfig.from_hf_dict(hf_values(family), family)) is None
