@@ -39,7 +39,7 @@ USAGE = {
     "a global batch that does not divide": (("--global-batch-size", 5), ["batch-size 5", "--micro-batch-size 2"]),
     "alpha without targets": (("--lora-target-modules", None, "--lora-r", 4), ["--lora-target-modules"]),
     "resuming and overwriting": (("--auto-resume", "--overwrite"), ["--auto-resume", "--overwrite"]),
-    "dropout": (("--lora-dropout", 0.1), ["--lora-dropout 0.1"]),
+    "dropout": (("--lora-dropout", 1.0), ["--lora-dropout 1.0", "below 1"]),
 }  # fmt: skip
 
 
