@@ -9,6 +9,7 @@ from tests.distributed.compare import assert_exact, gathered, reference_of, resu
 
 SP = {"tensor": 2, "sequence_parallel": True}
 VPP = {"pipeline": 2, "virtual_layers": 1}
+SPREAD = {"world": 2, "expert": 2, "expert_tensor": 1, **SP}
 MOE = Case(model="qwen3-moe", fused=False)
 
 
@@ -57,12 +58,15 @@ LATE = (
 )
 PACKED = (
     moe(packed=True, balance=0.3),
-    moe(world=2, packed=True, balance=0.3, expert=2, expert_tensor=1, **SP),
+    moe(packed=True, balance=0.3, **SPREAD),
 )
-FAMILIES = tuple(
-    replace(MOE, model=model, **layout)
-    for model in ("mixtral", "qwen2-moe", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
-    for layout in ({}, {"world": 2, "expert": 2, "expert_tensor": 1, **SP}, {"world": 2, "context": 2})
+FAMILIES = (
+    *(
+        replace(MOE, model=model, steps=2, **layout)
+        for model in ("mixtral", "qwen2-moe", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
+        for layout in ({}, SPREAD)
+    ),
+    *(replace(MOE, model=model, steps=2, world=2, context=2) for model in ("deepseek-v3", "deepseek-v2", "gpt-oss")),
 )
 FULL = tuple(
     replace(case, lora=False, balance=0.3)
