@@ -6,7 +6,7 @@ A step from top to bottom: `train_step` -> megatron-core's schedule -> `_forward
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -63,11 +63,13 @@ class Engine:
         chunks: model chunks as built and loaded.
         wrapped: the same chunks in megatron-core's DistributedDataParallel; empty for inference.
         optimizer: megatron-core's optimizer, or None for inference.
+        reports: of the last training step on the last pipeline stage, what `sum_loss` reports of each micro-batch.
     """
 
     chunks: list[CausalLM]
     wrapped: list[DistributedDataParallel]
     optimizer: Any
+    reports: list[Tensor] = field(default_factory=list)
 
     @property
     def config(self) -> Any:
@@ -215,6 +217,8 @@ def run_microbatches(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
+    if not forward_only:
+        engine.reports = reports
     if per_token is None:
         per_token = engine.config.calculate_per_token_loss
     return _reduce_reports(reports, len(batches), per_token, batches[0]["tokens"].device)
@@ -255,7 +259,7 @@ def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
     loss, tokens = run_microbatches(engine, batches, forward_only=False)
-    updated, grad_norm = _update(engine.optimizer)
+    updated, grad_norm = _update(engine.optimizer, math.isfinite(loss) or not tokens)
     return StepResult(loss, tokens, grad_norm, updated, seen_balance(engine, len(batches)))
 
 
@@ -268,16 +272,16 @@ def gradient_norm(optimizer: Any) -> float:
     return math.hypot(*(float(one.get_grad_norm()) for one in inner_optimizers(optimizer)))
 
 
-def _update(optimizer: Any) -> tuple[bool, float]:
+def _update(optimizer: Any, finite: bool) -> tuple[bool, float]:
     """Clip and apply the gradients; -> (applied, norm before clipping).
 
-    megatron-core would apply non-finite gradients; here such a step changes nothing. The norm is the same on every
-    rank, so all decide alike.
+    megatron-core would apply non-finite gradients; here such a step changes nothing, nor does one whose loss is not
+    `finite`. Loss and norm are the same on every rank, so all decide alike.
     """
     optimizer.prepare_grads()
     limit = optimizer.config.clip_grad
     norm = gradient_norm(optimizer)
-    if not math.isfinite(norm):
+    if not (finite and math.isfinite(norm)):
         return False, norm
     for one in inner_optimizers(optimizer) if limit > 0.0 else ():
         if one.get_parameters():

@@ -3,7 +3,6 @@
 import math
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -12,12 +11,12 @@ import torch
 from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
-from mindspeed_llm.training import checkpointing
+from mindspeed_llm.training import advice, checkpointing
 from mindspeed_llm.training.checkpointing import barrier
-from mindspeed_llm.training.engine import Batch, StepResult, evaluate, train_step
-from mindspeed_llm.training.flops import step_flops
-from mindspeed_llm.training.report import MEGABYTE, Report, StepRecord, say
+from mindspeed_llm.training.engine import StepResult, evaluate, train_step
+from mindspeed_llm.training.report import Report, say
 from mindspeed_llm.training.setup import Run, count_cut_rows
+from mindspeed_llm.training.watch import Watch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -41,11 +40,12 @@ class StopRequest:
             # None: installed by foreign code outside Python, which the default stands in for
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank."""
-        flag = torch.tensor(float(self.asked), device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+    def agreed(self, device: torch.device, odd: bool) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any saw something `odd`; the same answer on every rank."""
+        flags = torch.tensor((float(self.asked), float(odd)), device=device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        stop, seen = flags.tolist()
+        return bool(stop), bool(seen)
 
 
 def train(run: Run, report: Report | None) -> bool:
@@ -54,34 +54,35 @@ def train(run: Run, report: Report | None) -> bool:
     Args:
         report: on the rank that prints, else None.
     """
-    place = run.feed.device
-    if report is not None:
-        report.begin(run.progress.iteration)
-    saved = run.progress.iteration
-    window = _Window(run)
-    with StopRequest() as stop:
+    place, every = run.feed.device, run.options.checkpoint.save_interval
+    saved = applied = run.progress.iteration
+    with Watch(run, report) as watch, StopRequest() as stop:
         while run.progress.iteration < run.train_iters:
+            watch.begins()
             batches = run.feed.batches(run.progress.consumed_samples)
+            watch.has_rows(batches)
             rate = run.schedule.set(run.progress.iteration + 1)
             result = train_step(run.engine, batches)
             advance(run, result)
-            window.add(result, batches)
+            odd = watch.ends(result, rate)
             iteration = run.progress.iteration
-            if iteration % run.options.logging.log_interval == 0 or iteration == run.train_iters:
-                window.flush(report, rate)
+            applied = iteration if result.updated else applied
+            watch.check()
             validate(run, report)
-            stopping = stop.agreed(place)
-            every = run.options.checkpoint.save_interval
-            if stopping or iteration == run.train_iters or (every and iteration % every == 0):
+            stopping, odd = stop.agreed(place, odd)
+            told = watch.explain() if odd else ""
+            ends = watch.too_many()
+            due = stopping or iteration == run.train_iters or (every and iteration % every == 0)
+            if due or (ends and applied > saved):
                 save(run)
                 saved = iteration
+            if ends:
+                raise watch.end_of_run(told)
             if stopping:
                 break
     for feed in (run.feed, run.validation, run.test):
         if feed is not None:
             feed.close()
-    if report is not None:
-        report.end()
     return saved == run.train_iters
 
 
@@ -95,64 +96,6 @@ def advance(run: Run, result: StepResult) -> None:
         skipped=done.skipped + (not result.updated),
         nan=done.nan + (not math.isfinite(result.loss)),
     )
-
-
-class _Window:
-    """Steps since the last log line: their time, tokens and losses."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.losses: list[float] = []
-        self.tokens, self.flops, self.grad_norm = 0, 0.0, 0.0
-        self.balance: float | None = None
-        self.first = True
-        self.began = time.perf_counter()
-
-    def add(self, result: StepResult, batches: list[Batch]) -> None:
-        """Count one step; tokens read by this replica stand for all of them."""
-        frozen = self.run.start.settings is not None
-        for batch in batches:
-            rows, length = batch["tokens"].shape
-            self.tokens += rows * length
-            lengths = batch["packed"].segments.lengths if "packed" in batch else (length,) * rows
-            self.flops += sum(step_flops(self.run.metadata.model, one, one, frozen) for one in lengths)
-        self.losses.append(result.loss)
-        self.grad_norm, self.balance = result.grad_norm, result.balance
-
-    def flush(self, report: Report | None, rate: float) -> None:
-        """Print the steps as one line and begin anew."""
-        self.run.device.synchronize()
-        seconds = time.perf_counter() - self.began
-        replicas = parallel_state.get_data_parallel_world_size()
-        done, layout = self.run.progress, self.run.metadata.layout
-        if report is not None:
-            finite = [loss for loss in self.losses if math.isfinite(loss)]
-            record = StepRecord(
-                iteration=done.iteration,
-                consumed_samples=done.consumed_samples,
-                milliseconds=seconds * 1000 / len(self.losses),
-                learning_rate=rate,
-                loss=sum(finite) / len(finite) if finite else math.nan,
-                grad_norm=self.grad_norm,
-                tokens_per_second=self.tokens * replicas / seconds,
-                memory=self.run.device.memory()[1] / MEGABYTE,
-                skipped=done.skipped,
-                nan=done.nan,
-                load_balancing_loss=self.balance,
-            )
-            context = parallel_state.get_context_parallel_world_size()
-            throughput = self.flops / seconds / (layout.tp * layout.pp * context) / 1e12
-            report.step(record, throughput if self.run.options.logging.log_throughput else None)
-            if self.first:
-                now, peak = (value / MEGABYTE for value in self.run.device.memory())
-                rank = torch.distributed.get_rank()
-                say(
-                    f"[Rank {rank}] (after {done.iteration} iterations) memory (MB) | allocated: {now:.1f} | "
-                    f"max allocated: {peak:.1f} | reserved: {now:.1f} | max reserved: {peak:.1f}"
-                )
-        self.first = False
-        self.losses, self.tokens, self.flops = [], 0, 0.0
-        self.began = time.perf_counter()
 
 
 def validate(run: Run, report: Report | None) -> None:
@@ -243,8 +186,18 @@ def changed_order(run: Run) -> list[str]:
     ]
 
 
-def announce(run: Run) -> None:
-    """What is about to happen, in a few lines; on rank 0."""
+def wasted(run: Run) -> list[str]:
+    """Warnings about hardware that will mostly wait or compute padding."""
+    layout, sampler, data = run.metadata.layout, run.feed.sampler, run.options.data
+    replicas = parallel_state.get_data_parallel_world_size()
+    lines = advice.pipeline_advice(layout.pp, layout.vp, sampler.num_microbatches, sampler.micro_batch_size, replicas)
+    if data.no_pad_to_seq_lengths or data.lays_out_flat:
+        return lines
+    return lines + advice.padding_advice(run.feed.source.lengths, data.seq_length)
+
+
+def announcement(run: Run) -> list[str]:
+    """What is about to happen, in a few lines."""
     world = torch.distributed.get_world_size()
     layout, settings = run.metadata.layout, run.start.settings
     parameters = sum(p.numel() for chunk in run.engine.chunks for p in chunk.parameters() if p.requires_grad)
@@ -274,5 +227,4 @@ def announce(run: Run) -> None:
     if cut := count_cut_rows(run):
         length = run.options.data.seq_length
         lines.append(f"warning: {cut} of {len(source)} rows are longer than --seq-length {length} and are cut")
-    for line in lines:
-        say(line)
+    return lines + wasted(run)

@@ -103,9 +103,8 @@ def test_training_from_a_torch_dist_folder_is_training_from_the_hf_folder(
     found = []
     for name, base in (("hf", hf_model()), ("dist", torch_dist())):
         done(launch(size, "posttrain_gpt.py", training(tmp_path / name, "--load", base, *layout, steps=3)))
-        found.append((tmp_path / f"{name}_logs" / f"{name}.jsonl").read_text())
-    losses = [[line.partition('"loss"')[2][:24] for line in text.splitlines()] for text in found]
-    assert losses[0] == losses[1] and len(losses[0]) == 3
+        found.append(losses(tmp_path / name))
+    assert found[0] == found[1] and len(found[0]) == 3
 
 
 def test_evaluation_scores_a_peft_adapter_like_the_merged_model(tmp_path: Path) -> None:
