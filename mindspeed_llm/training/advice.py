@@ -4,7 +4,7 @@ import math
 
 import numpy
 
-BUBBLE = 0.2  # share of waiting in a pipeline above which a better batch size is told
+WORK = 4  # times as long as it waits a pipeline stage should work; below that a better batch size is told
 PADDING = 0.5  # share of padding above which another way of laying rows out is told
 
 
@@ -21,9 +21,9 @@ def pipeline_advice(stages: int, virtual: int, micro_batches: int, micro: int, r
         micro_batches: of one replica in a step. micro: rows of each. replicas: data-parallel size.
     """
     share = bubble(stages, virtual, micro_batches)
-    if stages == 1 or share <= BUBBLE:
+    if virtual * micro_batches >= WORK * (stages - 1):
         return []
-    wanted = math.ceil((stages - 1) * (1 - BUBBLE) / (BUBBLE * virtual))
+    wanted = math.ceil(WORK * (stages - 1) / virtual)
     if virtual > 1:  # interleaved stages need a multiple of their number
         wanted = math.ceil(wanted / stages) * stages
     rows = micro * micro_batches

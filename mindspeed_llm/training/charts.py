@@ -10,7 +10,7 @@ from typing import Any
 
 POINTS = 800  # of a curve in a page: more cannot be told apart
 SIZE = (880, 260)
-LEFT, RIGHT, TOP, BOTTOM = 70, 14, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 70, 26, 12, 36
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ Per token, a product with a weight of n elements costs
 so LoRA costs 4N + 6 n_lora and full tuning 6N. Below the first adapter nothing needs a gradient: the first layer's
 products that read the frozen embedding cost 2n only. The output layer runs on trained tokens alone. Attention over k
 keys per query costs 2 k h (d_qk + d_v) forward and twice that backward, h heads; causal attention over s tokens has
-k = (s + 1) / 2 on average. Full recomputation adds the layers' forward operations once more, selective recomputation
-those of the attention.
+k = (s + 1) / 2 on average. Full recomputation adds the layers' forward operations once more, and the first layer's
+gradients with them; selective recomputation adds those of the attention.
 
 Not counted: element-wise work, the scores that flash attention computes again in its backward pass (half its forward
 operations), and masked scores, which kernels that do not skip them compute too.
@@ -130,7 +130,8 @@ class StepFlops:
         self.model, self.full = model, settings is None
         self.layers = self.adapters = 0  # FLOPs per token
         self.core: list[int] = []  # of each layer, how often its attention's forward operations are spent
-        needed = self.full  # whether the input of what comes next needs a gradient
+        # whether the input of what comes next needs a gradient; full recomputation gives the embedding's output one
+        needed = self.full or recompute == "full"
         for layer in range(model.num_layers):
             needed = self._layer(layer, settings, recompute, needed)
 

@@ -25,7 +25,7 @@ class SpikeDetector:
     """Tells values far above the recent ones: more than `threshold` robust deviations above their median.
 
     The deviation is the median absolute deviation, scaled to a normal distribution's, so that one spike does not hide
-    the next. Values that stay high become the new normal within WINDOW / 2 steps.
+    the next. Values that stay high become the new normal after about WINDOW / 2 steps.
     """
 
     def __init__(self, threshold: float) -> None:

@@ -72,7 +72,7 @@ def _tiles(
     last, recent = records[-1], records[-RECENT:]
     left = (train_iters - last["iteration"]) * _median(recent, "milliseconds") / 1000
     tiles = [
-        (f"{last['iteration']:,} of {train_iters:,}", "steps"),
+        (f"{last['iteration']:,}", f"of {train_iters:,} steps done"),
         ("not finite" if last["loss"] is None else f"{last['loss']:.4f}", "loss of the last step"),
     ]
     if validations:
@@ -88,8 +88,8 @@ def _tiles(
     tiles += [
         (f"{max(r['memory'] for r in records):,.0f} MB", "peak memory of the reporting process"),
         (f"{last['skipped']:,}", "steps not applied"),
-        (f"{_clock(sum(r['milliseconds'] for r in records) / 1000)}", "in steps"),
-        (f"{_clock(left)}", "left"),
+        (f"{_clock(sum(r['milliseconds'] for r in records) / 1000)}", "spent in steps"),
+        (f"{_clock(left)}", "left, at that speed"),
     ]
     boxes = "".join(
         f"<div class=tile><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in tiles

@@ -11,7 +11,7 @@ from tests.checkpoint.peft_tiny import TOKENS, adapt, load, logits, same_logits
 from tests.checkpoint.test_adapters_import import SHAPES
 from tests.distributed.pool import pool
 from tests.evaluation.test_program import quiz
-from tests.fixtures import done, hf_model, launch, once, refused, scratch, training
+from tests.fixtures import done, hf_model, launch, losses, once, refused, scratch, training
 from tests.inference import live_tasks
 
 TP_PP = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
