@@ -168,9 +168,10 @@ def rank_content(
 
 
 def model_state(chunk: CausalLM, adapter_only: bool) -> dict[str, Tensor | None]:
-    """A chunk's state on the CPU; with `adapter_only` the LoRA factors alone."""
+    """A chunk's state on the CPU; with `adapter_only` only what LoRA adds or trains."""
     state = {k: v.detach().cpu() if isinstance(v, Tensor) else None for k, v in chunk.state_dict().items()}
-    return {k: v for k, v in state.items() if "lora_" in k} if adapter_only else state
+    trained = trainable(chunk)
+    return {k: v for k, v in state.items() if "lora_" in k or k in trained} if adapter_only else state
 
 
 def rng_state(device: Device) -> dict[str, Any]:

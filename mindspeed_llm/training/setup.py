@@ -21,7 +21,7 @@ from mindspeed_llm.data.sampler import EpochSampler, LengthGroupedSampler
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
-from mindspeed_llm.lora.sources import shared_hash
+from mindspeed_llm.lora.sources import load_adapter, shared_hash
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
@@ -30,7 +30,7 @@ from mindspeed_llm.training.checkpointing import Progress
 from mindspeed_llm.training.engine import Engine, create_engine
 from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
-from mindspeed_llm.training.layout_rules import check_targets, length_parts, training_layout
+from mindspeed_llm.training.layout_rules import length_parts, training_layout
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
 from mindspeed_llm.training.schedule import Schedule
@@ -115,7 +115,6 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     options = with_bounds_kept(options, rows.parts)
     engine = engine_options(options, model)
     layout = training_layout(options, start.base.table)
-    check_targets(start.settings, start.base.table)
     parallel.start(
         device,
         engine.tensor,
@@ -245,17 +244,18 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
         load_live(live_tensors(chunk), start.base, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
     if start.settings is not None:
         lora = options.lora
-        inject(chunks, start.settings, lora.lora_fusion, options.training.seed, lora.use_fused_mlp)
+        fresh = start.adapter is None
+        inject(chunks, start.settings, lora.lora_fusion, options.training.seed, lora.use_fused_mlp, fresh)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
     if start.adapter is not None:
         for chunk in chunks:
-            tensors = start.adapter.tensors
-            load_live(live_tensors(chunk), tensors, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
+            load_adapter(chunk, start.adapter, tp_rank, engine.tensor, experts)
     cut = options.parallel
     return create_engine(
-        chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather
-    )
+        chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather,
+        options.lora.loraplus_lr_ratio,
+    )  # fmt: skip
 
 
 def resume(run: Run) -> None:
