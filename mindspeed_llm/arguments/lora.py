@@ -38,7 +38,7 @@ class LoraOptions:
     use_rslora: bool = option(False, help="Scale adapters by alpha / sqrt(r) instead of alpha / r (rsLoRA).")
     use_dora: bool = option(
         False,
-        help="Train the length of every output row of W + BA apart from its direction (DoRA). Runs in the modular form.",
+        help="Train the length of every output row of W + BA apart from its direction (DoRA); in the modular form.",
     )
     lora_init: str = option(
         "default",
@@ -48,8 +48,8 @@ class LoraOptions:
     )
     lora_dtype: str = option(
         "auto",
-        help="Type of the adapters. auto: the base's, beside the optimizer's float32 master copy. float32 on a bf16 base "
-        "runs in the modular form.",
+        help="Type of the adapters. auto: the base's, beside the optimizer's float32 master copy. float32 on a bf16 "
+        "base runs in the modular form.",
         choices=ADAPTER_DTYPES,
     )
     loraplus_lr_ratio: float | None = option(

@@ -93,7 +93,7 @@ class ParallelLora(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters)
 
     def adopt(self, settings: LoraSettings, module: str) -> None:
-        """Take on what `settings` say of this layer, named logically, beyond peft's part; new tensors hold no values."""
+        """Take on what `settings` say beyond peft's part of this layer (`module`); new tensors hold no values."""
         name = self.active_adapters[0]
         weight, dtype = self.base_layer.weight, DTYPES.get(settings.dtype)
         self.scaling[name] = settings.scaling(module)
