@@ -44,15 +44,16 @@ def memory(job: Job, sums: ModelWeights, pp_rank: int) -> Memory:
     trained = base if job.lora is None else adapter
     state, update = optimizer(job, trained)
     acts, buffers = round(step_activations(job, pp_rank, base)), communication(job, pp_rank)
+    scratch = trained.total * FULL_PRECISION + round(activations.rotary(job)) if copies_gradients(job) else 0
     static = base.total * job.element + adapter.total * job.element + trained.total * FULL_PRECISION + state
     return Memory(
         weights=base.total * job.element,
         adapters=adapter.total * job.element,
         gradients=trained.total * FULL_PRECISION,
         optimizer=state + update,
-        activations=acts,
+        activations=max(acts, scratch),
         communication=buffers,
-        total=static + max(acts + buffers, update),
+        total=static + max(acts + buffers, scratch, update),
     )
 
 
@@ -78,16 +79,20 @@ def optimizer(job: Job, trained: Held) -> tuple[int, int]:
     return (dense + expert) * copies * FULL_PRECISION, at_once * FULL_PRECISION
 
 
+def copies_gradients(job: Job) -> bool:
+    """Whether gradients are copied while they are summed over replicas: gloo's reduce-scatter does, on CPUs."""
+    return job.distributed_optimizer and job.replicas * job.context > 1 and not job.accelerator
+
+
 def step_activations(job: Job, pp_rank: int, base: Held) -> float:
     """Peak activations of a stage: in the head's forward pass, in a layer's backward pass, or for the embedding."""
     layers, layout = activations.Layers(job), job.layout
     passes = chunk_passes(job, pp_rank)
-    kept = boundary = working = 0.0
+    kept = working = 0.0
     for chunk in passes:
         numbers = [number for number in layout.slots(pp_rank, chunk) if number is not None]
         kept += sum(kept_in_pass(job, layers, numbers)) + (layers.layer(numbers[0]).boundary if numbers else 0)
         for number in numbers:
-            boundary = layers.layer(number).boundary
             working = max(working, recomputed(job, layers, numbers) + layers.layer(number).working)
     peak = kept + working
     first = any(layout.is_first(pp_rank, chunk) for chunk in range(layout.vp))
@@ -97,7 +102,6 @@ def step_activations(job: Job, pp_rank: int, base: Held) -> float:
         peak = max(peak, kept + at_most)
     if job.lora is None:
         peak = max(peak, kept, *weight_gradients(job, kept, working, base, first, last))
-    del boundary
     return peak + activations.rotary(job)
 
 
@@ -155,7 +159,8 @@ def communication(job: Job, pp_rank: int) -> int:
     """Bytes of buffers that others write into.
 
     Pipeline: hidden states received. Sequence parallelism: the whole sequence of hidden states, gathered for one layer
-    or the head at a time, and in the modular form the adapter's narrow tensor. CP: keys and values of all ranks.
+    or the head at a time (in full tuning megatron-core keeps the buffer of one and has that of another), and in the
+    modular form the adapter's narrow tensor. CP: keys and values of all ranks.
     Experts: pairs from other ranks.
     """
     model, e = job.model, job.element
@@ -163,7 +168,8 @@ def communication(job: Job, pp_rank: int) -> int:
     gathers = [0.0]
     if job.sp > 1:
         narrow = job.lora.r if job.lora is not None and not job.fused else 0
-        gathers.append(job.tokens * (model.hidden_size + narrow) * e)
+        whole = job.tokens * (model.hidden_size + narrow) * e
+        gathers.append(2 * whole if job.lora is None else whole)
     if job.context > 1:
         gathers.append(job.tokens * job.context * 2 * model.num_query_groups * model.kv_channels / job.layout.tp * e)
     return round(received(job, pp_rank) * hidden + max(gathers))

@@ -36,7 +36,8 @@ def received(job: Job, pp_rank: int) -> int:
         only_gradients = 2 if pp_rank == 0 else 0
         both = 1 if 0 < pp_rank < layout.pp - 1 else 0
         return held + (1 if pp_rank else 0) + only_gradients + both
-    return held + (2 if pp_rank == 0 else 4)
+    receiving = sum(not layout.is_first(pp_rank, chunk) for chunk in range(layout.vp))
+    return min(held + (1 if pp_rank == 0 else 3), job.micro_batches * receiving) + 1
 
 
 def bubble(job: Job) -> float:

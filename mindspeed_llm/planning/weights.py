@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import LoraSettings
@@ -89,6 +89,7 @@ class ModelWeights:
         """Read the model's table. settings: of the adapter; None for full tuning."""
         self.model, self.settings = model, settings
         self.table = WeightTable(model)
+        self.stages: dict[tuple[Any, int], Pieces] = {}
 
     @cached_property
     def layers(self) -> list[Pieces]:
@@ -120,6 +121,12 @@ class ModelWeights:
 
     def stage(self, layout: Layout, pp_rank: int) -> Pieces:
         """All pieces of a pipeline stage; a tied output layer on another stage than the embedding is a copy of it."""
+        key = layout.chunks, pp_rank
+        if key not in self.stages:
+            self.stages[key] = self._stage(layout, pp_rank)
+        return self.stages[key]
+
+    def _stage(self, layout: Layout, pp_rank: int) -> Pieces:
         total: Pieces = Counter()
         first = last = False
         for vp_rank in range(layout.vp):
