@@ -47,6 +47,8 @@ ACCEPTED: dict[str, Accepted] = {
     "no_rope_fusion": Accepted(_FUSED),
     "no_persist_layer_norm": Accepted(_FUSED),
     "no_gradient_accumulation_fusion": Accepted(_FUSED),
+    "cross_entropy_loss_fusion": Accepted("loss and frozen output layer are one function on every device", 0),
+    "cross_entropy_fusion_impl": Accepted("there is one implementation", 1, ("native", "te")),
     "use_rotary_position_embeddings": Accepted("every supported family uses rotary positions, as its config.json says"),
     "attention_softmax_in_fp32": Accepted(_SOFTMAX),
     "init_method_std": Accepted("weights are always loaded, never drawn at random", 1),

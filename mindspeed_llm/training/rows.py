@@ -27,7 +27,7 @@ from mindspeed_llm.training.start import Start
 from mindspeed_llm.training.together import done_by_each, done_by_one, same_for_all, works_for_all
 
 CACHE = ".data_cache"  # hidden, so that no search for rows finds it
-CACHED_ROWS = 4_000_000  # smaller data sets: every rank draws its orders faster than it would wait for another's
+CACHED_ROWS = 1_000_000  # smaller data sets: every rank draws its orders in the time it takes to find another's
 VISIBLE_SECONDS = 60.0  # how long a shared file system may take to show a node what another has written
 
 

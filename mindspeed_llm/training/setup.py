@@ -244,7 +244,8 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
     for chunk in chunks:
         load_live(live_tensors(chunk), start.base, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
     if start.settings is not None:
-        inject(chunks, start.settings, options.lora.lora_fusion, options.training.seed)
+        lora = options.lora
+        inject(chunks, start.settings, lora.lora_fusion, options.training.seed, lora.use_fused_mlp)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
     if start.adapter is not None:

@@ -48,9 +48,7 @@ def build(job: Job) -> Engine:
         inject(chunks, job.lora, job.fused, seed=1)
         if job.recompute == "full":
             give_recompute_a_gradient(chunks)
-    return create_engine(
-        chunks, OptimizerOptions(lr=1e-4), job.distributed_optimizer, False, job.overlap_param_gather
-    )
+    return create_engine(chunks, OptimizerOptions(lr=1e-4), job.distributed_optimizer, False, job.overlap_param_gather)
 
 
 def batches(job: Job) -> list[dict[str, torch.Tensor]]:
@@ -75,7 +73,12 @@ def measure(rank: int, job: Job, tracker: type[LiveMemory] = LiveMemory) -> dict
         for chunk in engine.wrapped:
             chunk.grad_accs.clear()  # a cycle through torch's graph, which Python's collector cannot see
         place = groups.get_pipeline_model_parallel_rank(), groups.get_tensor_model_parallel_rank()
-        return {"peak": seen.peak, "total": seen.total, "at_total": seen.at_total, "place": place,
-                "story": getattr(seen, "story", None)}
+        return {
+            "peak": seen.peak,
+            "total": seen.total,
+            "at_total": seen.at_total,
+            "place": place,
+            "story": getattr(seen, "story", None),
+        }
     finally:
         parallel.stop()
