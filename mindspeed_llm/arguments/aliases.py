@@ -48,6 +48,8 @@ ALIASES_BY_SCRIPT: dict[str, dict[str, str]] = {
         "data_cache_path": "data_cache_dir",
         "group_by_length": "length_grouping",
         "dataloader_num_workers": "num_workers",
+        "save_steps": "save_interval",
+        "early_stop_interval": "early_stopping_patience",
     },
 }
 

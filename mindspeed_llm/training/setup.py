@@ -32,6 +32,7 @@ from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
 from mindspeed_llm.training.layout_rules import length_parts, training_layout
 from mindspeed_llm.training.report import say
+from mindspeed_llm.training.retention import best_checkpoint, remove_leftovers
 from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
 from mindspeed_llm.training.schedule import Schedule
 from mindspeed_llm.training.start import Start, find_start
@@ -108,6 +109,9 @@ def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptio
 def prepare(options: PosttrainOptions, device: Device) -> Run:
     """Build the run; everything that can be refused is refused before the model is built."""
     start = find_start(options)
+    if torch.distributed.get_rank() == 0:
+        for name in remove_leftovers(Path(options.checkpoint.save or "")):
+            say(f"removed {name}, which a killed run left in {options.checkpoint.save}")
     export = plan_export(options, start)
     model = start.base.config
     check_architecture_flags(model, options.model, start.base_path)
@@ -262,6 +266,8 @@ def resume(run: Run) -> None:
     """Continue what `start.resume` holds: progress, optimizer, random state."""
     checkpoint, options = run.start.resume, run.options.checkpoint
     run.progress = checkpointing.load_progress(checkpoint)
+    if best_checkpoint(Path(options.save or ""), run.progress) is None:
+        run.progress = replace(run.progress, saved_best=0, saved_best_loss=math.inf)
     if not options.no_load_optim:
         checkpointing.load_optimizer(run.engine, checkpoint)
     same = options.no_load_rng or checkpointing.load_rng(checkpoint, run.metadata.layout, run.device)
@@ -271,6 +277,12 @@ def resume(run: Run) -> None:
         raise InputError(
             f"{checkpoint.folder} is at step {run.progress.iteration} of {run.train_iters}: nothing is left to train; "
             "raise --train-iters"
+        )
+    patience = options.early_stopping_patience
+    if patience is not None and run.progress.without_gain >= patience:
+        raise InputError(
+            f"{checkpoint.folder}: {run.progress.without_gain} validations had no lower loss, as many as "
+            f"--early-stopping-patience {patience} allows; raise it to train on"
         )
 
 

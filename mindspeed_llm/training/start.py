@@ -1,6 +1,5 @@
 """Where a run starts: which base, which adapter, from scratch or resumed; decided before anything is built."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +10,7 @@ from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, ch
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.config import check_given, continued, plain_targets, settings_from_options
 from mindspeed_llm.lora.sources import open_pair, shared_hash
-
-ITERATION = re.compile(r"^iter_(\d{7,})$")
-LEFTOVER = re.compile(r"^\.iter_\d{7,}\.(partial|old)$")  # of a save that was killed
+from mindspeed_llm.training.retention import LEFTOVER, iterations
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,6 @@ class Start:
     settings: LoraSettings | None
     resume: MegatronCheckpoint | None
     stale: tuple[Path, ...] = ()
-
-
-def iterations(folder: Path) -> list[Path]:
-    """Finished checkpoints below a run folder, oldest first. A folder that bears its final name is finished."""
-    found = [(int(match[1]), path) for path in folder.glob("iter_*") if (match := ITERATION.match(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def find_start(options: PosttrainOptions) -> Start:
