@@ -11,6 +11,7 @@ from mindspeed_llm.planning.job import Job
 
 FLOAT = 4
 HEAD_SLICE = 2048  # columns of the head's float32 temporaries (`models.head`)
+HEAD_ROWS = 1024  # labelled positions whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -177,30 +178,26 @@ def experts(job: Job, layer: int) -> Part:
     return Part(kept + 5 * shared, 2 * unit + 2 * pairs * model.hidden_size * e)
 
 
-def frozen_head(job: Job) -> bool:
-    """Whether the output layer is frozen and its logits are not capped: the loss then runs in one function."""
-    return job.lora is not None and job.model.logit_softcap is None
+def head(job: Job) -> float:
+    """Bytes of final norm, output layer and loss of a micro-batch, at most.
 
-
-def head(job: Job) -> tuple[float, float]:
-    """(kept, at most) bytes of final norm, output layer and loss of a micro-batch.
-
-    Frozen: the final norm's output, labelled rows, logits [l v / t], float32 temporaries of a slice of the vocabulary,
-    the gradient of the rows. Trained: logits in the model's type, and twice in float32; of those one is kept.
+    Frozen: the final norm's output, the labelled rows l and their gradient; for up to 1,024 rows at a time logits
+    [l' v / t] and the product's result, in 16-bit training float32 temporaries of a slice of the vocabulary. Trained:
+    all logits in the model's type, and twice in float32.
     """
     model, e, t = job.model, job.element, job.layout.tp
     h, labelled = model.hidden_size, job.tokens * job.trained
     vocabulary = -(-model.vocab_size // t)
     before = tokens_between(job) * h * e + labelled * h * e + norm(job, tokens_between(job), h)
-    if frozen_head(job):
-        gradient = labelled * h * e
-        temporaries = gradient
-        if e < FLOAT:
-            temporaries = labelled * max(2 * min(HEAD_SLICE, vocabulary) * FLOAT, h * (FLOAT + 2 * e))
-        return gradient, before + labelled * vocabulary * e + temporaries
-    logits = labelled * vocabulary
-    kept = labelled * h * e + logits * FLOAT
-    return kept, before + logits * (2 * FLOAT + (e if e < FLOAT else 0))
+    if job.lora is None:
+        return before + labelled * vocabulary * (2 * FLOAT + (e if e < FLOAT else 0))
+    rows, part = min(labelled, HEAD_ROWS), min(HEAD_SLICE, vocabulary)
+    width = h * e
+    if e < FLOAT:
+        width = max(2 * part * FLOAT, h * (FLOAT + 2 * e))
+    if model.logit_softcap is not None:
+        width = max(width, 4 * part * FLOAT)
+    return before + labelled * h * e + rows * (vocabulary * e + width)
 
 
 def rotary(job: Job) -> float:

@@ -98,8 +98,7 @@ def step_activations(job: Job, pp_rank: int, base: Held) -> float:
     first = any(layout.is_first(pp_rank, chunk) for chunk in range(layout.vp))
     last = any(layout.is_last(pp_rank, chunk) for chunk in range(layout.vp))
     if last:
-        _, at_most = activations.head(job)
-        peak = max(peak, kept + at_most)
+        peak = max(peak, kept + activations.head(job))
     if job.lora is None:
         peak = max(peak, kept, *weight_gradients(job, kept, working, base, first, last))
     return peak + activations.rotary(job)
@@ -172,4 +171,6 @@ def communication(job: Job, pp_rank: int) -> int:
         gathers.append(2 * whole if job.lora is None else whole)
     if job.context > 1:
         gathers.append(job.tokens * job.context * 2 * model.num_query_groups * model.kv_channels / job.layout.tp * e)
-    return round(received(job, pp_rank) * hidden + max(gathers))
+    tensors = received(job, pp_rank)
+    in_passes = tensors - (1 if pp_rank == 0 and job.layout.pp > 1 else 0)  # the next gradient comes between passes
+    return round(max(tensors * hidden, in_passes * hidden + max(gathers)))

@@ -92,6 +92,8 @@ def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSetting
 def _checked_save(options: PosttrainOptions, start: Start, saved: list[Path]) -> Start:
     """Refuse to mix a new run into a folder that holds another one's checkpoints."""
     folder = options.checkpoint.save
+    if not folder and options.planning.dry_run:
+        return start
     if not folder:
         raise UsageError("--save is missing: the folder for the run's checkpoints")
     path = Path(folder)
