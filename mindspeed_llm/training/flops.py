@@ -4,13 +4,13 @@ Per token, a product with a weight of n elements costs
 
     2n forward  +  2n for the gradient of its input  +  2n for its own gradient, which a frozen weight does not need
 
-so LoRA costs 4N + 6 n_lora and full tuning 6N. Below the first adapter nothing needs a gradient: the first layer's
+so LoRA costs 4N + 6 n_lora, 2n more for modules trained whole beside it, and full tuning 6N. Below the first adapter nothing needs a gradient: the first layer's
 products that read the frozen embedding cost 2n only. The output layer runs on trained tokens alone. Attention over k
 keys per query costs 2 k h (d_qk + d_v) forward and twice that backward, h heads; causal attention over s tokens has
 k = (s + 1) / 2 on average. Full recomputation adds the layers' forward operations once more, and the first layer's
 gradients with them; selective recomputation adds those of the attention.
 
-Not counted: element-wise work, the scores that flash attention computes again in its backward pass (half its forward
+Not counted: element-wise work, what DoRA adds, the scores that flash attention computes again in its backward pass (half its forward
 operations), and masked scores, which kernels that do not skip them compute too.
 """
 
@@ -26,7 +26,7 @@ output, the MLP's first product (and the router), its second."""
 
 @dataclass(frozen=True)
 class Product:
-    """One kind of matrix product of a layer: `fan_in` -> `fan_out`, `times` a token."""
+    """One kind of matrix product of a layer: `fan_in` -> `fan_out`, `times` a token; `name` is logical, in the layer."""
 
     name: str
     stage: int
@@ -41,17 +41,21 @@ class Product:
 
 
 def layer_products(model: ModelConfig, layer: int) -> list[Product]:
-    """The products of one layer, under megatron-core's short names; of experts those that one token passes."""
+    """The products of one layer, of experts those that one token passes."""
     hidden = model.hidden_size
     if not model.has("moe", layer):
         wide, narrow = 2 * model.ffn_hidden_size, model.ffn_hidden_size
-        mlp = [Product("linear_fc1", MLP_IN, hidden, wide), Product("linear_fc2", MLP_OUT, narrow, hidden)]
+        mlp = [Product("mlp.linear_fc1", MLP_IN, hidden, wide), Product("mlp.linear_fc2", MLP_OUT, narrow, hidden)]
         return attention_products(model) + mlp
-    mlp = [Product("router", MLP_IN, hidden, model.num_experts)]
-    for width, times in ((model.moe_ffn_hidden_size, model.moe_router_topk), (model.moe_shared_ffn_hidden_size, 1)):
+    mlp = [Product("mlp.router", MLP_IN, hidden, model.num_experts)]
+    kinds = (
+        ("mlp.experts.0", model.moe_ffn_hidden_size, model.moe_router_topk),
+        ("mlp.shared_experts", model.moe_shared_ffn_hidden_size, 1),
+    )
+    for name, width, times in kinds:
         if width:
-            mlp.append(Product("linear_fc1", MLP_IN, hidden, 2 * width, times))
-            mlp.append(Product("linear_fc2", MLP_OUT, width, hidden, times))
+            mlp.append(Product(f"{name}.linear_fc1", MLP_IN, hidden, 2 * width, times))
+            mlp.append(Product(f"{name}.linear_fc2", MLP_OUT, width, hidden, times))
     return attention_products(model) + mlp
 
 
@@ -61,22 +65,22 @@ def attention_products(model: ModelConfig) -> list[Product]:
     if not model.multi_latent_attention:
         width = model.kv_channels
         return [
-            Product("linear_qkv", STREAM, hidden, (heads + 2 * model.num_query_groups) * width),
-            Product("linear_proj", OUT, heads * width, hidden),
+            Product("self_attention.linear_qkv", STREAM, hidden, (heads + 2 * model.num_query_groups) * width),
+            Product("self_attention.linear_proj", OUT, heads * width, hidden),
         ]
     head, value, rank = model.qk_head_dim + model.qk_pos_emb_head_dim, model.v_head_dim, model.kv_lora_rank
     if model.q_lora_rank:
         query = [
-            Product("linear_q_down_proj", STREAM, hidden, model.q_lora_rank),
-            Product("linear_q_up_proj", UP, model.q_lora_rank, heads * head),
+            Product("self_attention.linear_q_down_proj", STREAM, hidden, model.q_lora_rank),
+            Product("self_attention.linear_q_up_proj", UP, model.q_lora_rank, heads * head),
         ]
     else:
-        query = [Product("linear_q_proj", STREAM, hidden, heads * head)]
+        query = [Product("self_attention.linear_q_proj", STREAM, hidden, heads * head)]
     return [
         *query,
-        Product("linear_kv_down_proj", STREAM, hidden, rank + model.qk_pos_emb_head_dim),
-        Product("linear_kv_up_proj", UP, rank, heads * (model.qk_head_dim + value)),
-        Product("linear_proj", OUT, heads * value, hidden),
+        Product("self_attention.linear_kv_down_proj", STREAM, hidden, rank + model.qk_pos_emb_head_dim),
+        Product("self_attention.linear_kv_up_proj", UP, rank, heads * (model.qk_head_dim + value)),
+        Product("self_attention.linear_proj", OUT, heads * value, hidden),
     ]
 
 
@@ -84,15 +88,6 @@ def matmul_parameters(model: ModelConfig) -> int:
     """Elements of the weights a token is multiplied with: layers (its experts alone) and output layer."""
     layers = sum(one.elements for n in range(model.num_layers) for one in layer_products(model, n))
     return layers + model.vocab_size * model.hidden_size
-
-
-def adapter_rank(settings: LoraSettings | None, layer: int, name: str) -> int:
-    """Rank of the adapter on a product, 0 without one; experts' adapters have one rank."""
-    prefix = f"decoder.layers.{layer}."
-    for target in settings.target_modules if settings is not None else ():
-        if target == name or (target.startswith(prefix) and target.endswith(f".{name}")):
-            return settings.rank(target)
-    return 0
 
 
 @dataclass(frozen=True)
@@ -127,11 +122,11 @@ class StepFlops:
     """
 
     def __init__(self, model: ModelConfig, settings: LoraSettings | None, recompute: str | None = None) -> None:
-        self.model, self.full = model, settings is None
+        self.model, self.trains_head = model, settings is None or settings.saves("output_layer")
         self.layers = self.adapters = 0  # FLOPs per token
         self.core: list[int] = []  # of each layer, how often its attention's forward operations are spent
         # whether the input of what comes next needs a gradient; full recomputation gives the embedding's output one
-        needed = self.full or recompute == "full"
+        needed = settings is None or recompute == "full"
         for layer in range(model.num_layers):
             needed = self._layer(layer, settings, recompute, needed)
 
@@ -144,9 +139,12 @@ class StepFlops:
             if stage == OUT:
                 self.core.append(1 + 2 * needed + (recompute is not None))
             for one in (p for p in products if p.stage == stage):
-                self.layers += (2 + again + 2 * needed + 2 * self.full) * one.elements
-                if rank := adapter_rank(settings, layer, one.name):
-                    adapted = True
+                module = f"decoder.layers.{layer}.{one.name}"
+                whole = settings is None or settings.saves(module)
+                adapted = adapted or whole
+                self.layers += (2 + again + 2 * needed + 2 * whole) * one.elements
+                if settings is not None and settings.adapts(module):
+                    adapted, rank = True, settings.rank(module)
                     narrow, wide = rank * one.fan_in * one.times, rank * one.fan_out * one.times
                     self.adapters += (4 + again + 2 * needed) * narrow + (6 + again) * wide
             needed = needed or adapted
@@ -159,7 +157,7 @@ class StepFlops:
             trained: tokens among them that have a label.
         """
         tokens = sum(lengths)
-        head = (6 if self.full else 4) * self.model.vocab_size * self.model.hidden_size * trained
+        head = (6 if self.trains_head else 4) * self.model.vocab_size * self.model.hidden_size * trained
         attention = sum(times * self._scores(layer, lengths) for layer, times in enumerate(self.core))
         return Cost(self.layers * tokens, self.adapters * tokens, head, attention)
 

@@ -1,20 +1,20 @@
 """The run itself: step, report, validate, save, stop when asked."""
 
 import math
-import shutil
+import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 
 import torch
 from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
-from mindspeed_llm.training import advice, checkpointing
-from mindspeed_llm.training.checkpointing import barrier
+from mindspeed_llm.training import advice
 from mindspeed_llm.training.engine import StepResult, evaluate, train_step
 from mindspeed_llm.training.report import Report, say
+from mindspeed_llm.training.retention import BEST, validated
+from mindspeed_llm.training.saving import Saver
 from mindspeed_llm.training.setup import Run, count_cut_rows
 from mindspeed_llm.training.watch import Watch
 
@@ -40,12 +40,11 @@ class StopRequest:
             # None: installed by foreign code outside Python, which the default stands in for
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
-    def agreed(self, device: torch.device, odd: bool) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and whether any saw something `odd`; the same answer on every rank."""
-        flags = torch.tensor((float(self.asked), float(odd)), device=device)
+    def agreed(self, device: torch.device, *seen: bool) -> tuple[bool, ...]:
+        """Whether any rank was asked to stop, and for each of `seen` whether it holds on any; alike on every rank."""
+        flags = torch.tensor([float(self.asked), *map(float, seen)], device=device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        stop, seen = flags.tolist()
-        return bool(stop), bool(seen)
+        return tuple(map(bool, flags.tolist()))
 
 
 def train(run: Run, report: Report | None) -> bool:
@@ -54,10 +53,10 @@ def train(run: Run, report: Report | None) -> bool:
     Args:
         report: on the rank that prints, else None.
     """
-    place, every = run.feed.device, run.options.checkpoint.save_interval
-    saved = applied = run.progress.iteration
+    place, applied = run.feed.device, False
+    saver, ended = Saver(run), False
     with Watch(run, report) as watch, StopRequest() as stop:
-        while run.progress.iteration < run.train_iters:
+        while not ended:
             watch.begins()
             batches = run.feed.batches(run.progress.consumed_samples)
             watch.has_rows(batches)
@@ -66,24 +65,55 @@ def train(run: Run, report: Report | None) -> bool:
             advance(run, result)
             odd = watch.ends(result, rate)
             iteration = run.progress.iteration
-            applied = iteration if result.updated else applied
+            applied = applied or result.updated
             watch.check()
-            validate(run, report)
-            stopping, odd = stop.agreed(place, odd)
-            told = watch.explain() if odd else ""
-            ends = watch.too_many()
-            due = stopping or iteration == run.train_iters or (every and iteration % every == 0)
-            if due or (ends and applied > saved):
-                save(run)
-                saved = iteration
-            if ends:
-                raise watch.end_of_run(told)
-            if stopping:
-                break
+            loss = validate(run, report)
+            gained = count_validation(run, loss)
+            stopping, writing, odd = stop.agreed(place, saver.writing, odd)
+            saver.progressed(writing)
+            told, broken = watch.explain() if odd else "", watch.too_many()
+            ended = stopping or iteration == run.train_iters or exhausted(run) or broken
+            every = run.options.checkpoint.save_interval
+            if (ended and (applied or not broken)) or gained or (every and iteration % every == 0):
+                saver.save(loss, last=ended)
+                applied = False
+            watch.resumes()
+        saver.finish()
+        if broken:
+            raise watch.end_of_run(told)
     for feed in (run.feed, run.validation, run.test):
         if feed is not None:
             feed.close()
-    return saved == run.train_iters
+    if run.first_rank:
+        for line in closing(run):
+            say(line)
+    return not stopping or run.progress.iteration == run.train_iters or exhausted(run)
+
+
+def count_validation(run: Run, loss: float | None) -> bool:
+    """Count a validation, if there was one; -> whether it asks for a checkpoint."""
+    if loss is None:
+        return False
+    options = run.options.checkpoint
+    run.progress = validated(run.progress, loss, options.early_stopping_threshold)
+    return options.saves_best and run.progress.without_gain == 0
+
+
+def closing(run: Run) -> list[str]:
+    """What a finished run says about its validation losses."""
+    done, lines = run.progress, []
+    if exhausted(run) and done.iteration < run.train_iters:
+        lines.append(f"stopped early at step {done.iteration}: {done.without_gain} validations had no lower loss")
+    if done.saved_best:
+        link = os.path.join(run.options.checkpoint.save or "", BEST)
+        lines.append(f"best checkpoint: {link}, validation loss {done.saved_best_loss:.6E} at step {done.saved_best}")
+    return lines
+
+
+def exhausted(run: Run) -> bool:
+    """Whether --early-stopping-patience ends the run."""
+    patience = run.options.checkpoint.early_stopping_patience
+    return patience is not None and run.progress.without_gain >= patience
 
 
 def advance(run: Run, result: StepResult) -> None:
@@ -98,11 +128,12 @@ def advance(run: Run, result: StepResult) -> None:
     )
 
 
-def validate(run: Run, report: Report | None) -> None:
+def validate(run: Run, report: Report | None) -> float | None:
     """Losses of the rows held out: for validation every --eval-interval steps and at the end, for the test at the end.
 
-    Over all of these rows, or the first --eval-iters global batches.
+    Over all of these rows, or the first --eval-iters global batches. -> the validation loss, None where none was due.
     """
+    found = None
     training, iteration = run.options.training, run.progress.iteration
     ends = iteration == run.train_iters
     due = ((run.validation, "validation", iteration % training.eval_interval == 0 or ends), (run.test, "test", ends))
@@ -113,33 +144,9 @@ def validate(run: Run, report: Report | None) -> None:
         loss = evaluate(run.engine, feed.walk(min(training.eval_iters or whole, whole)))
         if report is not None:
             report.validation(iteration, loss, name)
-
-
-def save(run: Run) -> Path:
-    """Save a checkpoint; the first one of a run with --overwrite also removes what it replaces."""
-    options, lora = run.options.checkpoint, run.start.settings is not None
-    folder, iteration = Path(options.save or ""), run.progress.iteration
-    if run.first_rank:
-        say(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch format")
-    final = checkpointing.save(
-        run.engine,
-        folder,
-        replace(run.metadata, iteration=iteration),
-        run.progress,
-        run.device,
-        adapter_only=lora and run.options.lora.lora_ckpt_filter,
-        with_optimizer=not options.no_save_optim,
-        with_rng=not options.no_save_rng,
-        export=run.export,
-    )
-    if run.first_rank:
-        say(f"  successfully saved checkpoint from iteration {iteration:7d} to {folder}")
-        for old in run.start.stale:
-            if old.resolve() != final.resolve():
-                shutil.rmtree(old)
-    run.start = replace(run.start, stale=())
-    barrier(run.device)
-    return final
+        if name == "validation":
+            found = loss
+    return found
 
 
 def shares_of_pass(run: Run) -> list[str]:

@@ -29,8 +29,10 @@ from mindspeed_llm.training.trackers import open_trackers
 
 
 def run_folder(options: PosttrainOptions) -> Path:
-    """Where a run's reports lie: a folder named like --save in --log-dir."""
-    return Path(options.logging.log_dir) / (Path(options.checkpoint.save or "run").name or "run")
+    """Where a run's reports lie: a folder named like --save in --log-dir, with --add-version one for each version."""
+    kept = 2 if options.checkpoint.add_version else 1
+    parts = Path(options.checkpoint.save or "run").absolute().parts[1:]
+    return Path(options.logging.log_dir).joinpath(*(parts[-kept:] or ("run",)))
 
 
 def open_report(run: Run, lines: list[str]) -> Report | None:
@@ -90,7 +92,7 @@ class Watch:
         self.measures = options.measure_ceiling
         self.checks = DebugChecks(run.engine) if options.debug_checks else None
         self.profiler: Any = None
-        self.began = self.got_rows = 0.0
+        self.began = self.got_rows = self.paused = 0.0
         self.batches: list[Batch] = []
         if options.profile_steps and options.profile_steps[0] > run.train_iters:
             raise UsageError(f"--profile-steps {options.profile_steps[0]}: the run has {run.train_iters} steps")
@@ -149,7 +151,12 @@ class Watch:
             self.since_line = []
         if logging.profile_steps and iteration >= logging.profile_steps[1]:
             self._stop_profiler()
+        self.paused = time.perf_counter()
         return self.oddities.look(result)
+
+    def resumes(self) -> None:
+        """What came behind the step, such as validating and saving, is over and counts for no step."""
+        self.began += time.perf_counter() - self.paused
 
     def _record(self, result: StepResult, rate: float) -> StepRecord:
         now = time.perf_counter()
