@@ -4,14 +4,15 @@ Per token, a product with a weight of n elements costs
 
     2n forward  +  2n for the gradient of its input  +  2n for its own gradient, which a frozen weight does not need
 
-so LoRA costs 4N + 6 n_lora, 2n more for modules trained whole beside it, and full tuning 6N. Below the first adapter nothing needs a gradient: the first layer's
-products that read the frozen embedding cost 2n only. The output layer runs on trained tokens alone. Attention over k
-keys per query costs 2 k h (d_qk + d_v) forward and twice that backward, h heads; causal attention over s tokens has
-k = (s + 1) / 2 on average. Full recomputation adds the layers' forward operations once more, and the first layer's
-gradients with them; selective recomputation adds those of the attention.
+so LoRA costs 4N + 6 n_lora, 2n more for each module trained whole beside it, and full tuning 6N. Below the first
+adapter nothing needs a gradient: the first layer's products that read the frozen embedding cost 2n only. The output
+layer runs on trained tokens alone. Attention over k keys per query costs 2 k h (d_qk + d_v) forward and twice that
+backward, h heads; causal attention over s tokens has k = (s + 1) / 2 on average. Full recomputation adds the layers'
+forward operations once more, and the first layer's gradients with them; selective recomputation adds those of the
+attention.
 
-Not counted: element-wise work, what DoRA adds, the scores that flash attention computes again in its backward pass (half its forward
-operations), and masked scores, which kernels that do not skip them compute too.
+Not counted: element-wise work, what DoRA adds, the scores that flash attention computes again in its backward pass
+(half its forward operations), and masked scores, which kernels that do not skip them compute too.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ output, the MLP's first product (and the router), its second."""
 
 @dataclass(frozen=True)
 class Product:
-    """One kind of matrix product of a layer: `fan_in` -> `fan_out`, `times` a token; `name` is logical, in the layer."""
+    """One kind of matrix product: `fan_in` -> `fan_out`, `times` a token; `name` is its module's within the layer."""
 
     name: str
     stage: int
@@ -49,7 +50,7 @@ def layer_products(model: ModelConfig, layer: int) -> list[Product]:
         return attention_products(model) + mlp
     mlp = [Product("mlp.router", MLP_IN, hidden, model.num_experts)]
     kinds = (
-        ("mlp.experts.0", model.moe_ffn_hidden_size, model.moe_router_topk),
+        ("mlp.experts.local_experts.0", model.moe_ffn_hidden_size, model.moe_router_topk),
         ("mlp.shared_experts", model.moe_shared_ffn_hidden_size, 1),
     )
     for name, width, times in kinds:
