@@ -102,4 +102,6 @@ def this_cpu(dtype: str = "float32", seconds: float = 0.3) -> Card:
         began = time.perf_counter()
         torch.mm(left, right)
         best = max(best, 2 * 512 * 1024 * 3072 / (time.perf_counter() - began))
-    return Card("cpu", free_memory(), best / 1e12, 0.8, 2e9, 1e9, 1 << 30, "products measured now, 80 % of them reached")
+    return Card(
+        "cpu", free_memory(), best / 1e12, 0.8, 2e9, 1e9, 1 << 30, "products measured now, 80 % of them reached"
+    )

@@ -154,5 +154,3 @@ def held(pieces: Pieces, layout: Layout, adapter: bool) -> Held:
         else:
             dense += elements * count
     return Held(dense, expert, largest)
-
-
