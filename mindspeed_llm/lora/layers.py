@@ -14,6 +14,8 @@ replicated factor sees a slice of the tokens, so its gradient must be summed ove
 that parameter makes megatron-core do so.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,6 +85,8 @@ class ParallelLora(nn.Module, LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(output, bias) as megatron-core's layers return them; bias is None unless its addition is left to others."""
+        if self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
         name = self.active_adapters[0]
         factors = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         if not self.use_fused or self.of_expert:
@@ -181,6 +185,24 @@ CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
 def lora_layers(module: nn.Module) -> list[ParallelLora]:
     """All adapters below `module`."""
     return [m for m in module.modules() if isinstance(m, ParallelLora)]
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """The model without its adapters, in evaluation mode, for as long as the context lasts.
+
+    peft's own switch also changes which parameters ask for gradients, which optimizer and communication rely on.
+    """
+    layers, training = lora_layers(module), module.training
+    module.eval()
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        module.train(training)
 
 
 def is_lora_parameter(name: str) -> bool:
