@@ -14,7 +14,7 @@ from mindspeed_llm.errors import InputError, UsageError
 # Conditions of the machine that a user can change; any other OSError is more likely a defect and keeps its traceback.
 MACHINE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
-    errno.EADDRINUSE, errno.EMFILE,
+    errno.EADDRINUSE, errno.EMFILE, errno.ENAMETOOLONG,
 }  # fmt: skip
 
 GRACE_SECONDS = 1.0

@@ -44,6 +44,4 @@ class PreferenceOptions:
 
     def given(self) -> list[str]:
         """Flags that differ from their defaults."""
-        return [
-            f"--{one.name.replace('_', '-')}" for one in fields(self) if getattr(self, one.name) != one.default
-        ]
+        return [f"--{one.name.replace('_', '-')}" for one in fields(self) if getattr(self, one.name) != one.default]

@@ -9,6 +9,8 @@ from mindspeed_llm.arguments.sources import SourceOptions
 from mindspeed_llm.arguments.tokenizer import THINKING_MODES, TOKENIZER_TYPES
 from mindspeed_llm.errors import UsageError
 
+MOST_SHARDS = 99_999  # their names have five digits
+
 
 @dataclass
 class PreprocessOptions(RowOptions, Program):
@@ -80,6 +82,8 @@ python preprocess_data.py --input ./dataset/alpaca.parquet --output-prefix ./fin
         """Raise UsageError for counts below one and for options that need others or contradict them."""
         super().check()
         self.check_counts("log_interval", "seq_length", "num_shards", "pad_to_multiple_of")
+        if self.num_shards > MOST_SHARDS:
+            raise UsageError(f"--num-shards {self.num_shards}: must be at most {MOST_SHARDS}")
         self._check_mode()
         self._check_lengths()
         if self.inspect is None:

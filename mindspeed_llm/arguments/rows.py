@@ -42,7 +42,10 @@ class RowOptions:
         choices=("delete", "left", "right"),
     )
     system: str | None = option(None, help="System text of rows that bring none.")
-    mask_history: bool = option(False, help="Train only the last answer of a conversation.")
+    mask_history: bool = option(
+        False,
+        help="Train only the last answer of a conversation; earlier ones stand before it as in a prompt.",
+    )
     train_on_prompt: bool = option(False, help="Train prompts too, not only answers.")
     on_bad_row: str = option(
         "auto",

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mindspeed_llm.data.word_table import word_table
+from mindspeed_llm.data.word_table import WordTable, word_table
 from mindspeed_llm.errors import InputError
 
 MARK = "\ufdd0"  # a noncharacter: valid in strings, meant for use within a program
@@ -122,9 +122,12 @@ class MarkedTokenizer:
         self._same_ids = bool((self.ids == np.arange(len(self.ids))).all())
         self._of_normal = self._without_normalizer()
         self._check(rust, spelling, [token.content for _, token in added])
+        self._table: WordTable | None = None
         takes_space = any(token.lstrip or token.rstrip or token.single_word for _, token in added)
         marked = {mark: self.inner.token_to_id(mark) for mark in spelling.marks.values()}
-        self._table = None if takes_space else word_table(self._of_normal, _MARKED.pattern, marked)
+        lengths = self._lengths
+        if not takes_space and lengths is not None:
+            self._table = word_table(self._of_normal, _MARKED.pattern, marked, lengths)
 
     def _check(self, rust: Any, spelling: Spelling, tokens: Sequence[str]) -> None:
         """Raise unless both tokenizers agree on every control token between words."""

@@ -1,5 +1,6 @@
 """What existing files hold: `--inspect <prefix>` prints their rows as text, trained tokens marked."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from mindspeed_llm.data.report import read_report
 from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_llm.errors import InputError, UsageError
 
+ENDING = re.compile(r"(_packed)?_((chosen|rejected)_)?(input_ids|attention_mask|labels)_document(\.bin|\.idx)?$")
+
 
 def inspect_prefix(prefix: Path, count: int, tokenizer: str | None) -> None:
     """Print the first rows of an output prefix.
 
     Args:
-        prefix: of preprocess_data.py, or of other programs' files of the same kind.
+        prefix: of preprocess_data.py, or of other programs' files of the same kind; one of the files stands for it.
         count: how many rows.
         tokenizer: its folder; left out, the one that the report names.
 
@@ -25,6 +28,7 @@ def inspect_prefix(prefix: Path, count: int, tokenizer: str | None) -> None:
         UsageError: the tokenizer is not known.
     """
     prefix = prefix.expanduser()
+    prefix = prefix.with_name(ENDING.sub("", prefix.name) or prefix.name)
     fields = open_fields(prefix)
     decoder = _tokenizer(prefix, tokenizer)
     colour = wants_colour(sys.stdout)

@@ -272,7 +272,11 @@ def check_data_agree(reports: Mapping[str, Mapping[str, Any] | None]) -> None:
         for what, one, other in (
             ("tokenizer", first.get("tokenizer", {}).get("sha256"), report.get("tokenizer", {}).get("sha256")),
             ("template", first.get("template", {}).get("name"), report.get("template", {}).get("name")),
-            ("text of the template", first.get("template", {}).get("sha256"), report.get("template", {}).get("sha256")),
+            (
+                "content of the template",
+                first.get("template", {}).get("sha256"),
+                report.get("template", {}).get("sha256"),
+            ),
         ):
             if one != other:
                 raise InputError(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mindspeed_llm.data.plan import Plan
 from mindspeed_llm.data.progress import Progress
 from mindspeed_llm.data.report import Account
 from mindspeed_llm.data.rows import Row
-from mindspeed_llm.data.tokenize_rows import Chunk, form_handlers, tokenize_chunk
+from mindspeed_llm.data.tokenize_rows import JSON_KEY_HANDLERS, Chunk, form_handlers, tokenize_chunk
 from mindspeed_llm.data.workers import in_order
 from mindspeed_llm.errors import InputError
 
@@ -51,7 +51,8 @@ def write_rows(plan: Plan, folder: Path, begin: int = 0, end: int | None = None)
         writers = _writers(plan, folder, stack)
         progress = stack.enter_context(Progress(options.log_interval, total))
         chunks = in_chunks(rows, options.max_chars_per_row)
-        for chunk in in_order(tokenize_chunk, plan.job, chunks, options.workers):
+        made = stack.enter_context(closing(in_order(tokenize_chunk, plan.job, chunks, options.workers)))
+        for chunk in made:
             account.add(chunk)
             refuse_first_bad(account, options.on_bad_row)
             _write(chunk, writers, account, options.pack)
@@ -121,9 +122,10 @@ def _check_columns(seen: _Seen, handler: Handler, account: Account) -> None:
     present = list(seen.columns)
     for column in handler.required_columns():
         if present and column not in present:
+            flag = "--json-keys" if type(handler).__name__ in JSON_KEY_HANDLERS else "--map-keys"
             raise InputError(
                 f"{seen.file} has no column {column!r} (it has: {', '.join(map(str, present))}); name the columns "
-                "with --map-keys"
+                f"with {flag}"
             )
     for column in handler.ignored_columns(present):
         line = f"column {column!r} is not read; --map-keys {json.dumps({column: column})} reads it"

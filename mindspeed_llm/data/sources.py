@@ -295,6 +295,11 @@ def detect_form(source: Source) -> tuple[str, str]:
     if row is None:
         raise InputError(f"{source.name}: no row can be read")
     columns = row.columns
+    if any(mark in str(value) for value in columns.values() for mark in ("{{NAME}}", "{{AUTHOR}}")):
+        raise InputError(
+            f"{source.name} has places for a name and a maker, which are filled in the built-in source alone: write "
+            "--dataset self-cognition, with --model-name and --model-author"
+        )
     for column in ("messages", "conversations"):
         turns = columns.get(column)
         if isinstance(turns, list):

@@ -17,9 +17,13 @@ from mindspeed_llm.data.split_pattern import WHOLE, Untranslatable, alphabet, ex
 
 # the expression of tokenizers whose ByteLevel step divides the text itself: GPT-2's
 BYTE_LEVEL_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-MOST_WORDS = 120_000  # of a table, some 25 MB; a full one is begun anew
-MOST_CHARACTERS = 1_500_000
-NEW_SHARE = 0.3  # of the characters in new words: beyond it the library is faster
+MOST_WORDS = 300_000  # of a table, some 60 MB; a full one is begun anew
+MOST_CHARACTERS = 4_000_000
+ENOUGH_WORDS = 20_000  # of a table from which on its new words are judged
+NEW_SHARE = 0.4  # of a text's characters in new words: beyond it the library is faster
+FEW_ROWS = 0.2  # of a batch that the table has or learns: below it the next batches are left to the library
+TOGETHER = 100  # new words in one text for the library
+BETWEEN = "\ufdd0"  # in no word
 PAUSE = 15  # batches left to the library after one of mostly new words
 
 
@@ -29,13 +33,14 @@ class WordTable:
     Threads may share one: a table that is full is replaced, never emptied.
     """
 
-    def __init__(self, words: Any, pattern: str, marked: Mapping[str, int]) -> None:
+    def __init__(self, words: Any, pattern: str, marked: Mapping[str, int], lengths: np.ndarray) -> None:
         """Args:
-        words: a `tokenizers` tokenizer that takes each text for one word.
+        words: a `tokenizers` tokenizer of texts of words, `BETWEEN` them.
         pattern: finds the words of a text, for `re`.
         marked: control tokens as they are marked, by their text, with their ids.
+        lengths: UTF-8 bytes of each token's text by id [vocabulary].
         """
-        self.words = words
+        self.words, self.lengths = words, lengths
         self.find = re.compile(pattern).findall
         self.fixed = {token: np.int32(token_id).tobytes() for token, token_id in marked.items()}
         self.table = dict(self.fixed)
@@ -54,42 +59,50 @@ class WordTable:
         known = table.__getitem__
         found: list[bytes | None] = []
         late: list[tuple[int, list[str]]] = []
+        new: set[str] = set()
         for text in texts:
             words = self.find(text)
             try:
                 found.append(b"".join(map(known, words)))
             except KeyError:
-                late.append((len(found), words))
+                missing = set(words).difference(table)
+                # some new words are learnt; where they are most of a text, the library is faster
+                if sum(map(len, missing)) <= NEW_SHARE * len(text) or len(table) < ENOUGH_WORDS:
+                    late.append((len(found), words))
+                    new |= missing
                 found.append(None)
-        if late and self._learn(table, {word for _, words in late for word in words}, sum(map(len, texts))):
+        if len(texts) - found.count(None) + len(late) < FEW_ROWS * len(texts):
+            self.pause = PAUSE
+        if late and self._learn(table, list(new)):
             for number, words in late:
                 found[number] = b"".join(map(known, words))
         return found
 
-    def _learn(self, table: dict[str, bytes], words: set[str], characters: int) -> bool:
-        """Put words into a table, unless they are too many of all the characters for that to pay."""
-        new = list(words.difference(table))
-        size = sum(map(len, new))
-        if size > NEW_SHARE * characters and len(table) > len(self.fixed):
-            self.pause = PAUSE
-            return False
-        encoded = self.words.encode_batch_fast(new, add_special_tokens=False)
-        table.update(
-            (word, np.fromiter(ids, np.int32, len(ids)).tobytes())
-            for word, ids in zip(new, (row.ids for row in encoded), strict=True)
-        )
-        self.characters += size
+    def _learn(self, table: dict[str, bytes], new: list[str]) -> bool:
+        """Put words into a table; says whether the ids of each could be told."""
+        joined = [BETWEEN.join(new[at : at + TOGETHER]) for at in range(0, len(new), TOGETHER)]
+        rows = [row.ids for row in self.words.encode_batch_fast(joined, add_special_tokens=False)]
+        ids = np.concatenate([np.fromiter(row, np.int32, len(row)) for row in rows])
+        places = np.cumsum(self.lengths[ids])
+        ends = np.cumsum([len(word.encode()) for word in new])
+        last = np.searchsorted(places, ends)
+        if last[-1] >= len(places) or (places[last] != ends).any():
+            return False  # a word has a byte the vocabulary lacks
+        content, edges = ids.tobytes(), [0, *(4 * (last + 1)).tolist()]
+        table.update((word, content[edges[n] : edges[n + 1]]) for n, word in enumerate(new))
+        self.characters += sum(map(len, new))
         if len(table) > MOST_WORDS or self.characters > MOST_CHARACTERS:
             self.table, self.characters = dict(self.fixed), 0
         return True
 
 
-def word_table(tokenizer: Any, marks: str, marked: Mapping[str, int]) -> WordTable | None:
+def word_table(tokenizer: Any, marks: str, marked: Mapping[str, int], lengths: np.ndarray) -> WordTable | None:
     """The table of a `tokenizers` tokenizer; None when it does not divide texts into words in a way known here.
 
     Args:
         tokenizer: without normaliser; its added tokens are `marked`, and none of them takes white space around it.
         marks: a pattern for any of them.
+        lengths: UTF-8 bytes of each token's text by id [vocabulary].
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -103,8 +116,10 @@ def word_table(tokenizer: Any, marks: str, marked: Mapping[str, int]) -> WordTab
     if not _agree(tokenizer, re.compile(pattern)):
         return None
     words = Tokenizer(tokenizer.model)
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return WordTable(words, f"{pattern}|{marks}", marked)
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(BETWEEN, "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return WordTable(words, f"{pattern}|{marks}", marked, lengths)
 
 
 def pattern_of(tokenizer: Any) -> str | None:

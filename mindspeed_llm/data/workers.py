@@ -3,9 +3,11 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
+
+from mindspeed_llm.errors import InputError
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -14,20 +16,45 @@ Job, Chunk, Made = TypeVar("Job"), TypeVar("Chunk"), TypeVar("Made")
 THREADS = 3
 
 
-def in_order(work: Callable[[Job, Chunk], Made], job: Job, chunks: Iterator[Chunk], workers: int) -> Iterator[Made]:
-    """`work(job, chunk)` of every chunk in their order, whatever the number of workers; few are in memory at once."""
+def in_order(
+    work: Callable[[Job, Chunk], Made], job: Job, chunks: Iterator[Chunk], workers: int
+) -> Generator[Made, None, None]:
+    """`work(job, chunk)` of every chunk in their order, whatever the number of workers; few are in memory at once.
+
+    Raises:
+        InputError: the system has killed a worker.
+    """
     ahead = THREADS + 1 if workers == 1 else 2 * workers
-    with _executor(workers) as executor:
-        waiting = []
-        try:
-            while True:
-                while len(waiting) <= ahead and (chunk := next(chunks, None)):
-                    waiting.append(_submit(executor, work, job, chunk))
-                if not waiting:
-                    return
-                yield waiting.pop(0).result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+    executor = _executor(workers)
+    waiting = []
+    try:
+        while True:
+            while len(waiting) <= ahead and (chunk := next(chunks, None)):
+                waiting.append(_submit(executor, work, job, chunk))
+            if not waiting:
+                break
+            yield waiting.pop(0).result()
+    except BrokenExecutor as error:
+        _give_up(executor)
+        raise InputError(
+            "a process that tokenises has been killed, most likely for want of memory; give fewer --workers"
+        ) from error
+    except BaseException:
+        _give_up(executor)
+        raise
+    executor.shutdown(wait=True)
+
+
+def _give_up(executor: Executor) -> None:
+    """End the workers without waiting for their chunks.
+
+    Chunks that wait for processes are not cancelled: a pool whose processes end meanwhile, as when a scheduler's signal
+    goes to all of them, stumbles over a cancelled chunk and then waits for ever.
+    """
+    processes = getattr(executor, "_processes", None)  # of threads there are none
+    for process in list((processes or {}).values()):
+        process.kill()
+    executor.shutdown(wait=True, cancel_futures=processes is None)
 
 
 def _submit(executor: Executor, work: Callable[[Job, Chunk], Made], job: Job, chunk: Chunk) -> "Future[Made]":

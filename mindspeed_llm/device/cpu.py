@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_llm.device import adapter, gloo, kernels, patches
+from mindspeed_llm.device import adapter, cpu_kernels, gloo, patches
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
 
 MISSING = "a CPU is always there"
@@ -122,6 +122,7 @@ def namespace() -> types.ModuleType:
 
 def create() -> Device:
     """Install the scoped view of torch and describe the CPU."""
+    cpu_kernels.keep_freed_memory()
     patches.apply_now("cpu")
     distributed = adapter.ModuleView(torch.distributed, {"all_gather": gloo.all_gather})
     replaced = {"cuda": namespace(), "distributed": distributed}
@@ -136,7 +137,7 @@ def create() -> Device:
         set_rng_state=torch.set_rng_state,
         manual_seed=lambda seed: torch.manual_seed(seed) and None,
         synchronize=lambda: None,
-        attention=kernels.sdpa,
-        rms_norm=kernels.RMSNorm,
+        attention=cpu_kernels.attention,
+        rms_norm=cpu_kernels.RMSNorm,
         engine_config=dict(PLAIN_TORCH),
     )

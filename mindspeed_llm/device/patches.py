@@ -12,6 +12,8 @@ from types import ModuleType
 
 from torch import Tensor
 
+from mindspeed_llm.device.gloo import SharedNetwork
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -65,6 +67,15 @@ PATCHES = (
         reason="megatron-core moves the last stage's copy of a tied embedding by weight.data.cuda(), which raises on "
         "a machine without a GPU; a method of torch's own tensors is out of reach of the scoped view",
         value=_stay,
+    ),
+    Patch(
+        module="torch.distributed.distributed_c10d",
+        attribute="ProcessGroupGloo",
+        devices=("cpu",),
+        versions=">=2.7,<3",
+        reason="every group opens a network device with a thread that wakes up a hundred times a second, and has no "
+        "option for another one",
+        value=SharedNetwork,
     ),
     Patch(
         module="megatron.core.jit",

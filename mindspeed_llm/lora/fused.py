@@ -1,160 +1,246 @@
-"""CCLoRA: base product and adapter in one autograd function, collectives issued early and awaited late.
+"""CCLoRA: base product and adapter in one autograd function, with no more collectives than the base layer alone.
 
-The frozen W gets no gradient, so its activations need not be kept for it, and the two narrow products of the adapter
-hide the wide collectives (and the other way round). Notation, rows are tokens:
+Rows are tokens, s = alpha / r. A pass takes rows through the frozen weight and, beside it, through the adapter's
+narrow tensor (`low`); the backward pass is the same pass with the roles exchanged:
 
-    X  [n, i]  input        A' = (alpha/r) A     ax = X A'^T        G = dY B        dY [n, o]  output gradient
-    ||  runs while the asynchronous collective before it is in flight.  AG all-gather, RS reduce-scatter, AR all-reduce
+    forward   low = s X A^T     Y  = X W^T + low B^T        dB = dY^T low
+    backward  low' = s dY B     dX = dY W  + low' A         dA = low'^T X
 
-| case      | forward                                         | backward                                               |
-|-----------|-------------------------------------------------|--------------------------------------------------------|
-| single    | Y = X W^T + ax B^T                              | dX = dY W + G A'; dB = dY^T ax; dA = s G^T X           |
-| column    | Y = X W^T + ax B^T                              | AR(G) || dX = dY W + G A';  AR(dX) || dB, dA           |
-| column_sp | AG(X);  Y = gX W^T + gax B^T, gax = gX A'^T     | RS(G) || dX = dY W + G A';  RS(dX) || dB, dA           |
-| row       | AR(ax) || O = X W^T;  AR(O) || rax B^T          | no collective: dX = dY W + G A'; dB = dY^T rax; dA     |
-| row_sp    | RS(ax) || O = X W^T;  RS(O) || rax B^T          | AG(dY) || dB;  G = gdY B;  dX = gdY W + G A';  dA      |
+How the rows travel is a property of the layer (`CASES`), and backward they travel the other way:
 
-Against the modular form: column_sp gathers nothing but X, because gax is recomputed from gX (r columns) instead of
-being gathered, and is kept, so the backward pass gathers nothing at all; G A' is added before the sum over ranks, so
-that one collective carries both shares of dX. Where the factor's rows are local tokens (A in column_sp, B in row_sp)
-its gradient is partial and completed with the other sequence-parallel gradients.
+    entry   forward               backward                      exit      forward             backward
+    keep    -                     -                             keep      -                   -
+    copy    -                     all-reduce [dX | low']        reduce    all-reduce [Y|low]  -
+    gather  all-gather X          reduce-scatter [dX | low']    scatter   reduce-scatter      all-gather dY
 
-W + B A' is never folded: in bf16 the sum rounds small adapters away, and it costs a weight-sized temporary.
+The narrow tensor rides beside the wide one it belongs to, or is computed from gathered rows: it never is a message of
+its own (but for dropout on gathered rows, whose masks differ by rank, and below the first adapter, where no dX is
+asked for). The adapter's share is added after the sum over ranks: a sum in bf16 of partial shares would round small
+adapters away once per rank. For the same reason W + s B A is never formed. `overlap` cuts wide tensors into chunks.
+
+`docs/lora.md` has the costs of every case. A case that is not in the table runs in the modular form (`layers`).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-
-class _Pending:
-    """The result of a collective in flight; `wait` before use."""
-
-    def __init__(self, work: Any, result: Tensor) -> None:
-        self.work, self.result = work, result
-
-    def wait(self) -> Tensor:
-        self.work.wait()
-        return self.result
+from mindspeed_llm.lora.dropout import Dropout
+from mindspeed_llm.lora.overlap import CHUNK_BYTES, IDLE, Meanwhile, Outgoing, Way, all_gather, stream
 
 
-def _all_gather(x: Tensor, group: ProcessGroup) -> _Pending:
-    """[n/t, k] -> [n, k]."""
-    out = x.new_empty(x.size(0) * group.size(), x.size(1))
-    return _Pending(distributed.all_gather_into_tensor(out, x.contiguous(), group=group, async_op=True), out)
+@dataclass(frozen=True)
+class Case:
+    """How rows travel into and out of a layer in the forward pass; see the module's second table."""
+
+    entry: str = "keep"
+    exit: str = "keep"
+
+    @property
+    def split(self) -> bool:
+        """Whether ranks hold their own rows on the side where something is communicated."""
+        return "gather" in (self.entry, self.exit) or "scatter" in (self.entry, self.exit)
+
+    @property
+    def forward(self) -> Way:
+        """Of X to Y."""
+        return Way(self.entry == "gather", self.exit in ("reduce", "scatter"), self.split)
+
+    @property
+    def backward(self) -> Way:
+        """Of dY to dX."""
+        return Way(self.exit == "scatter", self.entry in ("copy", "gather"), self.split)
 
 
-def _reduce_scatter(x: Tensor, group: ProcessGroup) -> _Pending:
-    """[n, k] partial sums -> [n/t, k]."""
-    out = x.new_empty(x.size(0) // group.size(), x.size(1))
-    return _Pending(distributed.reduce_scatter_tensor(out, x.contiguous(), group=group, async_op=True), out)
-
-
-def _all_reduce(x: Tensor, group: ProcessGroup) -> _Pending:
-    """Sum in place."""
-    return _Pending(distributed.all_reduce(x, group=group, async_op=True), x)
-
-
-def _forward_local(x: Tensor, w: Tensor, a: Tensor, b: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    ax = x @ a.t()
-    return (x @ w.t()).addmm_(ax, b.t()), ax
-
-
-def _forward_column_sp(x: Tensor, w: Tensor, a: Tensor, b: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    return _forward_local(_all_gather(x, group).wait(), w, a, b, group)
-
-
-def _forward_row(x: Tensor, w: Tensor, a: Tensor, b: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    ax = _all_reduce(x @ a.t(), group)
-    out = x @ w.t()
-    ax = ax.wait()
-    out = _all_reduce(out, group)
-    low_rank = ax @ b.t()
-    return out.wait().add_(low_rank), ax
-
-
-def _forward_row_sp(x: Tensor, w: Tensor, a: Tensor, b: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    ax = _reduce_scatter(x @ a.t(), group)
-    out = x @ w.t()
-    ax = ax.wait()
-    out = _reduce_scatter(out, group)
-    low_rank = ax @ b.t()
-    return out.wait().add_(low_rank), ax
-
-
-_FORWARD = {
-    "single": _forward_local,
-    "column": _forward_local,
-    "column_sp": _forward_column_sp,
-    "row": _forward_row,
-    "row_sp": _forward_row_sp,
+CASES = {
+    "single": Case(),
+    "expert": Case(),  # its dispatcher moves the rows
+    "column": Case(entry="copy"),
+    "column_sp": Case(entry="gather"),
+    "row": Case(exit="reduce"),
+    "row_sp": Case(exit="scatter"),
+    "mlp_single": Case(),
+    "mlp": Case(entry="copy", exit="reduce"),
+    "mlp_sp": Case(entry="gather", exit="scatter"),
 }
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a fused layer needs besides tensors.
+
+    Attributes:
+        case: key of `CASES`.
+        group: over which the layer is split.
+        chunk_bytes: least size of a chunk.
+    """
+
+    case: str
+    group: ProcessGroup
+    chunk_bytes: int = CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Product:
+    """One pass's matrices: rows [., i] -> rows [., o] + low [., r] up.
+
+    Attributes:
+        wide: [i, o], or None where only `low` is asked for.
+        down: [i, r]. up: [r, o].
+        scaling: alpha / r.
+        before: dropout's factors of the rows that `down` sees; None without.
+        after: dropout's factors of what `up` adds; None without.
+    """
+
+    wide: Tensor | None
+    down: Tensor
+    up: Tensor
+    scaling: float
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Columns of the wide result."""
+        return 0 if self.wide is None else self.wide.size(1)
+
+    @property
+    def rank(self) -> int:
+        """Columns of the narrow tensor."""
+        return self.down.size(1)
+
+    def low(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """s X down of the rows x, which are `rows` of all that `before` knows."""
+        seen = x if self.before is None else x * self.before[rows]
+        return (seen @ self.down).mul_(self.scaling)
+
+    def base(self, x: Tensor, out: Tensor) -> None:
+        """Write the wide product of x into out."""
+        if self.wide is not None:
+            torch.mm(x, self.wide, out=out)
+
+    def add(self, base: Tensor, low: Tensor, out: Tensor, rows: slice) -> None:
+        """Write base + the adapter's share of `rows` into out, which may be base."""
+        if self.wide is None:
+            return
+        if self.after is None:
+            torch.addmm(base, low, self.up, out=out)
+        else:
+            torch.add(base, (low @ self.up).mul_(self.after[rows]), out=out)
+
+
+class Pass:
+    """Rows through one product, row block by row block, for `overlap.stream`.
+
+    Where results are summed over ranks, [wide | low] travel side by side and the adapter's share is added afterwards;
+    else it is added at once.
+    """
+
+    def __init__(self, x: Tensor, product: Product, way: Way, group: ProcessGroup, total: int | None = None) -> None:
+        """Args: x: the rows this rank has when the pass begins. total: rows of the pass, if not those or all ranks'."""
+        self.product, self.way, self.start = product, way, x.size(0) * group.rank()
+        total = x.size(0) * (group.size() if way.gathers else 1) if total is None else total
+        self.lows = x.new_empty(0 if way.sums else total, product.rank)
+        self.pending = None
+        if way.gathers and product.before is not None:  # a rank knows the mask of its own rows only
+            self.own = product.low(x)
+            self.pending = all_gather(self.lows, self.own, group)
+
+    @property
+    def columns(self) -> int:
+        """Of a result row."""
+        return self.product.width + (self.product.rank if self.way.sums else 0)
+
+    def low(self, rows: slice, x: Tensor) -> Tensor:
+        """`low` of rows (in natural order) with values x."""
+        if self.pending is None:
+            found = self.product.low(x, rows)
+            self.lows[rows] = found
+            return found
+        first = rows.start - self.start
+        if 0 <= first < self.own.size(0):
+            return self.own[first : first + x.size(0)]
+        self.pending.wait()
+        return self.lows[rows]
+
+    def run(self, rows: slice, x: Tensor, out: Tensor) -> None:
+        """x [., i] -> out [., columns]."""
+        width = self.product.width
+        self.product.base(x, out[:, :width])
+        if self.way.sums:
+            out[:, width:] = self.product.low(x, rows)
+        else:
+            self.product.add(out, self.low(rows, x), out, rows)
+
+    def finish(self, results: Tensor | Outgoing) -> tuple[Tensor, Tensor]:
+        """What `overlap.stream` gave -> (wide [., o] with the adapter's share, low [., r])."""
+        if not isinstance(results, Outgoing):
+            return results, self.lows
+        width, block = self.product.width, results.chunks.rows
+        out, low = results.rows.new_empty(block, width), results.rows.new_empty(block, self.product.rank)
+        for chunk in range(results.chunks.count):
+            local, sums = results.receive(chunk)
+            low[local] = sums[:, width:]
+            self.product.add(sums[:, :width], low[local], out[local], local)
+        return out, low
+
+
+def go(x: Tensor, product: Product, way: Way, plan: Plan, meanwhile: Meanwhile = IDLE) -> tuple[Tensor, Tensor]:
+    """One pass of rows x through one product: (wide, low)."""
+    step = Pass(x, product, way, plan.group)
+    return step.finish(stream(x, step.columns, step.run, way, plan.group, plan.chunk_bytes, meanwhile))
+
+
 class _LoraLinear(torch.autograd.Function):
-    """Y = X W^T + (X A'^T) B^T; see the module's table."""
+    """Y = X W^T + s (X A^T) B^T; see the module's equations."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, case: str, group: ProcessGroup
+        ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, plan: Plan, dropout: Dropout | None
     ) -> Tensor:
         flat = x.reshape(-1, x.size(-1))
-        scaled = a * scaling
-        out, ax = _FORWARD[case](flat, w, scaled, b, group)
-        ctx.save_for_backward(flat, ax, w, scaled, b)
-        ctx.scaling, ctx.case, ctx.group, ctx.shape = scaling, case, group, x.shape
-        return out.view(-1, x.size(1), out.size(-1))
+        product = Product(w.t(), a.t(), b.t(), scaling, before=dropout and dropout.factors(flat))
+        out, low = go(flat, product, CASES[plan.case].forward, plan)
+        ctx.save_for_backward(flat, low, w, a, b)
+        ctx.scaling, ctx.plan, ctx.shape, ctx.dropout = scaling, plan, x.shape, dropout
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat = grad.reshape(-1, grad.size(-1))
-        step = _backward_row if ctx.case.startswith("row") else _backward_column
-        dx, da, db = step(ctx, flat, ctx.needs_input_grad[0])
-        return (None if dx is None else dx.view(ctx.shape), None, da, db, None, None, None)
+        x, low, w, a, b = ctx.saved_tensors
+        factors = ctx.dropout and ctx.dropout.factors(x)
+        dy = grad.reshape(-1, grad.size(-1))
+        wanted = ctx.needs_input_grad[0]
+        product = Product(w if wanted else None, b, a, ctx.scaling, after=factors)
+        db = b.new_empty(b.shape)
+
+        def grad_b() -> None:
+            torch.mm(dy.t(), low, out=db)
+
+        way = CASES[ctx.plan.case].backward
+        meanwhile = Meanwhile(late=grad_b) if way.sums else Meanwhile(early=grad_b)
+        dx, low_grad = go(dy, product, way, ctx.plan, meanwhile)
+        da = low_grad.t() @ (x if factors is None else x * factors)
+        return (dx.view(ctx.shape) if wanted else None, None, da, db, None, None, None)
 
 
-def _backward_column(ctx: Any, dy: Tensor, needs_dx: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """single, column and column_sp: dY is split over outputs, so G and dX are sums over ranks."""
-    x, ax, w, a, b = ctx.saved_tensors
-    reduce = {"single": None, "column": _all_reduce, "column_sp": _reduce_scatter}[ctx.case]
-    g = dy @ b
-    dx = None
-    if reduce is None:
-        if needs_dx:
-            dx = (dy @ w).addmm_(g, a)
-        return dx, (g.t() @ x).mul_(ctx.scaling), dy.t() @ ax
-    # the all-reduce works in place, while the local g is still needed for dX
-    pending_g = reduce(g.clone() if needs_dx and ctx.case == "column" else g, ctx.group)
-    pending_dx = reduce((dy @ w).addmm_(g, a), ctx.group) if needs_dx else None
-    db = dy.t() @ ax
-    da = (pending_g.wait().t() @ x).mul_(ctx.scaling)
-    return pending_dx.wait() if pending_dx else None, da, db
-
-
-def _backward_row(ctx: Any, dy: Tensor, needs_dx: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """row and row_sp: every rank needs the whole dY, and nothing is summed afterwards."""
-    x, ax, w, a, b = ctx.saved_tensors
-    whole = _all_gather(dy, ctx.group) if ctx.case == "row_sp" else None
-    db = dy.t() @ ax
-    dy = whole.wait() if whole else dy
-    g = dy @ b
-    da = (g.t() @ x).mul_(ctx.scaling)
-    return (dy @ w).addmm_(g, a) if needs_dx else None, da, db
-
-
-def apply(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, case: str, group: ProcessGroup) -> Tensor:
+def apply(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, plan: Plan, dropout: Dropout | None = None
+) -> Tensor:
     """Base product plus adapter of one parallel linear layer, without its bias.
 
     Args:
-        x: [s, b, i] (column), [s/t, b, i] (column_sp), [s, b, i/t] (row, row_sp).
+        x: [s, b, i] (column), [s/t, b, i] (column_sp), [s, b, i/t] (row, row_sp), [tokens, i] (expert).
         w, a, b: this rank's weight [o, i] (frozen), A [r, i] and B [o, r], in x's dtype.
         scaling: alpha / r.
-        case: "single", "column", "column_sp", "row" or "row_sp".
-        group: the TP group.
+        plan: the layer's case, group and chunk size.
+        dropout: of x for the adapter; None without.
 
     Returns:
-        [s, b, o/t] (column), [s, b, o] (row), [s/t, b, o] (row_sp).
+        [s, b, o/t] (column), [s, b, o] (row), [s/t, b, o] (row_sp), [tokens, o] (expert).
     """
-    return _LoraLinear.apply(x, w, a, b, scaling, case, group)
+    out = _LoraLinear.apply(x, w, a, b, scaling, plan, dropout)
+    return out.view(-1, *x.shape[1:-1], out.size(-1))  # viewed here: inside, it could not be changed in place

@@ -11,11 +11,15 @@ from torch import nn
 
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
 from mindspeed_llm.checkpoint.tables import logical_name
+from mindspeed_llm.lora.fused_mlp import AdaptedMlp
 from mindspeed_llm.lora.layers import CUSTOM_MODULES, RowParallelLora, is_lora_parameter, lora_layers, uniform_init
 from mindspeed_llm.models import parallel
+from mindspeed_llm.models.mlp import GatedMLP
 
 
-def inject(chunks: Sequence[nn.Module], settings: LoraSettings, fused: bool, seed: int) -> None:
+def inject(
+    chunks: Sequence[nn.Module], settings: LoraSettings, fused: bool, seed: int, fused_mlp: bool = False
+) -> None:
     """Adapt the target layers of every model chunk in place; only adapter parameters stay trainable.
 
     A is drawn for its whole logical shape from a generator seeded by (seed, logical name) and cut afterwards, so
@@ -25,6 +29,7 @@ def inject(chunks: Sequence[nn.Module], settings: LoraSettings, fused: bool, see
         chunks: this rank's model chunks; each carries `first_layer`.
         fused: use the fused autograd function (`--lora-fusion`).
         seed: of A's values.
+        fused_mlp: compute whole SwiGLU MLPs in one such function where both layers are adapted (`--use-fused-mlp`).
     """
     for chunk in chunks:
         config = peft_config(chunk, settings)
@@ -35,6 +40,8 @@ def inject(chunks: Sequence[nn.Module], settings: LoraSettings, fused: bool, see
             parameter.requires_grad_(is_lora_parameter(name))
         for layer in lora_layers(chunk):
             layer.use_fused = fused
+        for mlp in gated_mlps(chunk) if fused_mlp else ():
+            mlp.whole = AdaptedMlp(mlp.linear_fc1, mlp.linear_fc2) if AdaptedMlp.fits(mlp) else None
         initialise(chunk, seed)
 
 
@@ -58,7 +65,13 @@ def peft_config(chunk: nn.Module, settings: LoraSettings) -> LoraConfig:
         rank_pattern={re.escape(local): rank for local, rank in ranks.items() if rank != settings.r},
         alpha_pattern={re.escape(local): alpha for local, alpha in alphas.items() if alpha != settings.alpha},
         init_lora_weights=False,
+        lora_dropout=settings.dropout,
     )
+
+
+def gated_mlps(module: nn.Module) -> list[GatedMLP]:
+    """All dense MLPs below `module`."""
+    return [one for one in module.modules() if isinstance(one, GatedMLP)]
 
 
 def initialise(chunk: nn.Module, seed: int) -> None:

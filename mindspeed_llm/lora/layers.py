@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -33,6 +34,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from mindspeed_llm.lora import fused
+from mindspeed_llm.lora.dropout import Dropout
+from mindspeed_llm.lora.overlap import CHUNK_BYTES
 from mindspeed_llm.models.expert_marks import mark_expert_parameter
 from mindspeed_llm.models.linear import ReplicatedLinear
 
@@ -42,9 +45,13 @@ class ParallelLora(nn.Module, LoraLayer):
 
     Attributes:
         use_fused: run the fused autograd function instead of the modular form.
+        chunk_bytes: least bytes of a chunk in the fused form.
+        kind: "column", "row" or "replicated".
     """
 
     use_fused = False
+    chunk_bytes = CHUNK_BYTES
+    kind: str
     split_factor: int | None = None  # which of A (0) and B (1) is cut over the ranks
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -65,7 +72,7 @@ class ParallelLora(nn.Module, LoraLayer):
         weight = self.base_layer.weight
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / r
-        self.lora_dropout[adapter_name] = nn.Identity()
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
         made = {"bias": False, "device": weight.device, "dtype": weight.dtype}
         self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, **made)
@@ -87,16 +94,41 @@ class ParallelLora(nn.Module, LoraLayer):
         """(output, bias) as megatron-core's layers return them; bias is None unless its addition is left to others."""
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        name = self.active_adapters[0]
-        factors = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        if not self.use_fused or self.of_expert:
+        factors, dropout = self.factors(), self.draw_dropout()
+        if not self.use_fused or self.case not in fused.CASES:
             out, bias = self.base_layer(x, *args, **kwargs)
-            return out + self.delta(x, *factors).to(out.dtype), bias
-        out = fused.apply(x, self.base_layer.weight, *factors, self.case, self.group)
-        bias = self.base_layer.bias
+            seen = x if dropout is None else x * dropout.factors(x)
+            return out + self.delta(seen, *factors).to(out.dtype), bias
+        out = fused.apply(x, self.base_layer.weight, *factors, self.plan(self.case), dropout)
+        bias = getattr(self.base_layer, "own_bias", self.base_layer.bias)
         if bias is None or self.base_layer.skip_bias_add:
             return out, bias
         return out + bias, None
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """(A, B, alpha / r) of the active adapter."""
+        name = self.active_adapters[0]
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+
+    def plan(self, case: str) -> fused.Plan:
+        """How the fused form runs `case` on this layer's group."""
+        return fused.Plan(case, self.group, self.chunk_bytes)
+
+    def draw_dropout(self) -> Dropout | None:
+        """Dropout of the next call; None in evaluation and where the adapter has none."""
+        dropout = self.lora_dropout[self.active_adapters[0]]
+        if not self.training or isinstance(dropout, nn.Identity):
+            return None
+        return Dropout.draw(dropout.p, self.share)
+
+    @property
+    def share(self) -> int:
+        """Number of this rank's share of the input; equal on ranks that hold the same input."""
+        split = self.kind == "row" or self.sequence_parallel
+        own = self.group.rank() if split else 0
+        if not self.of_expert:
+            return own
+        return parallel_state.get_expert_model_parallel_rank() * self.group.size() + own
 
     def delta(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """The adapter's share of the output, in the output's layout."""
@@ -105,6 +137,8 @@ class ParallelLora(nn.Module, LoraLayer):
     @property
     def case(self) -> str:
         """Which communication case of `fused` this layer is."""
+        if self.of_expert:
+            return "expert"
         if self.group.size() == 1:
             return "single"
         return f"{self.kind}_sp" if self.sequence_parallel else self.kind

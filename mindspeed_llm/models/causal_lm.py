@@ -104,9 +104,9 @@ class CausalLM(GPTModel):
             return self.head_logits(hidden, gather=True).squeeze(1)[:, : self.vocabulary]
         targets = flat.index_select(0, chosen)
         weight = self.head_weight
-        if not weight.requires_grad and chosen.numel() and self.logit_softcap is None:
-            reduce = not self.config.sequence_parallel
-            return frozen_head_loss(hidden.squeeze(1), weight, targets, self.vocabulary, reduce, self.pg_collection.tp)
+        if not weight.requires_grad and chosen.numel():
+            given = (hidden.squeeze(1), weight, targets, self.vocabulary, self.logit_softcap)
+            return frozen_head_loss(*given, not self.config.sequence_parallel, self.pg_collection.tp)
         logits = self.mask_padding_rows(self.head_logits(hidden, gather=False))
         return vocab_parallel_cross_entropy(logits.float(), targets.unsqueeze(1)).squeeze(1)
 

@@ -8,8 +8,11 @@ per position as soon as the loss is:
 
     d loss_i / d hidden_i = sum_j (softmax(logits_i)_j - [j = target_i]) W_j
 
-so the forward pass computes it in place of the logits, and the backward pass scales it. Products run in slices of the
-vocabulary: a product 32,000 wide runs at half the rate of one 2,000 wide on the CPUs measured.
+so the forward pass computes it in place of the logits, and the backward pass scales it. Logits exist for ROWS positions
+at a time and are never kept. Products run in slices of the vocabulary: a product 32,000 wide runs at half the rate of
+one 2,000 wide on the CPUs measured.
+
+Where the model caps its logits at c, z' = c tanh(z / c), each term gets the factor dz'/dz = 1 - (z' / c)^2.
 """
 
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+ROWS = 1024  # positions whose logits exist at a time
 SLICE = 2048  # columns of one product and of one float32 temporary
 
 
@@ -26,32 +30,27 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, width: int, reduce: bool, group: ProcessGroup
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        width: int,
+        cap: float | None,
+        reduce: bool,
+        group: ProcessGroup,
     ) -> Tensor:
-        rank, rows = group.rank(), weight.size(0)
-        logits = hidden.new_empty(hidden.size(0), width)
-        slices = [slice(start, min(start + SLICE, width)) for start in range(0, width, SLICE)]
-        peak = torch.full((hidden.size(0),), -torch.inf, dtype=torch.float32, device=hidden.device)
-        for part in slices:
-            torch.mm(hidden, weight[part].t(), out=logits[:, part])
-            peak = torch.maximum(peak, logits[:, part].amax(-1).float())
-        if group.size() > 1:
-            distributed.all_reduce(peak, op=distributed.ReduceOp.MAX, group=group)
-        own = (targets >= rank * rows) & (targets < rank * rows + width)
-        local = torch.where(own, targets - rank * rows, 0)
-        target = torch.where(own, logits.gather(1, local.unsqueeze(1)).squeeze(1).float() - peak, 0.0)
-        total = torch.zeros_like(peak)
-        for part in slices:
-            exponentials = logits[:, part].float().sub_(peak.unsqueeze(1)).exp_()
-            total += exponentials.sum(-1)
-            logits[:, part] = exponentials
-        if group.size() > 1:
-            distributed.all_reduce(target, group=group)
-            distributed.all_reduce(total, group=group)
         ctx.reduce, ctx.group = reduce, group
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(_gradient(logits, weight, local, own, target.exp() - total, total))
-        return total.log() - target
+        losses = torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.size(0), ROWS):
+            rows = slice(start, start + ROWS)
+            found, errors = _losses(hidden[rows], weight, targets[rows], width, cap, group)
+            losses[rows] = found
+            if gradient is not None:
+                gradient[rows] = _gradient(weight, *errors)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -59,10 +58,47 @@ class _HeadLoss(torch.autograd.Function):
         gradient = gradient * grad.to(gradient.dtype).unsqueeze(1)
         if ctx.reduce:
             distributed.all_reduce(gradient, group=ctx.group)
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None, None, None
 
 
-def _gradient(exponentials: Tensor, weight: Tensor, local: Tensor, own: Tensor, error: Tensor, total: Tensor) -> Tensor:
+def _losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, width: int, cap: float | None, group: ProcessGroup
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Losses [m], and what `_gradient` takes: the terms of this rank's share of the vocabulary."""
+    logits = hidden.new_empty(hidden.size(0), width)
+    slices = [slice(start, min(start + SLICE, width)) for start in range(0, width, SLICE)]
+    peak = torch.full((hidden.size(0),), -torch.inf, dtype=torch.float32, device=hidden.device)
+    for part in slices:
+        torch.mm(hidden, weight[part].t(), out=logits[:, part])
+        if cap is not None:
+            logits[:, part].div_(cap).tanh_().mul_(cap)
+        peak = torch.maximum(peak, logits[:, part].amax(-1).float())
+    if group.size() > 1:
+        distributed.all_reduce(peak, op=distributed.ReduceOp.MAX, group=group)
+    first = group.rank() * weight.size(0)
+    own = (targets >= first) & (targets < first + width)
+    local = torch.where(own, targets - first, 0)
+    chosen = logits.gather(1, local.unsqueeze(1)).squeeze(1).float()
+    target = torch.where(own, chosen - peak, 0.0)
+    total = torch.zeros_like(peak)
+    for part in slices:
+        slope = None if cap is None else _slope(logits[:, part].float(), cap)  # before the logits are overwritten
+        exponentials = logits[:, part].float().sub_(peak.unsqueeze(1)).exp_()
+        total += exponentials.sum(-1)
+        logits[:, part] = exponentials if slope is None else exponentials.mul_(slope)
+    if group.size() > 1:
+        distributed.all_reduce(target, group=group)
+        distributed.all_reduce(total, group=group)
+    error = target.exp() - total
+    return total.log() - target, (logits, local, own, error if cap is None else error * _slope(chosen, cap), total)
+
+
+def _slope(capped: Tensor, cap: float) -> Tensor:
+    """Derivative of a capped logit by the logit."""
+    return 1 - (capped / cap).square()
+
+
+def _gradient(weight: Tensor, exponentials: Tensor, local: Tensor, own: Tensor, error: Tensor, total: Tensor) -> Tensor:
     """(softmax - one-hot) W, this rank's share [m, h]; the division by `total` is left to the narrow side.
 
     The target's entry is set to `error` = exp - total before the product: subtracting W's row afterwards would leave
@@ -75,7 +111,13 @@ def _gradient(exponentials: Tensor, weight: Tensor, local: Tensor, own: Tensor, 
 
 
 def frozen_head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, reduce: bool, group: ProcessGroup
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    cap: float | None,
+    reduce: bool,
+    group: ProcessGroup,
 ) -> Tensor:
     """Losses [m], fp32.
 
@@ -83,8 +125,9 @@ def frozen_head_loss(
         hidden: [m, h], whole on every TP rank.
         weight: [v/t, h], frozen; rows from `vocabulary` on (over all ranks) are padding and take no probability.
         targets: [m] token ids.
+        cap: of the logits, or None.
         reduce: sum the gradient of `hidden` over TP here; False when a gather before this point does so.
         group: the TP group.
     """
     width = max(0, min(weight.size(0), vocabulary - group.rank() * weight.size(0)))
-    return _HeadLoss.apply(hidden, weight, targets, width, reduce and group.size() > 1, group)
+    return _HeadLoss.apply(hidden, weight, targets, width, cap, reduce and group.size() > 1, group)

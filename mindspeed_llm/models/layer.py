@@ -11,7 +11,7 @@ from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerL
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from torch import Tensor, nn
 
 from mindspeed_llm.device.base import Device
@@ -19,6 +19,7 @@ from mindspeed_llm.models.attention import CoreAttention, RotarySelfAttention
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.linear import with_bias
 from mindspeed_llm.models.mla import latent_attention_spec
+from mindspeed_llm.models.mlp import GatedMLP
 from mindspeed_llm.models.moe import expert_mlp_spec
 
 
@@ -76,7 +77,7 @@ def attention_spec(model: ModelConfig, layer: int, device: Device) -> ModuleSpec
 def mlp_spec(model: ModelConfig) -> ModuleSpec:
     """The gated MLP of a dense layer."""
     return ModuleSpec(
-        module=MLP,
+        module=GatedMLP,
         submodules=MLPSubmodules(
             linear_fc1=with_bias(ColumnParallelLinear, model.add_mlp_bias),
             linear_fc2=with_bias(RowParallelLinear, model.add_mlp_bias),

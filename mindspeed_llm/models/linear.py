@@ -38,8 +38,12 @@ class PartialSumLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[t, f/t] -> ([t, h] partial sum, [h] this rank's part of the bias)."""
-        out, bias = super().forward(input_)
-        return out, None if bias is None else bias / self.tp_group.size()
+        return super().forward(input_)[0], self.own_bias
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """[h], this rank's part of the bias."""
+        return None if self.bias is None else self.bias / self.tp_group.size()
 
 
 class ReplicatedLinear(MegatronModule):

@@ -10,6 +10,8 @@ from megatron.core import parallel_state, tensor_parallel
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
 
+SEED_STRIDE = 1_000_003  # farther apart than the offsets megatron-core adds for its own generators
+
 
 def connect(device: Device, timeout_minutes: int = 30) -> None:
     """Join the job's default process group; a single process needs no launcher.
@@ -84,6 +86,15 @@ def start(
         distributed_timeout_minutes=timeout,
         create_gloo_process_groups=device.backend != "gloo",
     )
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed megatron-core's generators and torch's own: alike over TP, apart over PP and DP (CP included)."""
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    seed += SEED_STRIDE * (replica * stages + parallel_state.get_pipeline_model_parallel_rank())
+    torch.manual_seed(seed)  # of the host, which seeds adapters' dropout
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

@@ -31,6 +31,7 @@ from mindspeed_llm.training.engine import Engine, create_engine
 from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
 from mindspeed_llm.training.layout_rules import check_targets, length_parts, training_layout
+from mindspeed_llm.training.preference import Preference
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
 from mindspeed_llm.training.schedule import Schedule
@@ -108,6 +109,7 @@ def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptio
 def prepare(options: PosttrainOptions, device: Device) -> Run:
     """Build the run; everything that can be refused is refused before the model is built."""
     start = find_start(options)
+    check_reference(options, start)
     export = plan_export(options, start)
     model = start.base.config
     check_architecture_flags(model, options.model, start.base_path)
@@ -141,6 +143,15 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     if start.resume is not None:
         resume(run)
     return run
+
+
+def check_reference(options: PosttrainOptions, start: Start) -> None:
+    """Refuse preferences without an adapter: with it off, the base is what they are compared with; `UsageError`."""
+    if options.prefers and start.settings is None:
+        raise UsageError(
+            "--stage dpo compares with the base model, which full tuning changes; tune an adapter with "
+            "--lora-target-modules"
+        )
 
 
 def seed_everything(seed: int) -> None:
@@ -178,7 +189,7 @@ def feeds(
     training, data = options.training, options.data
     multiple = length_multiple(data, length_parts(options))
     place = device.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
-    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer))
+    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer), options.prefers)
     ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     sizes = (training.micro_batch_size, *ranks, micro_batches)
     parts = rows.parts
@@ -244,7 +255,8 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
     for chunk in chunks:
         load_live(live_tensors(chunk), start.base, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
     if start.settings is not None:
-        inject(chunks, start.settings, options.lora.lora_fusion, options.training.seed)
+        lora = options.lora
+        inject(chunks, start.settings, lora.lora_fusion, options.training.seed, lora.use_fused_mlp)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
     if start.adapter is not None:
@@ -253,7 +265,12 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
             load_live(live_tensors(chunk), tensors, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
     cut = options.parallel
     return create_engine(
-        chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather
+        chunks,
+        options.optimizer,
+        cut.use_distributed_optimizer,
+        cut.overlap_grad_reduce,
+        cut.overlap_param_gather,
+        Preference.of(options.preference) if options.prefers else None,
     )
 
 

@@ -9,7 +9,7 @@ from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSo
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, check_base, open_base
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.lora.config import settings_from_options
+from mindspeed_llm.lora.config import continued, for_model, settings_from_options
 from mindspeed_llm.lora.sources import open_pair, shared_hash
 
 ITERATION = re.compile(r"^iter_(\d{7,})$")
@@ -60,10 +60,10 @@ def find_start(options: PosttrainOptions) -> Start:
         base, adapter = open_pair(checkpoint.load, lora, options.model.model_type_hf)
         adapter.require_plain_factors("training")
         resume = None if options.training.finetune else adapter.checkpoint
-        start = Start(base, checkpoint.load, adapter, adapter.settings, resume)
+        start = Start(base, checkpoint.load, adapter, continued(adapter.settings, lora), resume)
     else:
         base = open_base(checkpoint.load, options.model.model_type_hf)
-        settings = settings_from_options(lora)
+        settings = for_model(settings_from_options(lora), base.config)
         start = Start(base, checkpoint.load, None, settings, _own_past(options, base, settings))
     return _checked_save(options, start, saved)
 
@@ -83,7 +83,7 @@ def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start
     adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
     base = open_base(options.checkpoint.load, options.model.model_type_hf, with_adapter=True)
     check_base(adapter, base, options.checkpoint.load, shared_hash)
-    return Start(base, options.checkpoint.load, adapter, adapter.settings, checkpoint)
+    return Start(base, options.checkpoint.load, adapter, continued(adapter.settings, lora), checkpoint)
 
 
 def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> MegatronCheckpoint | None:

@@ -38,28 +38,29 @@ def done_by_one(work: Callable[[], Any], each_node: bool = False) -> Any:
     if torch.distributed.get_world_size() == 1:
         return work()
     store = torch.distributed.distributed_c10d._get_default_store()
-    token = [uuid.uuid4().hex]  # keys live as long as the store does: each call has its own
-    torch.distributed.broadcast_object_list(token, src=0)
-    mine, failed = f"{token[0]}/{node() if each_node else 0}", f"{token[0]}/failed"
-    if works_for_all(each_node):
+    works = works_for_all(each_node)
+    told: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, (uuid.uuid4().hex, works))
+    token, workers = told[0][0], sum(working for _, working in told)  # keys outlive a call: each has its own
+    mine = f"{token}/{node() if each_node else 0}"
+    if works:
         try:
             store.set(mine, json.dumps(work()))
+            store.add(f"{token}/done", 1)
         except BaseException as error:
-            store.set(failed, json.dumps(_described(error)))
+            store.set(f"{token}/failed", json.dumps(_described(error)))
             raise
-    _wait(store, mine, failed)
+    _wait(store, token, workers)
     return json.loads(store.get(mine))
 
 
-def _wait(store: Any, wanted: str, failed: str) -> None:
-    """Wait until the store knows a key, or that the work has failed anywhere."""
+def _wait(store: Any, token: str, workers: int) -> None:
+    """Wait until all workers are done, or one has failed: then every rank ends, also those whose own work is done."""
     pause = 0.01
-    while True:
-        if store.check([failed]):
-            kind, text = json.loads(store.get(failed))
+    while store.add(f"{token}/done", 0) < workers:
+        if store.check([f"{token}/failed"]):
+            kind, text = json.loads(store.get(f"{token}/failed"))
             raise ERRORS.get(kind, InputError)(text)
-        if store.check([wanted]):
-            return
         time.sleep(pause)
         pause = min(pause * 1.5, LONGEST_PAUSE)
 

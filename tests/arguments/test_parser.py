@@ -103,7 +103,6 @@ def test_a_value_that_looks_like_a_flag_is_given_with_an_equals_sign() -> None:
         (["--train-iters", "5", "--epochs", "2"], ["--train-iters 5", "--epochs 2"]),
         (["--min-lr", "1", "--lr", "0.1"], ["--min-lr 1.0", "--lr 0.1"]),
         (["--split", "a,b"], ["--split 'a,b'"]),
-        (["--context-parallel-size", "2"], ["--context-parallel-size 2"]),
         (["--fp16"], ["--fp16", "--bf16"]),
         (["--qlora"], ["--qlora is not accepted"]),
         (["--transformer-impl", "transformer_engine"], ["transformer_engine", "use local"]),

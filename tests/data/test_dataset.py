@@ -145,7 +145,7 @@ def test_data_of_another_tokenizer_template_or_mode_are_refused_naming_both() ->
         check_data_matches(report, "1" * 64, "qwen3", "none")
     report["template"]["sha256"] = "3" * 64
     check_data_matches(report, "1" * 64, "qwen3", "true", "3" * 64)
-    with pytest.raises(InputError, match="another text of template qwen3 .*333333333333.*444444444444"):
+    with pytest.raises(InputError, match="a template qwen3 of other content .*333333333333.*444444444444"):
         check_data_matches(report, "1" * 64, "qwen3", "true", "4" * 64)
     report["template"] = {"name": "alpaca", "uses_thinking": False}
     check_data_matches(report, "1" * 64, "alpaca", "none")
@@ -157,7 +157,11 @@ def test_data_sets_of_one_run_must_come_from_one_tokenizer_and_one_text_of_one_t
         return {"tokenizer": {"sha256": tokenizer}, "template": template, "enable_thinking": thinking}
 
     check_data_agree({"x": report(), "y": None, "z": report(), "w": report(thinking="true")})
-    for other, what in ((report("2"), "tokenizer"), (report(name="qwen"), "template"), (report(text="b"), "text of")):
+    for other, what in (
+        (report("2"), "tokenizer"),
+        (report(name="qwen"), "template"),
+        (report(text="b"), "content of"),
+    ):
         with pytest.raises(InputError, match=f"x and z .*{what}"):
             check_data_agree({"x": report(), "y": None, "z": other})
     with pytest.raises(InputError, match="the data z were made with another text of template qwen3"):

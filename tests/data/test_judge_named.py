@@ -13,14 +13,18 @@ from mindspeed_llm.data.chat_template import HfEncoder
 from mindspeed_llm.data.encode import ChatEncoder, Encoded, Limits
 from mindspeed_llm.data.handlers import get_handler
 from mindspeed_llm.data.messages import Conversation, Preference
+from mindspeed_llm.data.rows import Row
+from mindspeed_llm.data.shaping import Shape
 from mindspeed_llm.data.templates import get_template
+from mindspeed_llm.data.tokenize_rows import Job, tokenize_chunk
 from mindspeed_llm.data.tokenizer import load_tokenizer
 from tests.data.test_judge_chat_templates import NO_TOOLS, PLAIN, ROW, as_reference, encoder_and_reference, row_for
+from tests.data.test_judge_handlers import fields
 
 OPENAI = get_handler("OpenAIInstructionHandler", {})
 SHAREGPT = get_handler("SharegptStyleInstructionHandler", {"system": "system", "tools": "tools"})
 ALPACA = get_handler("AlpacaStyleInstructionHandler", {"system": "system", "history": "history"})
-Row = dict[str, Any]
+Columns = dict[str, Any]
 
 
 @cache
@@ -40,7 +44,7 @@ def drawn() -> list[tuple]:
     return found
 
 
-def rows_for(template: str, thoughts: bool = True, tools: bool = True) -> list[Row]:
+def rows_for(template: str, thoughts: bool = True, tools: bool = True) -> list[Columns]:
     """The drawn rows with what a template can write."""
     rows = [row_for(template, (system, turns, calling if tools else None)) for system, turns, calling in drawn()]
     if not thoughts:
@@ -53,11 +57,11 @@ def named(golden: Path, template: str, tok: str, thinking: str = "true") -> Chat
     return ChatEncoder(get_template(template), load_tokenizer(golden / "_tok" / tok), thinking)
 
 
-def rendered(judge: Any, row: Row, **more: Any) -> Any:
+def rendered(judge: Any, row: Columns, **more: Any) -> Any:
     return judge.apply_chat_template(row["messages"], tools=row.get("tools"), **{"tokenize": False, **more})
 
 
-def spells_tokens(chat: ChatEncoder, row: Row) -> bool:
+def spells_tokens(chat: ChatEncoder, row: Columns) -> bool:
     """Whether a user's, system's or tool's text holds a control token: text here, a token in the chat template."""
     asked = [message["content"] for message in row["messages"] if message["role"] != "assistant"]
     return any(token in text for text in asked for token in chat.tokenizer.control_tokens())
@@ -85,11 +89,16 @@ def test_with_mask_history_rows_of_qwen3_are_what_its_chat_template_writes(golde
     chat = named(golden, "qwen3", "qwen3")
     _, judge = encoder_and_reference(golden, "qwen3", "qwen3")
     rows = [row for row in rows_for("qwen3") if not spells_tokens(chat, row)]
-    samples = [OPENAI.samples(row)[0] for row in rows]
-    for row, made in zip(rows, chat.encode_rows(samples, Limits(), only_last=True), strict=True):
-        assert list(made.ids) == chat.tokenizer.encode(rendered(judge, row))
+    job = Job(
+        str(golden / "_tok" / "qwen3"), "qwen3", None, "true", "OpenAIInstructionHandler", "{}", Limits(),
+        shape=Shape(mask_history=True),
+    )  # fmt: skip
+    made = tokenize_chunk(job, [Row("rows", n, row) for n, row in enumerate(rows)])
+    for row, ids, labels in zip(rows, *fields(made, "input_ids", "labels"), strict=True):
+        assert ids == chat.tokenizer.encode(rendered(judge, row))
         prompt = rendered(judge, {**row, "messages": row["messages"][:-1]}, add_generation_prompt=True)
-        assert made.spans == [(len(chat.tokenizer.encode(prompt)), len(made.ids))]
+        start = len(chat.tokenizer.encode(prompt))
+        assert labels == [-100] * start + ids[start:]
 
 
 @pytest.mark.parametrize("thinking", ["true", "false"])
@@ -113,7 +122,7 @@ def test_thoughts_of_running_calls_stay_in_prompts_and_older_ones_go_as_qwen3s_c
 ) -> None:
     chat, (_, judge) = named(golden, "qwen3", "qwen3"), encoder_and_reference(golden, "qwen3", "qwen3")
     call = {"type": "function", "id": "c", "function": {"name": "f", "arguments": {"a": 1}}}
-    messages: list[Row] = [
+    messages: list[Columns] = [
         {"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "old"},
         {"role": "user", "content": "r"},
         {"role": "assistant", "content": "so", "reasoning_content": "running", "tool_calls": [call]},
@@ -143,7 +152,7 @@ def test_these_templates_write_what_their_models_chat_templates_write(
 def test_where_named_templates_differ_from_their_models_chat_templates(golden: Path) -> None:
     """The entries are upstream's, whose users' adapters follow them; `--prompt-type hf` writes what the model does."""
 
-    def texts(template: str, tok: str, row: Row) -> str:
+    def texts(template: str, tok: str, row: Columns) -> str:
         chat = named(golden, template, tok)
         sample = OPENAI.samples(row)[0]
         last = [chat.template.final_turn(sample.messages, sample.system, "true", sample.tools)]
@@ -174,7 +183,7 @@ def test_where_named_templates_differ_from_their_models_chat_templates(golden: P
         assert ours[ours.index("<|start|>user") :] == real[real.index("<|start|>user") :]
 
 
-def sharegpt(row: Row) -> Row:
+def sharegpt(row: Columns) -> Columns:
     """A row as ShareGPT writes it."""
     turns = []
     for message in (m for m in row["messages"] if m["role"] != "system"):
@@ -188,7 +197,7 @@ def sharegpt(row: Row) -> Row:
     return {"conversations": turns, "system": system, "tools": json.dumps(row.get("tools", []), ensure_ascii=False)}
 
 
-def alpaca(row: Row) -> Row:
+def alpaca(row: Columns) -> Columns:
     """A row without tools as Alpaca writes it."""
     said = [m["content"] for m in row["messages"] if m["role"] != "system"]
     system = next((m["content"] for m in row["messages"] if m["role"] == "system"), "")
@@ -211,7 +220,9 @@ def test_under_hf_every_handler_of_conversations_is_laid_out_by_the_models_templ
         judged_preferences(chat, samples)
 
 
-def judged_prompts(chat: HfEncoder, judge: Any, template: str, rows: list[Row], samples: list[Conversation]) -> None:
+def judged_prompts(
+    chat: HfEncoder, judge: Any, template: str, rows: list[Columns], samples: list[Conversation]
+) -> None:
     """PPO and R1: what the model continues to answer the last question."""
     for row, made in zip(rows, chat.encode_prompts(samples, answers=True), strict=True):
         if spells_tokens(chat, row):

@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindspeed_llm.arguments.parser import parse
-from mindspeed_llm.arguments.preprocess import PreprocessOptions
-from mindspeed_llm.data import preprocess as program
 from mindspeed_llm.data.dataset import IndexedDataset
 from mindspeed_llm.data.indexed_file import IndexedFile
 from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import InputError, UsageError
+from tests.data.command import run, run_words, words
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -37,17 +35,6 @@ def write(file: Path, values: list) -> Path:
 @pytest.fixture
 def tokenizer(golden: Path) -> Path:
     return golden / "_tok" / "qwen3"
-
-
-def words(source: Path, prefix: Path, tokenizer: Path, *more: str) -> list[str]:
-    return [
-        "--input", str(source), "--output-prefix", str(prefix), "--tokenizer-name-or-path", str(tokenizer),
-        "--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "qwen3", *more,
-    ]  # fmt: skip
-
-
-def run(source: Path, prefix: Path, tokenizer: Path, *more: str) -> dict:
-    return program.preprocess(parse(PreprocessOptions, words(source, prefix, tokenizer, *more), "preprocess_data.py"))
 
 
 def run_script(source: Path, prefix: Path, tokenizer: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -181,8 +168,8 @@ def test_a_longest_row_holds_for_every_kind_of_row(
     if handler == "pair":
         common += ["--handler-name", "AlpacaStylePairwiseHandler", "--prompt-type", "qwen3"]
     for prefix, more in (("all", []), ("x", ["--max-length", "30", "--truncation-strategy", strategy])):
-        words = [*common, "--output-prefix", str(tmp_path / prefix), *more]
-        report = program.preprocess(parse(PreprocessOptions, words, "preprocess_data.py"))
+        given = [*common, "--output-prefix", str(tmp_path / prefix), *more]
+        report = run_words(given)
     names = ["packed_chosen_input_ids", "packed_rejected_input_ids"] if handler == "pair" else ["text"]
     whole, kept = ([IndexedFile(tmp_path / f"{prefix}_{name}_document") for name in names] for prefix in ("all", "x"))
     fits = np.all([file.lengths <= 30 for file in whole], axis=0)
@@ -257,6 +244,9 @@ def test_missing_columns_and_unusable_options_are_refused(tokenizer: Path, tmp_p
     source = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(InputError, match=r"no column 'output' \(it has: question, answer\).*--map-keys"):
         run(source, tmp_path / "x", tokenizer)
+    with pytest.raises(InputError, match="no column 'text'.*name the columns with --json-keys"):
+        given = ["--input", str(source), "--output-prefix", str(tmp_path / "x")]
+        run_words([*given, "--tokenizer-name-or-path", str(tokenizer)])
     for keys, mentions in (("{", "not valid JSON"), ("[]", "must be a JSON object"), ('{"a": "b"}', "'a'")):
         with pytest.raises(UsageError, match=mentions):
             run(source, tmp_path / "x", tokenizer, "--map-keys", keys)

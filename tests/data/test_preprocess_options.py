@@ -24,6 +24,7 @@ CHAT = ["--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "qwe
         (["--mask-history", "--train-on-prompt"], "give one"),
         (["--shard-index", "0"], "--shard-index needs --num-shards"),
         (["--num-shards", "3", "--shard-index", "3"], "must be 0 to 2"),
+        (["--num-shards", "100000"], "--num-shards 100000: must be at most 99999"),
         (["--pad-to-multiple-of", "0"], "--pad-to-multiple-of 0: must be at least 1"),
         (["--pack"], "--pack needs --seq-length"),
         (["--neat-pack"], "--neat-pack needs --pack"),

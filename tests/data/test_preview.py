@@ -129,6 +129,8 @@ def test_neat_packs_are_inspected_with_the_rows_in_them(
     assert f"a neat pack of 5 rows of {', '.join(map(str, sizes[1:]))} tokens" in out
     assert f"note: {sizes[0]} times '<|endoftext|>' follow" in out
     assert report["fill"] == pytest.approx(sizes[1:].sum() / 256)
+    main(["--inspect", str(tmp_path / "x_packed_labels_document.idx")])
+    assert capsys.readouterr().out == out, "one of the files stands for its prefix"
 
 
 class _Check(HTMLParser):
@@ -153,6 +155,8 @@ def test_the_page_needs_nothing_else_and_says_what_the_report_says(words: list[s
     page.feed((tmp_path / "x_report.html").read_text(encoding="utf-8"))
     assert not page.addresses and "script" not in page.tags and "svg" in page.tags and page.tags.count("mark") == 3
     assert "column 'output' is missing or null" in page.text and "Question 0 <script>?" in page.text
+    share = report["trained_tokens"] / report["tokens"]
+    assert f"tokens that are trained{share:.2%}" in page.text.replace("\n", "")
     for number in (report["rows"]["read"], report["tokens"], report["longest_row"]):
         assert f"{number:,}" in page.text
     assert load_tokenizer(words[3]).content_hash[:16] in page.text

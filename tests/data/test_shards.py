@@ -17,6 +17,7 @@ from mindspeed_llm.data import intake, shards
 from mindspeed_llm.data.indexed_file import IndexedFile
 from mindspeed_llm.data.preprocess import preprocess
 from mindspeed_llm.errors import InputError
+from tests.data.command import run, run_words, words
 
 REPO = Path(__file__).resolve().parents[2]
 SPLIT = ("--split", "80,15,5")
@@ -42,17 +43,6 @@ def tokenizer(golden: Path) -> Path:
     return golden / "_tok" / "qwen3"
 
 
-def words(source: Path, prefix: Path, tokenizer: Path, *more: str) -> list[str]:
-    return [
-        "--input", str(source), "--output-prefix", str(prefix), "--tokenizer-name-or-path", str(tokenizer),
-        "--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "qwen3", *more,
-    ]  # fmt: skip
-
-
-def run(*args: object) -> dict:
-    return preprocess(parse(PreprocessOptions, words(*args), "preprocess_data.py"))  # type: ignore[arg-type]
-
-
 def data_files(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.suffix in (".bin", ".idx")}
 
@@ -71,7 +61,7 @@ def test_parts_merged_are_byte_equal_to_one_run(
         run(source, tmp_path / "parts" / "x", tokenizer, *more, "--num-shards", "5", "--shard-index", str(index))
     command = ["--input", str(tmp_path / "parts"), "--output-prefix", str(tmp_path / "last" / "x")]
     command += ["--merge-group-keys", "packed_input_ids_document"]
-    later = preprocess(parse(PreprocessOptions, command, "preprocess_data.py"))
+    later = run_words(command)
     one = data_files(tmp_path / "one")
     assert len(one) == (6 if not more or more == PACK else 18)
     assert data_files(tmp_path / "all") == one == data_files(tmp_path / "last")
@@ -99,8 +89,8 @@ def test_parts_of_every_kind_of_rows_and_sources_are_byte_equal_to_one_run(
     common = [*more, "--tokenizer-name-or-path", str(tokenizer), "--output-prefix"]
     reports = []
     for folder, options in (("one", ["--workers", "2"] if kind == "counts" else []), ("all", ["--num-shards", "4"])):
-        words = [*common, str(tmp_path / folder / "x"), *options]
-        reports.append(preprocess(parse(PreprocessOptions, words, "preprocess_data.py")))
+        given = [*common, str(tmp_path / folder / "x"), *options]
+        reports.append(run_words(given))
     assert len(data_files(tmp_path / "one")) == {"interleaved": 6, "preferences": 24, "running text": 6}.get(kind, 18)
     assert data_files(tmp_path / "one") == data_files(tmp_path / "all")
     assert counts_of(reports[0]) == counts_of(reports[1])
@@ -111,9 +101,9 @@ def test_a_run_keeps_few_bytes_per_row(tokenizer: Path, tmp_path: Path) -> None:
     for count in (15_000, 45_000):
         file = tmp_path / f"{count}.txt"
         file.write_text("".join(f"{i % 97}\n" for i in range(count)))
-        words = ["--input", str(file), "--output-prefix", str(tmp_path / f"{count}" / "x"), "--num-shards", "2"]
-        words += ["--tokenizer-name-or-path", str(tokenizer), "--split", "90,5,5"]
-        options = parse(PreprocessOptions, words, "preprocess_data.py")
+        given = ["--input", str(file), "--output-prefix", str(tmp_path / f"{count}" / "x"), "--num-shards", "2"]
+        given += ["--tokenizer-name-or-path", str(tokenizer), "--split", "90,5,5"]
+        options = parse(PreprocessOptions, given, "preprocess_data.py")
         tracemalloc.start()
         preprocess(options)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -171,10 +161,10 @@ def test_parts_of_other_runs_and_missing_ones_are_refused(source: Path, tokenize
     for index, more in ((0, ()), (1, ("--system", "other"))):
         run(source, folder / "x", tokenizer, "--num-shards", "3", "--shard-index", str(index), *more)
     with pytest.raises(InputError, match="lacks part 2 of 3; make it with --num-shards 3 --shard-index 2"):
-        preprocess(parse(PreprocessOptions, merge, "preprocess_data.py"))
+        run_words(merge)
     run(source, folder / "x", tokenizer, "--num-shards", "3", "--shard-index", "2")
     with pytest.raises(InputError, match="made from different inputs, options or tokenizers"):
-        preprocess(parse(PreprocessOptions, merge, "preprocess_data.py"))
+        run_words(merge)
     with pytest.raises(InputError, match="--overwrite"):
         run(source, folder / "x", tokenizer, "--num-shards", "3")
 
@@ -192,14 +182,14 @@ def test_other_programs_files_are_merged_by_name(golden: Path, tmp_path: Path) -
     expected = json.loads((folder / "expected.json").read_text())
     names = [w.replace("${CASE}", str(folder)).replace("${TOK}", str(golden / "_tok")) for w in expected["args"]]
     names[names.index("--output-prefix") + 1] = str(tmp_path / "out")
-    preprocess(parse(PreprocessOptions, names, "preprocess_data.py"))
+    run_words(names)
     for name, recorded in expected["files"].items():
         file = IndexedFile(tmp_path / name)
         assert [file[i].tolist() for i in range(len(file))] == recorded["sequences"]
         assert file.documents.tolist() == recorded["document_indices"]
     with pytest.raises(InputError, match="no file in .* has that in its name"):
         names[names.index("--merge-group-keys") + 1] = "nothing_like_it"
-        preprocess(parse(PreprocessOptions, names, "preprocess_data.py"))
+        run_words(names)
 
 
 SHARDED = (*SPLIT, *PACK, "--num-shards", "3")

@@ -171,6 +171,12 @@ def test_the_columns_tell_the_format(tmp_path: Path, columns: dict, handler: str
     assert (found, json.loads(found_keys)) == (handler, keys)
 
 
+def test_a_file_with_places_for_a_name_is_refused_for_the_built_in_source(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"query": "who?", "response": "{{NAME}}, made by {{AUTHOR}}"}\n')
+    with pytest.raises(InputError, match="places for a name and a maker.*--dataset self-cognition"):
+        detect_form(Source("a", [tmp_path / "a.jsonl"]))
+
+
 def test_columns_of_no_known_format_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"x": 1, "y": 2}\n')
     with pytest.raises(InputError, match="columns x, y are of no known format.*--handler-name"):

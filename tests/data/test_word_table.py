@@ -154,6 +154,7 @@ def test_ids_are_the_librarys_whatever_the_text(
 
 def test_a_full_table_is_begun_anew_and_one_of_new_words_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_table_module, "MOST_WORDS", 60)
+    monkeypatch.setattr(word_table_module, "ENOUGH_WORDS", 5)
     tokenizer = make(PATTERNS["qwen"])
     ours, _ = marked(tokenizer)
     table = ours._table
@@ -201,17 +202,17 @@ def test_control_tokens_that_take_white_space_are_left_to_the_library(flag: str)
 def test_tokenizers_of_another_make_are_left_to_the_library() -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert word_table_module.word_table(words, "x", {}) is None
+    assert word_table_module.word_table(words, "x", {}, np.ones(1, np.int32)) is None
     twice = make(PATTERNS["qwen"])
     twice.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), splitting(PATTERNS["qwen"])])
-    assert word_table_module.word_table(twice, "x", {}) is None
+    assert word_table_module.word_table(twice, "x", {}, np.ones(1, np.int32)) is None
     dropout = make(PATTERNS["qwen"])
     dropout.model.dropout = 0.1
-    assert word_table_module.word_table(dropout, "x", {}) is None
+    assert word_table_module.word_table(dropout, "x", {}, np.ones(1, np.int32)) is None
 
 
 def test_a_library_that_divides_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of Unicode in which one character has moved to another class."""
     moved = tuple((first, last, "So" if first <= 0x3A9 <= last else kind) for first, last, kind in alphabet())
     monkeypatch.setattr("mindspeed_llm.data.split_pattern.alphabet", lambda: moved)
-    assert word_table_module.word_table(make(PATTERNS["qwen"]), "x", {}) is None
+    assert word_table_module.word_table(make(PATTERNS["qwen"]), "x", {}, np.ones(1, np.int32)) is None

@@ -1,5 +1,7 @@
 """megatron-core on a CPU: it sees the CPU as its device, and nothing else in the process does."""
 
+import sys
+
 import pytest
 
 from tests.distributed.pool import pool
@@ -28,3 +30,10 @@ def test_patches_are_in_place() -> None:
     facts = pool(1).run("tests.device.worker:patched")[0]
     assert facts
     assert all(facts.values()), facts
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_all_groups_of_a_process_share_one_network_thread() -> None:
+    for threads, total in pool(2).run("tests.device.worker:network_threads"):
+        assert threads == 1
+        assert total == 2**5

@@ -5,6 +5,7 @@ import inspect
 import sys
 import types
 from collections.abc import Container, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from mindspeed_llm import device
 from mindspeed_llm.device.cpu import WORDS
 from mindspeed_llm.device.patches import PATCHES
+from mindspeed_llm.models import parallel
 
 
 def strings(code: types.CodeType) -> Iterator[str]:
@@ -82,3 +84,15 @@ def patched(rank: int) -> dict[str, bool]:
             owner = getattr(owner, part)
         found[f"{patch.module}.{patch.attribute}"] = owner is patch.value
     return found
+
+
+def network_threads(rank: int) -> tuple[int, float]:
+    """Threads that wait for the network after a few groups were made, and a sum over the last of the groups."""
+    parallel.start(device.select("cpu"), 1, 1, None)
+    groups = [torch.distributed.new_group() for _ in range(5)]
+    total = torch.ones(3)
+    for group in groups:
+        torch.distributed.all_reduce(total, group=group)
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    parallel.stop()
+    return names.count("gloo_tcp_loop"), float(total[0])

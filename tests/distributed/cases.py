@@ -48,6 +48,7 @@ class Case:
     Attributes:
         world: processes; data parallelism takes what TP x PP leaves.
         virtual_layers: layers of a model chunk under interleaving.
+        fused_mlp: fused forms over whole MLPs.
         recompute: "full", "selective" or None.
         ragged: micro-batches differ in length; else all are padded to one.
         packed: the rows of a micro-batch stand one behind the other, without padding.
@@ -68,6 +69,7 @@ class Case:
     distributed_optimizer: bool = False
     overlap: bool = False
     fused: bool = True
+    fused_mlp: bool = False
     recompute: str | None = None
     ragged: bool = True
     packed: bool = False
@@ -116,6 +118,7 @@ class Case:
             "distributed-optimizer" if self.distributed_optimizer else "",
             "overlap" if self.overlap else "",
             "full-tuning" if not self.lora else "fused" if self.fused else "modular",
+            "mlp" if self.fused_mlp else "",
             f"recompute-{self.recompute}" if self.recompute else "",
             "packed" if self.packed else "" if self.ragged else "padded",
             "per-token" if self.per_token else "",

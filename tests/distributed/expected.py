@@ -64,7 +64,8 @@ def tensor_collectives(case: Case, stage: int, positions: int, labelled: int) ->
               column forward       column backward          row forward         row backward
     no SP     -                    all-reduce wide, narrow  all-reduce both     -
     SP        all-gather wide      reduce-scatter both      reduce-scatter both all-gather wide
-    SP modular also gathers narrow in both passes: + 1 all-gather in each of the two SP all-gather cells.
+    "Both" is one message in the fused forms and two in the modular one, which under SP also gathers narrow in both
+    passes: + 1 all-gather in each of the two SP all-gather cells. A fused MLP has the messages of its layers.
     """
     z, first, last = SIZES, stage == 0, stage == case.pipeline - 1
     layers, wide, narrow = layers_of(case, stage), FLOAT * positions * z.hidden, FLOAT * positions * z.rank
@@ -74,15 +75,20 @@ def tensor_collectives(case: Case, stage: int, positions: int, labelled: int) ->
     # recomputation the embedding's output asks for one.
     backward = columns - (1 if first and case.recompute != "full" else 0)
     seen: Seen = Counter()
+    sums = "reduce_scatter" if case.sequence_parallel else "all_reduce"
+    if case.fused:
+        seen[sums, "tp", wide + narrow] += rows * passes + backward
+        seen[sums, "tp", narrow] += columns - backward
+    else:
+        seen[sums, "tp", wide] += rows * passes + backward
+        seen[sums, "tp", narrow] += rows * passes + columns
+    seen[sums, "tp", wide] += first
     if not case.sequence_parallel:
-        seen["all_reduce", "tp", wide] += rows * passes + backward + first
-        seen["all_reduce", "tp", narrow] += rows * passes + columns
         if last:
             seen["all_reduce", "tp", FLOAT * labelled * z.hidden] += 1  # the head's backward
     else:
         seen["all_gather", "tp", wide] += columns * passes + rows + last
-        seen["reduce_scatter", "tp", wide] += rows * passes + backward + first + last
-        seen["reduce_scatter", "tp", narrow] += rows * passes + columns
+        seen["reduce_scatter", "tp", wide] += last
         if not case.fused:
             seen["all_gather", "tp", narrow] += columns * passes + rows
     if last:

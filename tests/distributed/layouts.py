@@ -14,6 +14,7 @@ NAMES = {
     "qwen3-moe": "Qwen3-MoE",
     "qwen3-moe-late": "Qwen3-MoE whose first two of four layers are dense",
     "mixtral": "Mixtral",
+    "qwen2-moe": "Qwen2-MoE (a shared expert behind a gate)",
     "glm4-moe": "GLM-4 MoE",
     "deepseek-v3": "DeepSeek-V3 (latent attention)",
     "deepseek-v2": "DeepSeek-V2-lite (latent attention, plain q)",
@@ -22,6 +23,7 @@ NAMES = {
 FEATURES: dict[str, Callable[[Case], bool]] = {
     "adapter": lambda case: case.lora,
     "fused": lambda case: case.lora and case.fused,
+    "fused MLP": lambda case: case.lora and case.fused_mlp,
     "all weights": lambda case: not case.lora,
     "distributed optimizer": lambda case: case.distributed_optimizer,
     "overlap": lambda case: case.overlap,

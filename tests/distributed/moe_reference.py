@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from tests.distributed import reference as dense
 from tests.distributed.cases import CLIP, SIZES, STEPS, Arrays, Case, Sizes
 from tests.distributed.reference import IGNORE, MicroBatch, Reference
-from tests.models.tiny_moe import ATTENTION, LATENT, QWEN_MOE, SIGMOID_MOE, Tiny, build, tiny
+from tests.models.tiny_moe import ATTENTION, LATENT, QWEN_MOE, SHARED_MOE, SIGMOID_MOE, Tiny, build, tiny
 
 LAYERS = {"num_hidden_layers": 4}
 MODELS: dict[str, Tiny] = {
@@ -36,24 +36,46 @@ MODELS: dict[str, Tiny] = {
     "deepseek-v2": tiny(
         "train-deepseek-v2", "DeepseekV2Config", LATENT, SIGMOID_MOE, LAYERS, q_lora_rank=None, n_group=1, topk_group=1
     ),
+    "qwen2-moe": tiny("train-qwen2-moe", "Qwen2MoeConfig", ATTENTION, SHARED_MOE, LAYERS),
     "gpt-oss": tiny(
         "train-gpt-oss", "GptOssConfig", ATTENTION, LAYERS, num_local_experts=6, num_experts_per_tok=3, sliding_window=5
     ),
 }  # fmt: skip
 MOE_SIZES = Sizes(layers=4, hidden=40, ffn=44, heads=6, groups=2, head=12, vocab=61)
-PLAIN = {  # ours -> (transformers' module, whose adapters share one A with it)
-    "self_attention.linear_proj": ("self_attn.o_proj",),
-    "self_attention.linear_q_proj": ("self_attn.q_proj",),
-    "self_attention.linear_q_down_proj": ("self_attn.q_a_proj",),
-    "self_attention.linear_q_up_proj": ("self_attn.q_b_proj",),
-    "self_attention.linear_kv_down_proj": ("self_attn.kv_a_proj_with_mqa",),
-    "self_attention.linear_kv_up_proj": ("self_attn.kv_b_proj",),
-    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.linear_fc2": ("mlp.down_proj",),
-    "mlp.shared_experts.linear_fc1": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
-    "mlp.shared_experts.linear_fc2": ("mlp.shared_experts.down_proj",),
-}
+PLAIN = (  # ours, and transformers' modules of which ours is made; their adapters share one A
+    ("self_attention.linear_proj", ("self_attn.o_proj",)),
+    ("self_attention.linear_q_proj", ("self_attn.q_proj",)),
+    ("self_attention.linear_q_down_proj", ("self_attn.q_a_proj",)),
+    ("self_attention.linear_q_up_proj", ("self_attn.q_b_proj",)),
+    ("self_attention.linear_kv_down_proj", ("self_attn.kv_a_proj_with_mqa",)),
+    ("self_attention.linear_kv_up_proj", ("self_attn.kv_b_proj",)),
+    (
+        "self_attention.linear_qkv",
+        (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+        ),
+    ),
+    (
+        "mlp.linear_fc1",
+        (
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ),
+    ),
+    ("mlp.linear_fc2", ("mlp.down_proj",)),
+    (
+        "mlp.shared_experts.linear_fc1",
+        (
+            "mlp.shared_experts.gate_proj",
+            "mlp.shared_experts.up_proj",
+        ),
+    ),
+    ("mlp.shared_experts.linear_fc2", ("mlp.shared_experts.down_proj",)),
+    ("mlp.shared_experts.linear_fc1", ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
+    ("mlp.shared_experts.linear_fc2", ("mlp.shared_expert.down_proj",)),
+)
 EXPERTS = {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}
 
 
@@ -120,7 +142,7 @@ def submodule(layer: torch.nn.Module, name: str) -> Any:
 
 def add_adapter(model: Any) -> Any:
     """peft's LoRA on every linear layer and every expert, B not zero; what our layers fuse shares one A."""
-    linear = tuple(f".{name}" for names in PLAIN.values() for name in names)
+    linear = tuple(f".{name}" for _, names in PLAIN for name in names)
     settings = LoraConfig(
         r=SIZES.rank,
         lora_alpha=SIZES.alpha,
@@ -136,7 +158,7 @@ def add_adapter(model: Any) -> Any:
             if "lora_" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     for _, layer in layers_of(model):
-        for leader, *followers in PLAIN.values():
+        for _, (leader, *followers) in PLAIN:
             for follower in followers:
                 if submodule(layer, f"{leader}.lora_A") is not None and submodule(layer, follower) is not None:
                     submodule(layer, follower).lora_A.default.weight = submodule(layer, leader).lora_A.default.weight
@@ -175,7 +197,7 @@ def adapter_by_name(model: Any, gradients: bool) -> Arrays:
 
     found: dict[str, torch.Tensor] = {}
     for prefix, layer in layers_of(model):
-        for ours, names in PLAIN.items():
+        for ours, names in PLAIN:
             parts = [submodule(layer, name) for name in names]
             split = ours.endswith("linear_q_proj") and submodule(layer, "self_attn.k_proj") is not None
             if split or any(part is None or not hasattr(part, "lora_A") for part in parts):

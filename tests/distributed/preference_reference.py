@@ -106,7 +106,8 @@ def redraw_adapter(base: Any) -> None:
 def batch_loss(trainer: Any, pairs: Sequence[Pair], alone: bool) -> torch.Tensor:
     """TRL's loss of a micro-batch; `alone` for the mean over its pairs, each by itself."""
     groups = [[pair] for pair in pairs] if alone else [pairs]
-    return sum(trainer.compute_loss(trainer.model, trainer.data_collator(list(group))) for group in groups) / len(groups)
+    losses = [trainer.compute_loss(trainer.model, trainer.data_collator(list(group))) for group in groups]
+    return sum(losses) / len(losses)
 
 
 @cache
@@ -130,6 +131,6 @@ def trained(loss: Loss) -> Trained:
             found.gradients.update(by_our_names(base, True, True))
         found.metrics.append({name: float(numpy.mean(told)) for name, told in trainer._metrics["train"].items()})
         found.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
-        found.losses.append(float(value))
+        found.losses.append(value.item())
         optimizer.step()
     return found

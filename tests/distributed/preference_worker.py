@@ -1,4 +1,4 @@
-"""What pool processes run to learn from pairs: a layout built, its first gradients, every step. Imports megatron-core."""
+"""What pool processes run to learn from pairs: a layout built, gradients, every step. Imports megatron-core."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -54,9 +54,7 @@ def batch_of(pairs: Sequence[Pair], case: Case) -> Any:
     cut = max(case.tensor if case.sequence_parallel else 1, 1) * (2 * case.context if case.context > 1 else 1)
     common = {"pad_id": 0, "seq_length": LONGEST, "pad_to_multiple_of": cut}
     layout = partial(collate_flat, **common) if case.packed else partial(collate, pad_to_longest=True, **common)
-    rows = [
-        {side: row(pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("chosen", "rejected")} for pair in pairs
-    ]
+    rows = [{side: row(pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("chosen", "rejected")} for pair in pairs]
     return to_device(in_pairs(layout)(rows), torch.device("cpu"))
 
 

@@ -9,6 +9,7 @@ from tests.distributed.compare import assert_exact, gathered, reference_of, resu
 
 SP = {"tensor": 2, "sequence_parallel": True}
 VPP = {"pipeline": 2, "virtual_layers": 1}
+SPREAD = {"world": 2, "expert": 2, "expert_tensor": 1, **SP}
 MOE = Case(model="qwen3-moe", fused=False)
 
 
@@ -55,10 +56,17 @@ LATE = (
     moe(model="qwen3-moe-late", world=2, pipeline=2),
     moe(model="qwen3-moe-late", world=4, pipeline=2, expert=2, distributed_optimizer=True),
 )
-FAMILIES = tuple(
-    replace(MOE, model=model, **layout)
-    for model in ("mixtral", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
-    for layout in ({}, {"world": 2, "expert": 2, "expert_tensor": 1, **SP}, {"world": 2, "context": 2})
+PACKED = (
+    moe(packed=True, balance=0.3),
+    moe(packed=True, balance=0.3, **SPREAD),
+)
+FAMILIES = (
+    *(
+        replace(MOE, model=model, steps=2, **layout)
+        for model in ("mixtral", "qwen2-moe", "glm4-moe", "deepseek-v3", "deepseek-v2", "gpt-oss")
+        for layout in ({}, SPREAD)
+    ),
+    *(replace(MOE, model=model, steps=2, world=2, context=2) for model in ("deepseek-v3", "deepseek-v2", "gpt-oss")),
 )
 FULL = tuple(
     replace(case, lora=False, balance=0.3)
@@ -78,7 +86,18 @@ CONTEXT = (
     replace(PADDED, world=4, distributed_optimizer=True, overlap=True),
     replace(PADDED, lora=False, recompute="full"),
 )
-EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT)
+FUSED = (
+    moe(fused=True),
+    moe(world=4, fused=True, expert=2, **SP),
+    moe(world=2, fused=True, expert=2, expert_tensor=1, recompute="full", **SP),
+    moe(world=4, fused=True, expert=2, distributed_optimizer=True, overlap=True),
+    moe(model="qwen3-moe-late", world=2, fused=True, fused_mlp=True, **SP),
+    moe(model="deepseek-v3", world=2, fused=True, expert=2, expert_tensor=1, **SP),
+    moe(model="gpt-oss", world=2, fused=True, **SP),
+    replace(PADDED, fused_mlp=True),
+    replace(PADDED, fused_mlp=True, world=4, **SP),
+)
+EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT, *FUSED, *PACKED)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)

@@ -21,7 +21,7 @@ from mindspeed_llm.checkpoint.live import live_tensors, load_live, local_slice
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import open_base
 from mindspeed_llm.checkpoint.tables import WeightTable, logical_name
-from mindspeed_llm.lora import fused
+from mindspeed_llm.lora import fused, overlap
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.models import gpt, parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
@@ -88,14 +88,15 @@ def swap_gate_and_up(chunk: CausalLM) -> None:
             parameter.data.copy_(torch.cat(parameter.data.chunk(2)[::-1]))
 
 
-def nothing_pending(x: Tensor, group: Any) -> Any:
+def nothing_pending(x: Tensor, group: Any, hidden: bool) -> overlap.Pending:
     """Planted fault: the sum over ranks is skipped."""
-    return mock.Mock(wait=lambda: x)
+    return overlap.Pending(None)
 
 
-def slice_pending(x: Tensor, group: Any) -> Any:
+def slice_pending(out: Tensor, x: Tensor, group: Any, hidden: bool) -> overlap.Pending:
     """Planted fault: each rank keeps its slice of its own partial sums."""
-    return mock.Mock(wait=lambda: x.chunk(group.size())[group.rank()].contiguous())
+    out.copy_(x.chunk(group.size())[group.rank()])
+    return overlap.Pending(None)
 
 
 CHUNK_FAULTS: dict[str, Callable[[CausalLM], None]] = {
@@ -104,20 +105,20 @@ CHUNK_FAULTS: dict[str, Callable[[CausalLM], None]] = {
     "gate-and-up-swapped": swap_gate_and_up,
 }
 FUSED_FAULTS = {
-    "all-reduce-skipped": ("_all_reduce", nothing_pending),
-    "reduce-scatter-skipped": ("_reduce_scatter", slice_pending),
+    "all-reduce-skipped": ("all_reduce", nothing_pending),
+    "reduce-scatter-skipped": ("reduce_scatter", slice_pending),
 }
 BACKWARD_FAULT = "backward-sum-skipped"
 SYNC_FAULT = "gradient-sync-skipped"
 
 
-def backward_without_sums(ctx: Any, dy: Tensor, needs_dx: bool) -> Any:
-    """Planted fault: the fused backward pass of a column-parallel layer leaves its sums partial."""
-    with mock.patch.multiple(fused, _all_reduce=nothing_pending, _reduce_scatter=slice_pending):
-        return BACKWARD_COLUMN(ctx, dy, needs_dx)
+def backward_without_sums(ctx: Any, grad: Tensor) -> Any:
+    """Planted fault: the fused backward pass leaves its sums partial."""
+    with mock.patch.multiple(overlap, all_reduce=nothing_pending, reduce_scatter=slice_pending):
+        return BACKWARD(ctx, grad)
 
 
-BACKWARD_COLUMN = fused._backward_column
+BACKWARD = fused._LoraLinear.backward
 
 
 def start(case: Case) -> device.Device:
@@ -159,7 +160,7 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
         load_live(live_tensors(chunk), base, rank, case.tensor, chunk.first_layer, experts=experts)
     if case.lora:
         targets = sorted({name.removesuffix(".lora_A.weight").rpartition(".")[2] for name in adapter if "_A" in name})
-        inject(chunks, LoraSettings(SIZES.rank, SIZES.alpha, tuple(targets)), case.fused, seed=1)
+        inject(chunks, LoraSettings(SIZES.rank, SIZES.alpha, tuple(targets)), case.fused, 1, case.fused_mlp)
         if case.recompute == "full" and case.fault != "embedding-without-gradient":
             give_recompute_a_gradient(chunks)
         source = Factors(base.config, adapter)
@@ -256,13 +257,13 @@ def train(rank: int, case: Case, folder: Path, adapter: Arrays, steps: Sequence[
     """Build the case's layout with its fault, measure its first global batch, train on all of them."""
     with ExitStack() as stack:
         if case.fault in FUSED_FAULTS:
-            stack.enter_context(mock.patch.object(fused, *FUSED_FAULTS[case.fault]))
+            stack.enter_context(mock.patch.object(overlap, *FUSED_FAULTS[case.fault]))
         if case.fault in expert_faults.PATCHES:
             stack.enter_context(mock.patch.object(*expert_faults.PATCHES[case.fault]))
         if case.fault in PACKING_FAULTS:
             stack.enter_context(mock.patch.object(engine_module, "packed_rows", PACKING_FAULTS[case.fault]))
         if case.fault == BACKWARD_FAULT:
-            stack.enter_context(mock.patch.object(fused, "_backward_column", backward_without_sums))
+            stack.enter_context(mock.patch.object(fused._LoraLinear, "backward", staticmethod(backward_without_sums)))
         engine = stack.enter_context(live(case, folder, adapter))
         if case.fault == SYNC_FAULT:
             for chunk in engine.wrapped:

@@ -150,3 +150,27 @@ def node_folders(parent: str) -> Iterator[None]:
         yield
     finally:
         os.environ.update(kept)
+
+
+@contextlib.contextmanager
+def orders_kept_on_disk(folder: str) -> Iterator[None]:
+    """As with millions of rows: orders of rows go through the index cache, and only rank 0 may draw them.
+
+    What the engine receives is recorded in `folder`.
+    """
+    from mindspeed_llm.data.sampler import EpochSampler
+    from mindspeed_llm.training import rows
+
+    def make(draw: Callable[..., Any]) -> Callable[..., Any]:
+        def drawn(self: Any, epoch: int) -> Any:
+            assert os.environ["RANK"] == "0" or not self.shuffle, "another rank draws an order"
+            return draw(self, epoch)
+
+        return drawn
+
+    with (
+        replaced(rows, "CACHED_ROWS", lambda _: 1),
+        replaced(EpochSampler, "_draw_order", make),
+        recorded(folder),
+    ):
+        yield

@@ -39,7 +39,7 @@ USAGE = {
     "a global batch that does not divide": (("--global-batch-size", 5), ["batch-size 5", "--micro-batch-size 2"]),
     "alpha without targets": (("--lora-target-modules", None, "--lora-r", 4), ["--lora-target-modules"]),
     "resuming and overwriting": (("--auto-resume", "--overwrite"), ["--auto-resume", "--overwrite"]),
-    "dropout": (("--lora-dropout", 0.1), ["--lora-dropout 0.1"]),
+    "dropout": (("--lora-dropout", 1.0), ["--lora-dropout 1.0", "below 1"]),
 }  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def test_data_of_another_tokenizer_template_or_thinking_mode_are_refused(tmp_pat
     changed = tmp_path / "templates.json"
     changed.write_text(json.dumps(templates))
     words = argv(tmp_path, "--prompt-type", "qwen3", "--prompt-type-path", changed)
-    refused(launch(1, "posttrain_gpt.py", words), 1, "a template qwen3 of other content", "--prompt-type-path")
+    refused(launch(1, "posttrain_gpt.py", words), 1, "another text of template qwen3", "--prompt-type-path")
     words = argv(tmp_path, "--data-path", data(template="alpaca"), "--lora-load", tuned())
     refused(launch(1, "posttrain_gpt.py", words), 1, "trained with template qwen3", "made with alpaca")
     assert nothing_written(tmp_path)

@@ -1,10 +1,17 @@
 """Training programs on a model with experts, and with sequences cut over processes: save, stop, go on elsewhere."""
 
+import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
 
 from mindspeed_llm.checkpoint.atomic import TRACKER
+from mindspeed_llm.checkpoint.formats.hf import HFSource
+from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
+from mindspeed_llm.checkpoint.formats.torch_file import write_torch_file
+from mindspeed_llm.checkpoint.open import open_base
 from tests.fixtures import (
     VOCABULARY,
     close,
@@ -104,6 +111,64 @@ def test_full_tuning_trains_routers_too_and_goes_on_elsewhere(tmp_path: Path) ->
     found = weights(tmp_path / "parts")
     close(found, weights(tmp_path / "whole"), 1e-4)
     assert found["exp_avg/decoder.layers.0.mlp.router.weight"].any()
+
+
+@pytest.mark.distributed
+def test_bf16_with_the_distributed_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    layout = ("--bf16", EP, 2, OPTIMIZER)
+    run(2, *argv(tmp_path / "through", *layout))
+    run(2, *argv(tmp_path / "parts", *layout), around=faults.terminated_in_step_3)
+    run(2, *argv(tmp_path / "parts", *layout, "--auto-resume"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "through")
+    same(weights(tmp_path / "parts"), weights(tmp_path / "through"))
+
+
+@pytest.mark.distributed
+def test_the_exported_model_is_base_and_adapter_merged_expert_by_expert(tmp_path: Path) -> None:
+    size, spread = SPREAD
+    run(size, *argv(tmp_path / "run", *spread, "--save-safetensors", "--lora-ckpt-filter", "false"))
+    (saved,) = (tmp_path / "run").glob("iter_*")
+    found, base = HFSource(saved / "hf"), open_base(moe_model())
+    adapter = weights(tmp_path / "run")
+    for name in base.names():
+        module = f"lora/{name.removesuffix('.weight')}"
+        expected = base.read(name)
+        if f"{module}.lora_A.weight" in adapter:
+            expected = expected + 2 * adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
+        assert torch.allclose(found.read(name), expected, rtol=1e-5, atol=1e-6), name
+    assert sum("local_experts" in name for name in adapter) == 2 * 8 * 4 * 4  # layers, experts, factors, states
+
+
+def grouped(folder: Path, values: dict[str, torch.Tensor], args: object) -> Path:
+    """Factors as upstream stores those of grouped experts: all in one tensor, transposed block after block."""
+    state: OrderedDict[str, torch.Tensor] = OrderedDict()
+    blocks: dict[str, dict[int, torch.Tensor]] = {}
+    pattern = re.compile(r"(.*\.mlp\.experts\.)local_experts\.(\d+)\.linear_fc(\d)\.lora_([AB])\.weight")
+    for name, value in values.items():
+        if match := pattern.fullmatch(name):
+            key = f"{match[1]}weight{match[3]}_lora_{match[4].lower()}"
+            blocks.setdefault(key, {})[int(match[2])] = value.t().contiguous()
+        else:
+            state[re.sub(r"\.(lora_[AB])\.", r".\1.default.", name)] = value
+    for key, parts in blocks.items():
+        rows, columns = parts[0].shape
+        joined = torch.cat([parts[expert].flatten() for expert in range(len(parts))])
+        state[key] = joined.view(rows, -1) if "weight1" in key else joined.view(-1, columns)
+    path = folder / "mp_rank_00" / "model_optim_rng.pt"
+    path.parent.mkdir(parents=True)
+    write_torch_file(path, {"args": args, "iteration": 1, "model": state})
+    return folder
+
+
+@pytest.mark.distributed
+def test_upstreams_grouped_adapters_are_trained_on_like_separate_ones(whole: Path, tmp_path: Path) -> None:
+    first = whole / "iter_0000003"
+    factors = {name.removeprefix("lora/"): v for name, v in weights(first).items() if name.startswith("lora/")}
+    folder = grouped(tmp_path / "grouped", factors, MegatronCheckpoint(first).first["args"])
+    run(1, *argv(tmp_path / "separate", "--lora-load", first, "--finetune"))
+    run(2, *argv(tmp_path / "joined", "--lora-load", folder, "--finetune", EP, 2))
+    assert losses(tmp_path / "joined") == pytest.approx(losses(tmp_path / "separate"), rel=1e-5)
+    assert losses(tmp_path / "joined") != pytest.approx(losses(whole), rel=1e-3)
 
 
 REFUSED = {

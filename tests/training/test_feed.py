@@ -137,6 +137,25 @@ def test_parts_made_by_preprocessing_are_found_validated_whole_and_tested_at_the
     refused(launch(1, "posttrain_gpt.py", words), 2, "is divided already")
 
 
+@pytest.mark.distributed
+def test_orders_of_large_data_sets_are_drawn_by_rank_0_and_mapped_by_the_others(tmp_path: Path) -> None:
+    folders = [tmp_path / "kept_seen", tmp_path / "plain_seen"]
+    for folder in folders:
+        folder.mkdir()
+    more = ("--seq-length", 256, "--micro-batch-size", 1, "--data-cache-dir", tmp_path / "orders")
+    argv = training(tmp_path / "kept", *more, steps=9)
+    out = done(launch(2, "posttrain_gpt.py", argv, around=partial(faults.orders_kept_on_disk, str(folders[0])))).out
+    assert f"orders of rows are kept in {tmp_path / 'orders'}" in out
+    assert len(list((tmp_path / "orders").glob("*.npy"))) == 2, "one for each epoch"
+    argv = training(tmp_path / "plain", *more, steps=9)
+    done(launch(2, "posttrain_gpt.py", argv, around=partial(faults.recorded, str(folders[1]))))
+    assert received(folders[0], size=2) == received(folders[1], size=2)
+    (tmp_path / "file").write_text("")
+    argv = training(tmp_path / "no", "--data-cache-dir", tmp_path / "file")
+    around = partial(faults.orders_kept_on_disk, str(folders[0]))
+    refused(launch(2, "posttrain_gpt.py", argv, around=around), 1, "cannot write to .*file; name another folder")
+
+
 def raw(folder: Path, rows: int = 21) -> Path:
     """A file of raw rows of unequal length."""
     file = folder / "raw.jsonl"
@@ -204,9 +223,16 @@ def test_without_shared_storage_each_node_prepares_its_own_and_other_rows_are_re
     done(launch(2, "posttrain_gpt.py", argv, around=around))
     made = [sorted(p.name for p in (tmp_path / f"node{rank}" / ".data_cache").iterdir()) for rank in range(2)]
     assert made[0] == made[1] and len(made[0]) == 1
+    argv[argv.index("raw.jsonl")] = tmp_path / "node0" / "raw.jsonl"
+    argv[argv.index(tmp_path / "run")] = tmp_path / "shared"
+    out = done(launch(2, "posttrain_gpt.py", argv, around=around)).out
+    assert out.count("rows prepared by an earlier run") == 2, "where the folder is shared after all, nothing is lost"
+    argv[argv.index(tmp_path / "node0" / "raw.jsonl")] = "raw.jsonl"
     raw(tmp_path / "node1", rows=20)
-    argv[argv.index(tmp_path / "run")] = tmp_path / "other"
+    argv[argv.index(tmp_path / "shared")] = tmp_path / "other"
     refused(launch(2, "posttrain_gpt.py", argv, around=around), 1, "rank 1 has other rows in its files than rank 0")
+    (tmp_path / "node1" / "raw.jsonl").unlink()
+    refused(launch(2, "posttrain_gpt.py", argv, around=around), 1, "--input raw.jsonl: no such file")
 
 
 @pytest.mark.distributed

@@ -16,10 +16,13 @@ TP_SP_DP = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--use-dis
 PP_VPP = ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1, "--micro-batch-size", 1)
 LAYOUTS = {
     "one process": (1, ()),
-    "fused, bf16": (1, ("--lora-fusion", "--bf16")),
+    "fused, bf16, dropout": (1, ("--lora-fusion", "--bf16", "--lora-dropout", 0.3)),
     "PP2 VPP2": (2, PP_VPP),
     "DP2 with the distributed optimizer": (2, ("--use-distributed-optimizer", "--micro-batch-size", 1)),
-    "TP2 SP DP2 with the distributed optimizer": (4, (*TP_SP_DP, "--micro-batch-size", 1)),
+    "TP2 SP DP2 with the distributed optimizer, fused MLP, dropout": (
+        4,
+        (*TP_SP_DP, "--micro-batch-size", 1, "--lora-fusion", "--use-fused-mlp", "--lora-dropout", 0.3),
+    ),
 }
 
 

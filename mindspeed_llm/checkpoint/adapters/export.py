@@ -144,7 +144,7 @@ def peft_config(
         "inference_mode": True,
         "r": r,
         "lora_alpha": number(alpha),
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.settings.dropout,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,

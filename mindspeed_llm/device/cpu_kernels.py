@@ -1,0 +1,134 @@
+"""What plain torch computes slowly on a CPU, in fewer passes over memory: RMSNorm, and attention within segments.
+
+Shapes: m rows of a norm (tokens, or tokens x heads), h its width; b batch, n query heads, g key-value heads, t tokens,
+d head dimension.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_llm.device import kernels
+from mindspeed_llm.device.segments import Segments
+
+BLOCK = 1 << 16
+"""Elements of one float32 temporary of a norm: 256 KiB, so that its few temporaries stay in a core's cache."""
+SHORT = 320
+"""Tokens of a segment up to which the float32 kernel's backward pass is faster than the bfloat16 one's, which costs as
+much per token at 32 tokens as at 768 (measured: 37 ms per 1,024 tokens of 16 heads on one core, against 6 to 22)."""
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # glibc's M_... constants
+KEPT = 1 << 26
+"""Bytes the heap grows by at a time."""
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse what is freed instead of giving it back to the kernel and asking for zeroed pages again.
+
+    A step allocates and frees the same activations over and over: 35,000 page faults per step of the benchmark's model
+    without this, 1 with it. Nothing happens where the C library has no such settings.
+    """
+    settle = getattr(ctypes.CDLL(None), "mallopt", None)
+    if settle is None:
+        return
+    for name, value in ((MMAP_THRESHOLD, 2**31 - 1), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, KEPT)):
+        settle(name, value)
+
+
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, BLOCK // width)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class _Norm(torch.autograd.Function):
+    """y = x r w with r = (mean(x^2) + eps)^-1/2, computed in float32 and rounded once.
+
+    dx = r (g - x r mean(g x r)) with g = dy w, and dw = sum(dy x r). Kept for the backward pass: x, w and r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        flat, wide = x.reshape(-1, x.size(-1)), weight.float()
+        out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        length = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = length.square_().div_(flat.size(1)).add_(eps).rsqrt_()
+        for rows in _blocks(*flat.shape):
+            out[rows] = torch.mul(flat[rows].float(), inverse[rows]).mul_(wide)
+        ctx.save_for_backward(flat, weight, inverse)
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        flat, wide = grad.reshape(x.shape), weight.float()
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        dx = torch.empty_like(x) if wants_x else None
+        dw = torch.zeros_like(wide) if wants_weight else None
+        for rows in _blocks(*x.shape):
+            unit = torch.mul(x[rows].float(), inverse[rows])
+            if dw is not None:
+                dw += (flat[rows].float() * unit).sum(0)
+            if dx is not None:
+                g = torch.mul(flat[rows].float(), wide)
+                mean = torch.mul(unit, g).mean(-1, keepdim=True)
+                dx[rows] = g.addcmul_(unit, mean, value=-1).mul_(inverse[rows])
+        return None if dx is None else dx.view(grad.shape), None if dw is None else dw.to(weight.dtype), None
+
+
+class RMSNorm(kernels.RMSNorm):
+    """`kernels.RMSNorm` in few passes: half the time of torch's, which runs operation by operation on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]."""
+        if self.zero_centered or x.dtype == torch.float64:
+            return super().forward(x)
+        return _Norm.apply(x, self.weight, self.eps)
+
+
+class _SegmentAttention(torch.autograd.Function):
+    """Causal attention of each segment by torch's flash kernel for CPUs; gradients are written in place."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        parts = zip(*(one.split(lengths, 2) for one in (query, key, value)), strict=True)
+        outs, sums = zip(*(kernel(*part, 0.0, True, scale=scale) for part in parts), strict=True)
+        ctx.save_for_backward(query, key, value, *outs, *sums)
+        ctx.lengths, ctx.scale = lengths, scale
+        return torch.cat([one.transpose(1, 2) for one in outs], 1).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        count = len(ctx.lengths)
+        parts = zip(*(one.split(ctx.lengths, 2) for one in (grad, query, key, value)), kept[:count], strict=True)
+        found = []
+        for part, log_sum in zip(parts, kept[count:], strict=True):
+            wide = [one.float() for one in part] if part[0].size(2) <= SHORT else part
+            found.append(kernel(*wide, log_sum, 0.0, True, scale=ctx.scale))
+        joined = (torch.cat([one.transpose(1, 2) for one in each], 1) for each in zip(*found, strict=True))
+        grads = (one.transpose(1, 2).to(query.dtype) for one in joined)
+        return *grads, None, None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    segments: Segments | None = None,
+    **features: Any,
+) -> Tensor:
+    """`kernels.sdpa`, with plain attention in bfloat16 segments by the kernels that are fastest for their lengths."""
+    plain = window is None and not dropout and not any(one is not None for one in features.values())
+    if segments is not None and causal and plain and query.dtype == torch.bfloat16 and query.size(-1) == value.size(-1):
+        return _SegmentAttention.apply(query, key, value, segments.lengths, scale)
+    features |= {"causal": causal, "scale": scale, "dropout": dropout, "window": window, "segments": segments}
+    return kernels.sdpa(query, key, value, **features)

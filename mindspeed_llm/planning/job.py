@@ -1,0 +1,77 @@
+"""What a plan is made for: a model, what of it is trained, how it is spread, and the rows of a step."""
+
+from dataclasses import dataclass
+
+from mindspeed_llm.checkpoint.layout import Layout
+from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.models.config import ModelConfig
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FULL_PRECISION = 4  # bytes of a master copy, a moment, a gradient in its buffer
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training job at one layout.
+
+    Attributes:
+        model: dimensions. layout: TP, PP, VPP, EP, ETP and the layers of each stage.
+        cards: processes, one on each card. context: CP.
+        sequence_parallel: activations between TP regions are cut along the sequence.
+        dtype: of weights and activations, as torch names it.
+        lora: settings of the adapter; None in full tuning.
+        fused: adapters in the fused form. fused_mlp: whole MLPs in one function.
+        recompute: "full", "selective" or None. recompute_method: "uniform" or "block" of full recomputation.
+        recompute_layers: layers of a group (uniform), or recomputed layers of a chunk (block).
+        distributed_optimizer: its state is spread over data parallelism. overlap_param_gather: parameters are gathered
+            while the next forward pass runs.
+        micro_batch: rows of a micro-batch. micro_batches: of a step, on one replica.
+        length: tokens of a row, padding included, over all CP ranks: the longest for memory, the mean for time.
+        trained: share of the tokens that have a label.
+        foreach: the optimizer updates all parameters in one call (accelerators), not one after the other (CPU).
+    """
+
+    model: ModelConfig
+    layout: Layout
+    cards: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+    dtype: str = "float32"
+    lora: LoraSettings | None = None
+    fused: bool = False
+    fused_mlp: bool = False
+    recompute: str | None = None
+    recompute_method: str | None = None
+    recompute_layers: int | None = None
+    distributed_optimizer: bool = False
+    overlap_param_gather: bool = False
+    micro_batch: int = 1
+    micro_batches: int = 1
+    length: int = 1
+    trained: float = 1.0
+    foreach: bool = False
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel size: copies of the model that read different rows."""
+        return self.cards // (self.layout.tp * self.layout.pp * self.context)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return BYTES[self.dtype]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on a CP rank, before sequence parallelism cuts them."""
+        return self.micro_batch * -(-self.length // self.context)
+
+    @property
+    def sp(self) -> int:
+        """Parts into which sequence parallelism cuts activations between TP regions."""
+        return self.layout.tp if self.sequence_parallel else 1
+
+    @property
+    def expert_replicas(self) -> int:
+        """Data-parallel size of experts' parameters."""
+        return self.cards // (self.layout.etp * self.layout.ep * self.layout.pp)

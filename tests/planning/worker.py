@@ -1,0 +1,84 @@
+"""In the processes of a pool: one step of a job under the tracker."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as groups
+
+from mindspeed_llm import device
+from mindspeed_llm.arguments.optimizer import OptimizerOptions
+from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
+from mindspeed_llm.models import gpt, parallel
+from mindspeed_llm.planning.job import Job
+from mindspeed_llm.planning.tracker import LiveMemory
+from mindspeed_llm.training.engine import Engine, create_engine, train_step
+from mindspeed_llm.training.live_tensors import tensors_by_class
+
+
+def options_of(job: Job) -> gpt.EngineOptions:
+    """The job in the engine's words."""
+    return gpt.EngineOptions(
+        tensor=job.layout.tp,
+        pipeline=job.layout.pp,
+        context=job.context,
+        expert=job.layout.ep,
+        expert_tensor=job.layout.etp if job.model.num_experts else None,
+        layers_per_virtual_stage=job.layout.layers_per_virtual_stage,
+        sequence_parallel=job.sequence_parallel,
+        dtype=gpt.DTYPES[job.dtype],
+        variable_seq_lengths=False,
+        recompute_granularity=job.recompute,
+        recompute_method=job.recompute_method,
+        recompute_num_layers=job.recompute_layers,
+    )
+
+
+def build(job: Job) -> Engine:
+    """The job's engine with small random weights."""
+    chosen = device.select("cpu")
+    layout = job.layout
+    virtual = layout.vp if layout.vp > 1 else None
+    experts = {"expert": layout.ep, "expert_tensor": layout.etp if job.model.num_experts else None}
+    parallel.start(chosen, layout.tp, layout.pp, virtual, context=job.context, **experts)
+    chunks = gpt.build_chunks(job.model, options_of(job), chosen)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            torch.nn.init.uniform_(parameter, -0.05, 0.05)
+    if job.lora is not None:
+        inject(chunks, job.lora, job.fused, seed=1)
+        if job.recompute == "full":
+            give_recompute_a_gradient(chunks)
+    return create_engine(chunks, OptimizerOptions(lr=1e-4), job.distributed_optimizer, False, job.overlap_param_gather)
+
+
+def batches(job: Job) -> list[dict[str, torch.Tensor]]:
+    """The micro-batches of a step; the first positions of a row have no label."""
+    made = []
+    for number in range(job.micro_batches):
+        draw = torch.Generator().manual_seed(number)
+        tokens = torch.randint(0, job.model.vocab_size, (job.micro_batch, job.length), generator=draw)
+        labels = tokens.roll(-1, 1)
+        labels[:, : round(job.length * (1 - job.trained))] = -100
+        made.append({"tokens": tokens, "labels": labels})
+    return made
+
+
+def measure(rank: int, job: Job, tracker: type[LiveMemory] = LiveMemory) -> dict[str, Any]:
+    """Peaks of the second step (the first one makes the optimizer's state)."""
+    try:
+        engine = build(job)
+        train_step(engine, batches(job))
+        with tracker(tensors_by_class(engine)) as seen:
+            train_step(engine, batches(job))
+        for chunk in engine.wrapped:
+            chunk.grad_accs.clear()  # a cycle through torch's graph, which Python's collector cannot see
+        place = groups.get_pipeline_model_parallel_rank(), groups.get_tensor_model_parallel_rank()
+        return {
+            "peak": seen.peak,
+            "total": seen.total,
+            "at_total": seen.at_total,
+            "place": place,
+            "story": getattr(seen, "story", None),
+        }
+    finally:
+        parallel.stop()
