@@ -91,8 +91,8 @@ class IndexedDataset:
         return any(len(mask) > 0 and int(mask[0].max(initial=0)) > 1 for mask in masks)
 
     def content_hashes(self) -> np.ndarray:
-        """[rows] uint64, a hash of each row's tokens; every token is read once."""
-        return np.concatenate([hash_rows(part["input_ids"].prefix) for part in self._parts])
+        """[rows] uint64, a hash of each row's tokens (of pairs, the chosen ones); every token is read once."""
+        return np.concatenate([hash_rows(part[self.REQUIRED[0]].prefix) for part in self._parts])
 
     @property
     def may_be_packed(self) -> bool:

@@ -19,7 +19,6 @@ from mindspeed_llm.data.dataset import (
     check_same_rows,
     open_fields,
 )
-from mindspeed_llm.data.division import content_hashes
 from mindspeed_llm.data.messages import SIDES
 from mindspeed_llm.errors import InputError
 
@@ -63,16 +62,6 @@ class PairDataset(IndexedDataset):
     def may_be_packed(self) -> bool:
         """False: pairs are never joined."""
         return False
-
-    def content_hashes(self) -> np.ndarray:
-        """[pairs] uint64, a hash of each pair's tokens, chosen before rejected, as `preprocess_data.py` has it."""
-        found = []
-        for part in self._parts:
-            sides = [part[f"{side}_input_ids"] for side in SIDES]
-            for row in range(len(sides[0])):
-                both = np.concatenate([side[row] for side in sides])
-                found += content_hashes(both, [len(both)])
-        return np.array(found, np.uint64)
 
     def __getitem__(self, row: int) -> Sample:
         """Pair `row`: read-only arrays on the mapped files."""

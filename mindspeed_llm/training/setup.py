@@ -147,10 +147,17 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
 
 def check_reference(options: PosttrainOptions, start: Start) -> None:
     """Refuse preferences without an adapter: with it off, the base is what they are compared with; `UsageError`."""
-    if options.prefers and start.settings is None:
+    if not options.prefers:
+        return
+    if start.settings is None:
         raise UsageError(
             "--stage dpo compares with the base model, which full tuning changes; tune an adapter with "
             "--lora-target-modules"
+        )
+    if whole := getattr(start.settings, "modules_to_save", ()):
+        raise UsageError(
+            f"--stage dpo compares with the base model, and {' '.join(whole)} would be trained whole; leave "
+            "--lora-modules-to-save out"
         )
 
 

@@ -62,7 +62,7 @@ def pair_data(extra: tuple[str, ...] = ()) -> Path:
 def adapter() -> Path:
     """A PEFT folder whose factors are all random: with B zero, chosen and rejected would be alike at first."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import Qwen3ForCausalLM
 
     folder = scratch() / "dpo_adapter"
@@ -85,7 +85,7 @@ def lora_config() -> Any:
 def run(save: Path, *more: object, size: int = 1, steps: int = STEPS, start: bool = True) -> None:
     """Train on pairs; `start` from the random adapter."""
     begin = ("--lora-load", adapter(), "--finetune") if start else LORA
-    where = () if "--dataset" in more else ("--data-path", pair_data())
+    where = ("--data-path", None if "--dataset" in more else pair_data())
     length = () if "--seq-length" in more else ("--seq-length", 256)
     words = training(save, *where, *length, *FLAT, *begin, *more, lora=False, steps=steps)
     words[words.index("--stage") + 1] = "dpo"
@@ -105,11 +105,10 @@ def trl_history(rows: Sequence[int], **settings: Any) -> list[dict[str, float]]:
     from trl import DPOConfig, DPOTrainer
 
     folder = scratch() / "trl"
-    config = DPOConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=STEPS, logging_steps=1,
-        learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta2=0.999, save_strategy="no",
-        disable_tqdm=True, **settings,
-    )  # fmt: skip
+    loop = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS, "logging_steps": 1}
+    rate = {"learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "adam_beta2": 0.999}
+    off = {"bf16": False, "gradient_checkpointing": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    config = DPOConfig(output_dir=str(folder), use_cpu=True, **loop, **rate, **off, **settings)
     text = Dataset.from_list([{"prompt": "the", "chosen": "cat", "rejected": "red"}])
     tokenizer = AutoTokenizer.from_pretrained(hf_model())
     model = Qwen3ForCausalLM.from_pretrained(hf_model(), dtype=torch.float32)
@@ -148,3 +147,82 @@ def test_a_run_follows_trls_own_loop(flags: tuple, settings: dict[str, Any], tmp
         scale = numpy.abs(told).max()
         assert [record[name] for record in ours] == pytest.approx(told, abs=2e-5 * scale), name
     assert len({record["rewards/margins"] for record in ours}) == STEPS
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [
+        (1, ("--padding-free", "--pref-ftx", 0.2)),
+        (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
+        (2, ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1)),
+        (2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
+        (2, ("--context-parallel-size", 2)),
+    ],
+    ids=["padding-free", "sequence-parallel", "interleaved", "data-parallel", "context-parallel"],
+)
+def test_every_layout_trains_as_one_process(size: int, flags: tuple, tmp_path: Path) -> None:
+    objective = ("--pref-ftx", 0.2) if "--pref-ftx" in flags else ()
+    run(tmp_path / "alone", *objective)
+    run(tmp_path / "layout", *flags, size=size)
+    for name in ("loss", *METRICS):
+        alone, layout = ([record[name] for record in records(tmp_path / run)] for run in ("alone", "layout"))
+        assert layout == pytest.approx(alone, rel=1e-5, abs=1e-5 * numpy.abs(alone).max()), name
+    close(weights(tmp_path / "layout"), weights(tmp_path / "alone"), 1e-4)
+
+
+def test_raw_pairs_are_prepared_within_training_and_validated_pair_by_pair(tmp_path: Path) -> None:
+    run(tmp_path / "files", "--split", "80,20,0", "--no-shuffle")
+    raw = ("--dataset", pair_rows(), *HANDLER, "--tokenizer-name-or-path", hf_model())
+    words = ("--data-cache-dir", tmp_path / "cache", "--split", "80,20,0", "--no-shuffle", *raw)
+    run(tmp_path / "raw", *words)
+    assert losses(tmp_path / "raw") == losses(tmp_path / "files")
+    same(weights(tmp_path / "raw"), weights(tmp_path / "files"))
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    run(tmp_path / "parts", "--save-interval", 2, "--lr-decay-iters", STEPS, steps=2)
+    run(tmp_path / "parts", "--auto-resume")
+    assert records(tmp_path / "parts")[-1]["loss"] == records(tmp_path / "whole")[-1]["loss"]
+    same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_an_untrained_adapter_is_the_reference_itself(tmp_path: Path) -> None:
+    run(tmp_path / "new", start=False, steps=1)
+    (first,) = records(tmp_path / "new")
+    assert first["loss"] == pytest.approx(numpy.log(2), rel=1e-6)
+    assert [first[name] for name in METRICS[:4]] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "pattern"),
+    [
+        (("--data-path", data), 1, r"holds rows with answers, which --stage sft reads.*AlpacaStylePairwiseHandler"),
+        (("--stage", "sft", "--dpo-beta", 0.2), 2, "--dpo-beta belongs to --stage dpo, and the stage is sft"),
+        (("--stage", "sft"), 1, r"holds pairs of answers, which --stage dpo reads.*AlpacaStyleInstructionHandler"),
+        (("--lora-r", None, "--lora-alpha", None, "--lora-target-modules", None), 2, "dpo compares with the base"),
+        (("--calculate-per-token-loss",), 2, "weighs pairs, not tokens"),
+        (("--is-instruction-dataset",), 2, "reads pairs of answers"),
+        (("--loss-type", "ipo", "--label-smoothing", 0.1), 2, "--dpo-loss-type ipo knows no flipped labels"),
+        (("--label-smoothing", 0.5), 2, "--dpo-label-smoothing 0.5: must be at least 0 and below 0.5"),
+        (("--dpo-beta", 0), 2, "--dpo-beta 0.0: must be above 0"),
+        (("--pref-ftx", -1), 2, "--pref-ftx -1.0: must not be negative"),
+        (("--ref-model", "x"), 2, "the reference of --stage dpo is --load without the adapter"),
+        (("--rpo-alpha", 1), 2, "has the weight --pref-ftx"),
+        (("--rlhf-type", "kto"), 2, "kto"),
+        (("--data-path", None, "--dataset", pair_rows, "--handler-name", "AlpacaStyleInstructionHandler",
+          "--prompt-type", "qwen3", "--tokenizer-name-or-path", hf_model), 2, "no pairs of answers that --stage dpo"),
+    ],
+)  # fmt: skip
+def test_what_dpo_cannot_do_is_refused_in_one_line(flags: tuple, status: int, pattern: str, tmp_path: Path) -> None:
+    words = training(tmp_path / "x", *(() if "--data-path" in flags else ("--data-path", pair_data())))
+    words[words.index("--stage") + 1] = "dpo"
+    for flag, value in zip(flags[::2], [*flags[1::2], None], strict=False):
+        value = value() if callable(value) else value
+        if flag in words:
+            at = words.index(flag)
+            end = next((n for n in range(at + 1, len(words)) if str(words[n]).startswith("--")), len(words))
+            words[at:end] = []
+        words += [flag, *([] if value is None else [value])] if value is not None or len(flags) == 1 else []
+    refused(launch(1, "posttrain_gpt.py", words), status, pattern)
