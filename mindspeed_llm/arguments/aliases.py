@@ -10,6 +10,15 @@ ALIASES: dict[str, str] = {
     "cp": "context_parallel_size",
     "ep": "expert_model_parallel_size",
     "lora_rank": "lora_r",
+    "target_modules": "lora_target_modules",
+    "target_regex": "lora_target_modules",
+    "exclude_modules": "lora_exclude_modules",
+    "layers_to_transform": "lora_layers",
+    "rank_pattern": "lora_rank_pattern",
+    "alpha_pattern": "lora_alpha_pattern",
+    "modules_to_save": "lora_modules_to_save",
+    "lorap_lr_ratio": "loraplus_lr_ratio",
+    "init_lora_weights": "lora_init",
     # Megatron's own earlier names
     "model_parallel_size": "tensor_model_parallel_size",
     "batch_size": "micro_batch_size",
@@ -46,6 +55,8 @@ ALIASES_BY_SCRIPT: dict[str, dict[str, str]] = {
         "label_smoothing": "dpo_label_smoothing",
         "pref_beta": "dpo_beta",
         "pref_loss": "dpo_loss_type",
+        "save_steps": "save_interval",
+        "early_stop_interval": "early_stopping_patience",
     },
 }
 

@@ -15,6 +15,7 @@ from mindspeed_llm.arguments.lora import LoraOptions
 from mindspeed_llm.arguments.model import ModelOptions
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.arguments.parallel import ParallelOptions
+from mindspeed_llm.arguments.plan import PlanOptions
 from mindspeed_llm.arguments.preference import PreferenceOptions
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.arguments.rows import RowOptions
@@ -56,6 +57,7 @@ torchrun --nproc_per_node 2 posttrain_gpt.py --stage sft --finetune --bf16 \\
     lora: LoraOptions = group(LoraOptions)
     checkpoint: CheckpointOptions = group(CheckpointOptions)
     logging: LoggingOptions = group(LoggingOptions)
+    planning: PlanOptions = group(PlanOptions)
 
     @property
     def prefers(self) -> bool:

@@ -253,7 +253,7 @@ class ChatEncoder:
     def _training_row(self, row: Conversation, laid: Laid, limits: Limits) -> Encoded:
         """A row of a conversation; messages that say so are not trained."""
         encoded = self._join(laid, limits)
-        if all(message.get("train") is not False for message in row.messages):
+        if not any("train" in message for message in row.messages):
             return encoded
         answers = [message for message in row.messages if message["role"] in ("assistant", "function")]
         if len(laid.spans) < len(answers):  # the last answer alone, which is trained

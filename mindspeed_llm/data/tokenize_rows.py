@@ -162,7 +162,7 @@ def tokenize_chunk(job: Job, rows: list[Row]) -> Chunk:
             continue
         samples += [with_system(sample, job.system) for sample in made]
         good += [row] * len(made)
-    kept = _Kept()
+    kept = _Kept(handler.KIND)
     for row, sample, parts in zip(good, samples, encode_samples(job, handler, encoder, good, samples), strict=True):
         _account(job, encoder, result, row, sample, parts, kept)
     result.fields = kept.fields(handler, encoder.eos_id)
@@ -176,8 +176,9 @@ def tokenize_chunk(job: Job, rows: list[Row]) -> Chunk:
 
 @dataclass
 class _Kept:
-    """Samples that are written: their parts, and for each whether upstream left one out before it."""
+    """Samples that are written: the kind of their handler, their parts, and where upstream left one out before one."""
 
+    kind: str
     rows: list[dict[str, Encoded]] = field(default_factory=list)
     gaps: list[tuple[int, list[str]]] = field(default_factory=list)
 
@@ -222,7 +223,7 @@ def _account(
     parts = shaped
     main = next(iter(parts.values()))
     trained = any(stop > start for part in parts.values() for start, stop in part.spans)
-    trains = not isinstance(sample, Conversation) or tools(job)[0].KIND == "chat"
+    trains = not isinstance(sample, Conversation) or kept.kind == "chat"
     if trains and not trained:
         if not job.compat:
             result.left_out.append(_place(row, "no token of it is trained"))
@@ -232,9 +233,10 @@ def _account(
     if len(main.ids) < main.full_length:
         result.cut.append(_place(row, f"{main.full_length} -> {len(main.ids)} tokens"))
     if isinstance(sample, Conversation):
-        if any(encoder.misses_thought(m["content"]) for m in sample.messages if m["role"] == "assistant"):
+        answers = [message["content"] for message in sample.messages if message["role"] == "assistant"]
+        if any(map(encoder.misses_thought, answers)):
             result.odd_thoughts.append(_place(row, "thought tags not written as the template's"))
-        if any(not m["content"].strip() for m in sample.messages if m["role"] == "assistant"):
+        if "" in answers or any(map(str.isspace, answers)):
             result.remarks.append(_place(row, "an answer is empty"))
         if sample.unanswered:
             result.remarks.append(_place(row, "messages after the last answer are left out"))

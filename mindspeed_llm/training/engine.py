@@ -14,7 +14,12 @@ import numpy
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
@@ -30,6 +35,9 @@ from mindspeed_llm.training.balance import scale_balance, seen_balance
 from mindspeed_llm.training.optimizer_state import inner_optimizers
 from mindspeed_llm.training.pipeline import Batch
 from mindspeed_llm.training.preference import FIGURES, Preference, with_reference
+
+LORAPLUS = ("*.lora_B.*", "*.lora_magnitude_vector.*")
+"""Parameters that learn faster under LoRA+."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +112,15 @@ def create_engine(
     distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
+    loraplus_lr_ratio: float | None = None,
     preference: Preference | None = None,
 ) -> Engine:
-    """Wrap loaded chunks for data parallelism and create the optimizer over what is trainable."""
+    """Wrap loaded chunks for data parallelism and create the optimizer over what is trainable.
+
+    Args:
+        loraplus_lr_ratio: of the learning rate of the adapters' B and of vectors in them, as in LoRA+ (Hayou et al.,
+            arXiv 2402.12354) and peft; None: all learn alike.
+    """
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -120,11 +134,12 @@ def create_engine(
     ]
     for chunk in wrapped:
         chunk.broadcast_params()
-    optimizer = get_megatron_optimizer(
-        optimizer_config(options, config.params_dtype, distributed_optimizer, overlap_param_gather),
-        wrapped,
-        use_gloo_process_groups=False,
-    )
+    settings = optimizer_config(options, config.params_dtype, distributed_optimizer, overlap_param_gather)
+    overrides = get_standard_config_overrides(settings)
+    if loraplus_lr_ratio is not None:
+        faster = {"max_lr": options.lr * loraplus_lr_ratio, "min_lr": options.min_lr * loraplus_lr_ratio}
+        overrides[ParamKey(name=LORAPLUS)] = faster
+    optimizer = get_megatron_optimizer(settings, wrapped, overrides, use_gloo_process_groups=False)
     if len(getattr(optimizer, "chained_optimizers", ())) == 1:  # a chain of one hides the optimizer's own state
         optimizer = optimizer.chained_optimizers[0]
     config.finalize_model_grads_func = finalize

@@ -1,23 +1,22 @@
 """The run itself: step, report, validate, save, stop when asked."""
 
 import math
-import shutil
+import os
 import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 
 import torch
 from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
-from mindspeed_llm.training import checkpointing
-from mindspeed_llm.training.checkpointing import barrier
 from mindspeed_llm.training.engine import Batch, StepResult, evaluate, train_step
 from mindspeed_llm.training.flops import step_flops
 from mindspeed_llm.training.report import MEGABYTE, Report, StepRecord, say
+from mindspeed_llm.training.retention import BEST, validated
+from mindspeed_llm.training.saving import Saver
 from mindspeed_llm.training.setup import Run, count_cut_rows
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -42,11 +41,11 @@ class StopRequest:
             # None: installed by foreign code outside Python, which the default stands in for
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank."""
-        flag = torch.tensor(float(self.asked), device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+    def agreed(self, device: torch.device, writing: bool) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any is writing; the same answers on every rank."""
+        flags = torch.tensor([float(self.asked), float(writing)], device=device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        return bool(flags[0].item()), bool(flags[1].item())
 
 
 def train(run: Run, report: Report | None) -> bool:
@@ -58,10 +57,9 @@ def train(run: Run, report: Report | None) -> bool:
     place = run.feed.device
     if report is not None:
         report.begin(run.progress.iteration)
-    saved = run.progress.iteration
-    window = _Window(run)
+    window, saver, ended = _Window(run), Saver(run), False
     with StopRequest() as stop:
-        while run.progress.iteration < run.train_iters:
+        while not ended:
             batches = run.feed.batches(run.progress.consumed_samples)
             rate = run.schedule.set(run.progress.iteration + 1)
             result = train_step(run.engine, batches)
@@ -70,20 +68,51 @@ def train(run: Run, report: Report | None) -> bool:
             iteration = run.progress.iteration
             if iteration % run.options.logging.log_interval == 0 or iteration == run.train_iters:
                 window.flush(report, rate)
-            validate(run, report)
-            stopping = stop.agreed(place)
+            loss = validate(run, report)
+            gained = count_validation(run, loss)
+            stopping, writing = stop.agreed(place, saver.writing)
+            saver.progressed(writing)
+            ended = stopping or iteration == run.train_iters or exhausted(run)
             every = run.options.checkpoint.save_interval
-            if stopping or iteration == run.train_iters or (every and iteration % every == 0):
-                save(run)
-                saved = iteration
-            if stopping:
-                break
+            if ended or gained or (every and iteration % every == 0):
+                saver.save(loss, last=ended)
+            window.resume()
+        saver.finish()
     for feed in (run.feed, run.validation, run.test):
         if feed is not None:
             feed.close()
     if report is not None:
         report.end()
-    return saved == run.train_iters
+    if run.first_rank:
+        for line in closing(run):
+            say(line)
+    return not stopping or run.progress.iteration == run.train_iters or exhausted(run)
+
+
+def count_validation(run: Run, loss: float | None) -> bool:
+    """Count a validation, if there was one; -> whether it asks for a checkpoint."""
+    if loss is None:
+        return False
+    options = run.options.checkpoint
+    run.progress = validated(run.progress, loss, options.early_stopping_threshold)
+    return options.saves_best and run.progress.without_gain == 0
+
+
+def closing(run: Run) -> list[str]:
+    """What a finished run says about its validation losses."""
+    done, lines = run.progress, []
+    if exhausted(run) and done.iteration < run.train_iters:
+        lines.append(f"stopped early at step {done.iteration}: {done.without_gain} validations had no lower loss")
+    if done.saved_best:
+        link = os.path.join(run.options.checkpoint.save or "", BEST)
+        lines.append(f"best checkpoint: {link}, validation loss {done.saved_best_loss:.6E} at step {done.saved_best}")
+    return lines
+
+
+def exhausted(run: Run) -> bool:
+    """Whether --early-stopping-patience ends the run."""
+    patience = run.options.checkpoint.early_stopping_patience
+    return patience is not None and run.progress.without_gain >= patience
 
 
 def advance(run: Run, result: StepResult) -> None:
@@ -108,7 +137,7 @@ class _Window:
         self.tokens, self.flops, self.grad_norm = 0, 0.0, 0.0
         self.balance: float | None = None
         self.first = True
-        self.began = time.perf_counter()
+        self.began = self.paused = time.perf_counter()
 
     def add(self, result: StepResult, batches: list[Batch]) -> None:
         """Count one step; tokens read by this replica stand for all of them."""
@@ -120,6 +149,7 @@ class _Window:
             self.flops += sum(step_flops(self.run.metadata.model, one, one, *kind) for one in lengths)
         self.losses.append(result.loss)
         self.figures.append(result.figures or {})
+        self.paused = time.perf_counter()
         self.grad_norm, self.balance = result.grad_norm, result.balance
 
     def flush(self, report: Report | None, rate: float) -> None:
@@ -156,7 +186,11 @@ class _Window:
                 )
         self.first = False
         self.losses, self.figures, self.tokens, self.flops = [], [], 0, 0.0
-        self.began = time.perf_counter()
+        self.began = self.paused = time.perf_counter()
+
+    def resume(self) -> None:
+        """Leave the time since the last step, which validated and saved, out."""
+        self.began += time.perf_counter() - self.paused
 
 
 def mean_figures(steps: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -164,11 +198,12 @@ def mean_figures(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]} if steps else {}
 
 
-def validate(run: Run, report: Report | None) -> None:
+def validate(run: Run, report: Report | None) -> float | None:
     """Losses of the rows held out: for validation every --eval-interval steps and at the end, for the test at the end.
 
-    Over all of these rows, or the first --eval-iters global batches.
+    Over all of these rows, or the first --eval-iters global batches. -> the validation loss, None where none was due.
     """
+    found = None
     training, iteration = run.options.training, run.progress.iteration
     ends = iteration == run.train_iters
     due = ((run.validation, "validation", iteration % training.eval_interval == 0 or ends), (run.test, "test", ends))
@@ -179,33 +214,9 @@ def validate(run: Run, report: Report | None) -> None:
         loss = evaluate(run.engine, feed.walk(min(training.eval_iters or whole, whole)))
         if report is not None:
             report.validation(iteration, loss, name)
-
-
-def save(run: Run) -> Path:
-    """Save a checkpoint; the first one of a run with --overwrite also removes what it replaces."""
-    options, lora = run.options.checkpoint, run.start.settings is not None
-    folder, iteration = Path(options.save or ""), run.progress.iteration
-    if run.first_rank:
-        say(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch format")
-    final = checkpointing.save(
-        run.engine,
-        folder,
-        replace(run.metadata, iteration=iteration),
-        run.progress,
-        run.device,
-        adapter_only=lora and run.options.lora.lora_ckpt_filter,
-        with_optimizer=not options.no_save_optim,
-        with_rng=not options.no_save_rng,
-        export=run.export,
-    )
-    if run.first_rank:
-        say(f"  successfully saved checkpoint from iteration {iteration:7d} to {folder}")
-        for old in run.start.stale:
-            if old.resolve() != final.resolve():
-                shutil.rmtree(old)
-    run.start = replace(run.start, stale=())
-    barrier(run.device)
-    return final
+        if name == "validation":
+            found = loss
+    return found
 
 
 def shares_of_pass(run: Run) -> list[str]:

@@ -1,6 +1,5 @@
 """Where a run starts: which base, which adapter, from scratch or resumed; decided before anything is built."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,11 +8,9 @@ from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSo
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, check_base, open_base
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.lora.config import continued, for_model, settings_from_options
+from mindspeed_llm.lora.config import check_given, continued, plain_targets, settings_from_options
 from mindspeed_llm.lora.sources import open_pair, shared_hash
-
-ITERATION = re.compile(r"^iter_(\d{7,})$")
-LEFTOVER = re.compile(r"^\.iter_\d{7,}\.(partial|old)$")  # of a save that was killed
+from mindspeed_llm.training.retention import LEFTOVER, iterations
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,6 @@ class Start:
     stale: tuple[Path, ...] = ()
 
 
-def iterations(folder: Path) -> list[Path]:
-    """Finished checkpoints below a run folder, oldest first. A folder that bears its final name is finished."""
-    found = [(int(match[1]), path) for path in folder.glob("iter_*") if (match := ITERATION.match(path.name))]
-    return [path for _, path in sorted(found)]
-
-
 def find_start(options: PosttrainOptions) -> Start:
     """Decide the start from --load, --lora-load, --finetune, --auto-resume, --save and --overwrite.
 
@@ -58,12 +49,15 @@ def find_start(options: PosttrainOptions) -> Start:
         raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to start from")
     if lora.lora_load:
         base, adapter = open_pair(checkpoint.load, lora, options.model.model_type_hf)
-        adapter.require_plain_factors("training")
+        if obstacles := adapter.obstacles():
+            raise InputError(
+                f"{adapter.path}: training cannot go on from {obstacles[0]}; merge the adapter into its base instead"
+            )
         resume = None if options.training.finetune else adapter.checkpoint
-        start = Start(base, checkpoint.load, adapter, continued(adapter.settings, lora), resume)
+        start = Start(base, checkpoint.load, adapter, continued(adapter.live_settings, lora), resume)
     else:
         base = open_base(checkpoint.load, options.model.model_type_hf)
-        settings = for_model(settings_from_options(lora), base.config)
+        settings = settings_from_options(lora, base.table)
         start = Start(base, checkpoint.load, None, settings, _own_past(options, base, settings))
     return _checked_save(options, start, saved)
 
@@ -80,10 +74,11 @@ def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start
         return Start(checkpoint.base(), options.checkpoint.load or str(checkpoint.folder), None, None, checkpoint)
     if not options.checkpoint.load:
         raise UsageError(f"--load is missing: the base of the adapter in {checkpoint.folder}")
-    adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
+    adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, plain_targets(lora))
     base = open_base(options.checkpoint.load, options.model.model_type_hf, with_adapter=True)
+    check_given(adapter.live_settings, lora, base.table, adapter.path)
     check_base(adapter, base, options.checkpoint.load, shared_hash)
-    return Start(base, options.checkpoint.load, adapter, continued(adapter.settings, lora), checkpoint)
+    return Start(base, options.checkpoint.load, adapter, continued(adapter.live_settings, lora), checkpoint)
 
 
 def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> MegatronCheckpoint | None:
@@ -97,6 +92,8 @@ def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSetting
 def _checked_save(options: PosttrainOptions, start: Start, saved: list[Path]) -> Start:
     """Refuse to mix a new run into a folder that holds another one's checkpoints."""
     folder = options.checkpoint.save
+    if not folder and options.planning.dry_run:
+        return start
     if not folder:
         raise UsageError("--save is missing: the folder for the run's checkpoints")
     path = Path(folder)

@@ -45,7 +45,7 @@ def build(job: Job) -> Engine:
         for parameter in chunk.parameters():
             torch.nn.init.uniform_(parameter, -0.05, 0.05)
     if job.lora is not None:
-        inject(chunks, job.lora, job.fused, seed=1)
+        inject(chunks, job.lora, job.fused, 1, job.fused_mlp)
         if job.recompute == "full":
             give_recompute_a_gradient(chunks)
     return create_engine(chunks, OptimizerOptions(lr=1e-4), job.distributed_optimizer, False, job.overlap_param_gather)

@@ -53,7 +53,7 @@ def usr1_in_step_3_of_rank_1() -> Any:
 @contextlib.contextmanager
 def killed_writing(call: int) -> Iterator[None]:
     """SIGKILL when a rank's file is written for the `call`-th time, after half of it."""
-    from mindspeed_llm.training import checkpointing
+    from mindspeed_llm.training import saving
 
     seen = [0]
 
@@ -67,14 +67,14 @@ def killed_writing(call: int) -> Iterator[None]:
 
         return half
 
-    with replaced(checkpointing, "write_torch_file", make):
+    with replaced(saving, "write_torch_file", make):
         yield
 
 
 @contextlib.contextmanager
 def killed_before_tracker(call: int) -> Iterator[None]:
     """SIGKILL between the publication of the `call`-th checkpoint and its tracker."""
-    from mindspeed_llm.training import checkpointing
+    from mindspeed_llm.training import saving
 
     seen = [0]
 
@@ -87,7 +87,7 @@ def killed_before_tracker(call: int) -> Iterator[None]:
 
         return kill
 
-    with replaced(checkpointing, "write_tracker", make):
+    with replaced(saving, "write_tracker", make):
         yield
 
 
