@@ -120,9 +120,17 @@ class StepFlops:
     Args:
         settings: of the adapter; None in full tuning.
         recompute: "full", "selective" or None.
+        reference: the base computes the same tokens once more, forward only, as preferences need.
     """
 
-    def __init__(self, model: ModelConfig, settings: LoraSettings | None, recompute: str | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        settings: LoraSettings | None,
+        recompute: str | None = None,
+        reference: bool = False,
+    ) -> None:
+        self.reference = reference
         self.model, self.trains_head = model, settings is None or settings.saves("output_layer")
         self.layers = self.adapters = 0  # FLOPs per token
         self.core: list[int] = []  # of each layer, how often its attention's forward operations are spent
@@ -138,12 +146,12 @@ class StepFlops:
         for stage in range(MLP_OUT + 1):
             adapted = False
             if stage == OUT:
-                self.core.append(1 + 2 * needed + (recompute is not None))
+                self.core.append(1 + 2 * needed + (recompute is not None) + self.reference)
             for one in (p for p in products if p.stage == stage):
                 module = f"decoder.layers.{layer}.{one.name}"
                 whole = settings is None or settings.saves(module)
                 adapted = adapted or whole
-                self.layers += (2 + again + 2 * needed + 2 * whole) * one.elements
+                self.layers += (2 + again + 2 * needed + 2 * whole + 2 * self.reference) * one.elements
                 if settings is not None and settings.adapts(module):
                     adapted, rank = True, settings.rank(module)
                     narrow, wide = rank * one.fan_in * one.times, rank * one.fan_out * one.times
@@ -158,8 +166,9 @@ class StepFlops:
             trained: tokens among them that have a label.
         """
         tokens = sum(lengths)
-        head = (6 if self.trains_head else 4) * self.model.vocab_size * self.model.hidden_size * trained
-        attention = sum(times * self._scores(layer, lengths) for layer, times in enumerate(self.core))
+        times = 4 + 2 * self.trains_head + 2 * self.reference
+        head = times * self.model.vocab_size * self.model.hidden_size * trained
+        attention = sum(core * self._scores(layer, lengths) for layer, core in enumerate(self.core))
         return Cost(self.layers * tokens, self.adapters * tokens, head, attention)
 
     def _scores(self, layer: int, lengths: list[int]) -> float:

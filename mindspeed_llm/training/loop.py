@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
+from mindspeed_llm.lora.config import described
 from mindspeed_llm.training import advice
 from mindspeed_llm.training.engine import StepResult, evaluate, train_step
 from mindspeed_llm.training.report import Report, say
@@ -198,9 +199,26 @@ def wasted(run: Run) -> list[str]:
     layout, sampler, data = run.metadata.layout, run.feed.sampler, run.options.data
     replicas = parallel_state.get_data_parallel_world_size()
     lines = advice.pipeline_advice(layout.pp, layout.vp, sampler.num_microbatches, sampler.micro_batch_size, replicas)
-    if data.no_pad_to_seq_lengths or data.lays_out_flat:
+    if data.no_pad_to_seq_lengths or data.lays_out_flat or run.options.prefers:
         return lines
     return lines + advice.padding_advice(run.feed.source.lengths, data.seq_length)
+
+
+def preference_lines(run: Run) -> list[str]:
+    """What is learnt from pairs, and from which reference; nothing in other stages."""
+    chosen = run.options.preference
+    if not run.options.prefers:
+        return []
+    terms = [f"{chosen.dpo_loss_type} loss, beta {chosen.dpo_beta:g}"]
+    terms += [f"label smoothing {chosen.dpo_label_smoothing:g}"] if chosen.dpo_label_smoothing else []
+    terms += [f"SFT term {chosen.pref_ftx:g}"] if chosen.pref_ftx else []
+    lines = [f"DPO: {', '.join(terms)}; the reference is {run.start.base_path} without adapter"]
+    if run.start.adapter is not None and run.start.resume is None:
+        lines.append(
+            f"note: the adapter {run.options.lora.lora_load} is trained on but is no part of the reference; to prefer "
+            "over the tuned model, merge it with convert_ckpt.py and give the result to --load"
+        )
+    return lines
 
 
 def announcement(run: Run) -> list[str]:
@@ -208,23 +226,20 @@ def announcement(run: Run) -> list[str]:
     world = torch.distributed.get_world_size()
     layout, settings = run.metadata.layout, run.start.settings
     parameters = sum(p.numel() for chunk in run.engine.chunks for p in chunk.parameters() if p.requires_grad)
-    what = (
-        "full tuning"
-        if settings is None
-        else (
-            f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(settings.target_modules)}"
-            f"{' (fused)' if run.options.lora.lora_fusion else ''}"
-        )
-    )
+    what = "full tuning"
+    if settings is not None:
+        what = described(settings, run.options.lora.lora_fusion, run.options.training.dtype_name)
     source = run.feed.source
     pieces = parallel_state.get_context_parallel_world_size()
     context = f" CP{pieces}" if pieces > 1 else ""
+    noun, tokens = ("pairs", "") if run.options.prefers else ("rows", f", {int(source.lengths.sum()):,} tokens")
     lines = [
         f"{what}: {parameters:,} trainable parameters on this rank, {run.metadata.model.dtype}, {run.device.name}",
         f"{layout}{context} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; "
         f"base {run.start.base_path}",
-        f"{len(source):,} training rows, {int(source.lengths.sum()):,} tokens; {run.train_iters} steps of "
-        f"{run.global_batch_size} rows = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
+        *preference_lines(run),
+        f"{len(source):,} training {noun}{tokens}; {run.train_iters} steps of "
+        f"{run.global_batch_size} {noun} = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
         *shares_of_pass(run),
         *run.rows.notes,
         *changed_order(run),

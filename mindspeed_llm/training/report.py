@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class StepRecord:
         skipped, nan: steps without an update so far, and those among them without a finite loss.
         memory: peak megabytes of this process (device memory; resident memory on a CPU).
         load_balancing_loss: of the last step, its coefficient aside; None where none is asked for.
+        preferences: means over steps of `training.preference.FIGURES`; empty without preferences.
         tokens, trained_tokens: read, padding included, and with a label, over all processes.
         teraflops: executed per device, see `training.flops`.
         ceiling: those as a share of the measured ceiling; None where it was not measured.
@@ -48,6 +49,7 @@ class StepRecord:
     skipped: int
     nan: int
     load_balancing_loss: float | None = None
+    preferences: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     trained_tokens: int = 0
     teraflops: float = 0.0
@@ -59,6 +61,7 @@ class StepRecord:
         """Its fields; what is not finite becomes None, what is not asked for is left out."""
         optional = ("load_balancing_loss", "ceiling")
         values = {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
+        values |= values.pop("preferences")
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
@@ -80,6 +83,9 @@ def averaged(records: Sequence[StepRecord]) -> StepRecord:
         tokens_per_second=share(sum(r.tokens for r in records)),
         teraflops=rate,
         ceiling=ceiling,
+        preferences={
+            name: sum(r.preferences[name] for r in records) / len(records) for name in records[-1].preferences
+        },
     )
 
 
@@ -88,6 +94,7 @@ def log_line(record: StepRecord, train_iters: int, global_batch_size: int, now: 
     left = (train_iters - record.iteration) * record.milliseconds / 1000
     balance = record.load_balancing_loss
     balance_text = f" load_balancing_loss: {balance:.6E} |" if balance is not None else ""
+    preferences = "".join(f" {name}: {value:.6E} |" for name, value in record.preferences.items())
     throughput = f" throughput per GPU (TFLOP/s/GPU): {teraflops:.1f} |" if teraflops is not None else ""
     ceiling = f" of the measured ceiling (%): {100 * record.ceiling:.1f} |" if record.ceiling is not None else ""
     return (
@@ -100,6 +107,7 @@ def log_line(record: StepRecord, train_iters: int, global_batch_size: int, now: 
         f" global batch size: {global_batch_size:5d} |"
         f" lm loss: {record.loss:.6E} |"
         f"{balance_text}"
+        f"{preferences}"
         f" loss scale: {1.0:.1f} |"
         f" grad norm: {record.grad_norm:.3f} |"
         f" number of skipped iterations: {record.skipped:3d} |"
@@ -178,7 +186,7 @@ class Report:
         self._print(line)
         if self.bar is not None:
             self.bar.update(record.iteration - self.bar.n)
-        followed = {key: value for key, value in record.to_json().items() if key in NAMES}
+        followed = {key: value for key, value in record.to_json().items() if key in (*NAMES, *record.preferences)}
         tell(self.trackers, record.iteration, followed, self.warn)
 
     def _print(self, line: str) -> None:

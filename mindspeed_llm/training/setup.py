@@ -32,6 +32,7 @@ from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
 from mindspeed_llm.training.layout_rules import length_parts, training_layout
 from mindspeed_llm.training.planned import check_memory, job_of, lengths_of
+from mindspeed_llm.training.preference import Preference
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.retention import best_checkpoint, remove_leftovers
 from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
@@ -111,6 +112,7 @@ def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptio
 def prepare(options: PosttrainOptions, device: Device) -> Run:
     """Build the run; everything that can be refused is refused before the model is built."""
     start = find_start(options)
+    check_reference(options, start)
     if torch.distributed.get_rank() == 0:
         for name in remove_leftovers(Path(options.checkpoint.save or "")):
             say(f"removed {name}, which a killed run left in {options.checkpoint.save}")
@@ -153,6 +155,22 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     return run
 
 
+def check_reference(options: PosttrainOptions, start: Start) -> None:
+    """Refuse preferences without an adapter: with it off, the base is what they are compared with; `UsageError`."""
+    if not options.prefers:
+        return
+    if start.settings is None:
+        raise UsageError(
+            "--stage dpo compares with the base model, which full tuning changes; tune an adapter with "
+            "--lora-target-modules"
+        )
+    if whole := start.settings.modules_to_save:
+        raise UsageError(
+            f"--stage dpo compares with the base model, and {' '.join(whole)} would be trained whole; leave "
+            "--lora-modules-to-save out"
+        )
+
+
 def seed_everything(seed: int) -> None:
     """Seed the generators outside megatron-core's reach."""
     random.seed(seed)
@@ -188,7 +206,7 @@ def feeds(
     training, data = options.training, options.data
     multiple = length_multiple(data, length_parts(options))
     place = device.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
-    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer))
+    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer), options.prefers)
     ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     sizes = (training.micro_batch_size, *ranks, micro_batches)
     parts = rows.parts
@@ -265,7 +283,7 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
     cut = options.parallel
     return create_engine(
         chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather,
-        options.lora.loraplus_lr_ratio,
+        options.lora.loraplus_lr_ratio, Preference.of(options.preference) if options.prefers else None,
     )  # fmt: skip
 
 

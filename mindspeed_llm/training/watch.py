@@ -84,7 +84,9 @@ class Watch:
         """
         options = run.options.logging
         self.run, self.report = run, report
-        self.flops = StepFlops(run.metadata.model, run.start.settings, run.options.training.recompute_granularity)
+        self.flops = StepFlops(
+            run.metadata.model, run.start.settings, run.options.training.recompute_granularity, run.options.prefers
+        )
         self.oddities = Oddities(options.spike_threshold)
         self.since_line: list[StepRecord] = []
         self.first_line = True
@@ -179,6 +181,7 @@ class Watch:
             skipped=done.skipped,
             nan=done.nan,
             load_balancing_loss=result.balance,
+            preferences=result.figures or {},
             tokens=sum(lengths) * replicas,
             trained_tokens=result.tokens,
             teraflops=teraflops,

@@ -12,6 +12,7 @@ import pytest
 
 from tests.fixtures import data, done, hf_model, launch, losses, make_hf, records, refused, training
 from tests.training import faults
+from tests.training.test_experts import moe_model
 
 WHOLE = ("--pad-to-multiple-of", 64)  # every row is padded to --seq-length
 SHORT = ("--lr-warmup-iters", 0)
@@ -25,12 +26,13 @@ def folder(tmp_path: Path) -> Path:
     ("lora", "more"),
     [(True, ()), (True, ("--recompute-granularity", "full", "--recompute-method", "uniform",
                          "--recompute-num-layers", 1)), (False, ()),
-     (True, ("--lora-target-modules", "linear_fc2"))],
-    ids=["lora", "recompute", "full", "fc2"],
+     (True, ("--lora-target-modules", "linear_fc2")), (True, (moe_model, "--moe-aux-loss-coeff", 0.0))],
+    ids=["lora", "recompute", "full", "fc2", "experts"],
 )  # fmt: skip
 def test_the_flops_told_are_those_torchs_own_counter_sees(lora: bool, more: tuple[Any, ...], tmp_path: Path) -> None:
     counts = tmp_path / "counts.json"
     around = functools.partial(faults.counted_flops, str(counts))
+    more = tuple(word for one in more for word in (("--load", one()) if callable(one) else (one,)))
     argv = training(tmp_path / "run", *WHOLE, *SHORT, *more, lora=lora, steps=1)
     done(launch(1, "posttrain_gpt.py", argv, around=around))
     counted = json.loads(counts.read_text())
