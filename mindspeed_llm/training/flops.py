@@ -133,7 +133,8 @@ class StepFlops:
         self.reference = reference
         self.model, self.trains_head = model, settings is None or settings.saves("output_layer")
         self.layers = self.adapters = 0  # FLOPs per token
-        self.core: list[int] = []  # of each layer, how often its attention's forward operations are spent
+        # window (None: all keys) -> how often the forward operations of an attention with it are spent, over the layers
+        self.core: dict[int | None, int] = {}
         # whether the input of what comes next needs a gradient; full recomputation gives the embedding's output one
         needed = settings is None or recompute == "full"
         for layer in range(model.num_layers):
@@ -146,7 +147,8 @@ class StepFlops:
         for stage in range(MLP_OUT + 1):
             adapted = False
             if stage == OUT:
-                self.core.append(1 + 2 * needed + (recompute is not None) + self.reference)
+                window, times = self._window(layer), 1 + 2 * needed + (recompute is not None) + self.reference
+                self.core[window] = self.core.get(window, 0) + times
             for one in (p for p in products if p.stage == stage):
                 module = f"decoder.layers.{layer}.{one.name}"
                 whole = settings is None or settings.saves(module)
@@ -168,17 +170,20 @@ class StepFlops:
         tokens = sum(lengths)
         times = 4 + 2 * self.trains_head + 2 * self.reference
         head = times * self.model.vocab_size * self.model.hidden_size * trained
-        attention = sum(core * self._scores(layer, lengths) for layer, core in enumerate(self.core))
+        attention = sum(times * self._scores(window, lengths) for window, times in self.core.items())
         return Cost(self.layers * tokens, self.adapters * tokens, head, attention)
 
-    def _scores(self, layer: int, lengths: list[int]) -> float:
+    def _window(self, layer: int) -> int | None:
+        """Keys that a layer's attention sees at most; None for all."""
+        types = self.model.layer_types
+        return self.model.sliding_window if types and types[layer] == "sliding_attention" else None
+
+    def _scores(self, window: int | None, lengths: list[int]) -> float:
         """FLOPs of one layer's attention forward: scores and values, of the keys that the mask admits."""
         model = self.model
         widths = 2 * model.kv_channels
         if model.multi_latent_attention:
             widths = model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim
-        sliding = bool(model.layer_types) and model.layer_types[layer] == "sliding_attention"
-        window = model.sliding_window if sliding else None
         return 2.0 * model.num_attention_heads * widths * sum(visible(length, window) for length in lengths)
 
 
