@@ -85,15 +85,9 @@ def attention_products(model: ModelConfig) -> list[Product]:
     ]
 
 
-def matmul_parameters(model: ModelConfig) -> int:
-    """Elements of the weights a token is multiplied with: layers (its experts alone) and output layer."""
-    layers = sum(one.elements for n in range(model.num_layers) for one in layer_products(model, n))
-    return layers + model.vocab_size * model.hidden_size
-
-
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a step by kind, forward and backward together; sums add up."""
+    """FLOPs of a step by kind, forward and backward together."""
 
     layers: float = 0.0
     adapters: float = 0.0
@@ -104,14 +98,6 @@ class Cost:
     def total(self) -> float:
         """All of them."""
         return self.layers + self.adapters + self.head + self.attention
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.layers + other.layers,
-            self.adapters + other.adapters,
-            self.head + other.head,
-            self.attention + other.attention,
-        )
 
 
 class StepFlops:
