@@ -43,7 +43,7 @@ def memory(job: Job, sums: ModelWeights, pp_rank: int) -> Memory:
     base, adapter = held(pieces, job.layout, False), held(pieces, job.layout, True)
     trained = base if job.lora is None else adapter
     state, update = optimizer(job, trained)
-    acts, buffers = round(step_activations(job, pp_rank, base)), communication(job, pp_rank)
+    acts, buffers = round(step_activations(job, pp_rank)), communication(job, pp_rank)
     scratch = trained.total * FULL_PRECISION + round(activations.rotary(job)) if copies_gradients(job) else 0
     static = base.total * job.element + adapter.total * job.element + trained.total * FULL_PRECISION + state
     return Memory(
@@ -84,7 +84,7 @@ def copies_gradients(job: Job) -> bool:
     return job.distributed_optimizer and job.replicas * job.context > 1 and not job.accelerator
 
 
-def step_activations(job: Job, pp_rank: int, base: Held) -> float:
+def step_activations(job: Job, pp_rank: int) -> float:
     """Peak activations of a stage: in the head's forward pass, in a layer's backward pass, or for the embedding."""
     layers, layout = activations.Layers(job), job.layout
     passes = chunk_passes(job, pp_rank)
@@ -100,7 +100,7 @@ def step_activations(job: Job, pp_rank: int, base: Held) -> float:
     if last:
         peak = max(peak, kept + activations.head(job))
     if job.lora is None:
-        peak = max(peak, kept, *weight_gradients(job, kept, working, base, first, last))
+        peak = max(peak, kept, *weight_gradients(job, kept, working, first, last))
     return peak + activations.rotary(job)
 
 
@@ -129,11 +129,12 @@ def recomputed(job: Job, layers: activations.Layers, numbers: list[int]) -> floa
     return max(sum(kept[start : start + group]) for start in range(0, len(kept), group))
 
 
-def weight_gradients(job: Job, kept: float, working: float, base: Held, first: bool, last: bool) -> list[float]:
+def weight_gradients(job: Job, kept: float, working: float, first: bool, last: bool) -> list[float]:
     """Moments of full tuning at which a weight's gradient stands beside its place in the buffer.
 
-    The largest layer's beside the activations; the embedding's at the end, where nothing else is left: twice (looked
-    up, and added), and three times where the output layer is tied to it on the same stage, whose own gradient waits
+    The largest layer's beside the activations, less what the MLP has given back by then (gate, up and what was made of
+    them, but for their gradient); the embedding's at the end, where nothing else is left: twice (looked up, and added),
+    and three times where the output layer is tied to it on the same stage, whose own gradient waits
     during the whole backward pass.
     """
     model, layout, e = job.model, job.layout, job.element
@@ -141,7 +142,8 @@ def weight_gradients(job: Job, kept: float, working: float, base: Held, first: b
     tied = first and last and model.tie_word_embeddings
     waiting = table if tied else 0
     largest = largest_of_layers(job) * e
-    moments = [kept + waiting + max(working, largest)]
+    given_back = 3 * job.tokens * model.ffn_hidden_size / layout.tp * e if not model.num_experts else 0
+    moments = [kept + waiting + max(working, largest - given_back)]
     if first:
         moments.append((3 if tied else 2) * table)
     if last:
