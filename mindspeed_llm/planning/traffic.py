@@ -99,6 +99,8 @@ def layer_tensor_traffic(job: Job, layer: int, forwards: int) -> float:
         total += (forwards + 1) * regions * 2 * job.tokens * job.lora.r * job.element * share(t)
     elif job.sp > 1:
         total += regions * volume
+    if needs_no_input_gradient(job, layer):
+        total -= volume * (1 if job.sp > 1 else 2)
     if model.has("moe", layer) and job.layout.etp > 1:
         gathered = expert_pairs(job) * model.hidden_size * job.element
         total += 2 * (forwards + 1) * gathered * share(job.layout.etp)
@@ -110,13 +112,26 @@ def layer_flops(job: Job, sums: ModelWeights, layer: int, forwards: float) -> fl
 
     A frozen weight costs as much backward as forward, a trained one twice that; attention (causal) twice.
     """
-    model, n = job.model, job.tokens
-    pairs = expert_pairs(job) if model.has("moe", layer) else 0.0
-    frozen, trained = products(sums.layers[layer], job, n, pairs)
+    pairs = expert_pairs(job) if job.model.has("moe", layer) else 0.0
+    frozen, trained = products(sums.layers[layer], job, job.tokens, pairs)
+    total = frozen * (forwards + 1) + trained * (forwards + 2) + attention_flops(job, layer) * (forwards + 2)
+    if needs_no_input_gradient(job, layer):
+        width = (job.model.num_attention_heads + 2 * job.model.num_query_groups) * job.model.kv_channels
+        total -= 2.0 * job.tokens * width * job.model.hidden_size / job.layout.tp
+    return total
+
+
+def attention_flops(job: Job, layer: int) -> float:
+    """Operations of scores and values of one forward pass on a rank."""
+    model = job.model
     width = model.num_attention_heads * (model.v_head_dim if model.multi_latent_attention else model.kv_channels)
     seen = min(job.length / 2, model.window(layer) or job.length)
-    attention = 4 * n * seen * width / job.layout.tp
-    return frozen * (forwards + 1) + trained * (forwards + 2) + attention * (forwards + 2)
+    return 4 * job.tokens * seen * width / job.layout.tp
+
+
+def needs_no_input_gradient(job: Job, layer: int) -> bool:
+    """Whether nothing is trained before a layer's first projection; full recomputation asks for a gradient there."""
+    return layer == 0 and job.lora is not None and job.recompute != "full" and not job.model.multi_latent_attention
 
 
 def products(pieces: Pieces, job: Job, tokens: float, pairs: float) -> tuple[float, float]:

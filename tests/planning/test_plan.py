@@ -14,8 +14,8 @@ from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.tables import WeightTable
+from mindspeed_llm.device.cards import CARDS, GIB, card
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.planning.cards import CARDS, GIB, card
 from mindspeed_llm.planning.estimate import fullest
 from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.propose import flags, propose

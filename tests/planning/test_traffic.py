@@ -1,8 +1,10 @@
 """Predicted messages and operations equal those a step was seen to make."""
 
+from dataclasses import replace
+
 import pytest
 
-from mindspeed_llm.planning.cards import card
+from mindspeed_llm.device.cards import card
 from mindspeed_llm.planning.estimate import estimate
 from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.schedule import bubble
@@ -34,12 +36,12 @@ def test_bytes_sent_are_predicted_within_15_percent_for_every_group(name: str) -
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in JOBS if name != "EP2"])
-def test_operations_of_products_are_predicted_within_10_percent(name: str) -> None:
-    """Attention, which torch's counter does not know on CPUs, is 1 to 5 % of these."""
-    one = JOBS[name]
+def test_operations_of_products_are_predicted_within_5_percent(name: str) -> None:
+    """Without attention, which torch's counter does not know on CPUs."""
+    one = replace(JOBS[name], length=1, micro_batch=JOBS[name].tokens)
     for result in measured(name):
         flops = micro_batch_work(one, ModelWeights(one.model, one.lora), result["stage"]).flops * one.micro_batches
-        assert abs(flops - result["flops"]) <= 0.1 * result["flops"]
+        assert abs(flops - result["flops"]) <= 0.05 * result["flops"]
 
 
 def test_the_time_of_a_step_is_work_over_rate_and_bytes_over_links() -> None:
