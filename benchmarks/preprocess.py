@@ -1,7 +1,7 @@
 """Preprocessing beside its limit: `preprocess_data.py` all in, the tokenizer library alone, and datasets.map.
 
-    python benchmarks/preprocess.py [--rows 20000] [--rounds 3] [--large 2000000] [--pack] [--write]
-    python benchmarks/preprocess.py --given alpaca20k.jsonl TOKENIZER_FOLDER
+    python benchmarks/preprocess.py [--rows 20000] [--wide-rows 100000] [--rounds 3] [--large N] [--pack] [--write]
+    python benchmarks/preprocess.py --given alpaca20k.jsonl TOKENIZER_FOLDER --inputs wide
 
 Two inputs, made by a seed: `short`, twenty sentences in two languages mixed to Alpaca-like rows, with a small BPE
 vocabulary; and `wide`, rows of 250,000 distinct words with a BPE vocabulary of 150,000 entries. For each, in rounds so
@@ -268,8 +268,9 @@ def main() -> int:
     """Measure, print, and with `--write` add to results.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--wide-rows", type=int, default=100_000, help="rows of `wide`: fewer hold more new words each")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--inputs", nargs="+", default=["short", "wide"], choices=["short", "wide"])
+    parser.add_argument("--inputs", nargs="*", default=["short", "wide"], choices=["short", "wide"])
     parser.add_argument("--given", nargs=2, type=Path, metavar=("ROWS", "TOKENIZER"), help="an input of your own")
     parser.add_argument("--large", type=int, default=0)
     parser.add_argument("--pack", action="store_true")
@@ -283,11 +284,11 @@ def main() -> int:
         "| input | limit rows/s (batch) | ours rows/s | share | datasets.map x2 | ours / peer | start s | peak MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in ["given"] if given.given else given.inputs:
-        if given.given:
+    for name in (["given"] if given.given else []) + given.inputs:
+        if name == "given":
             pair = (given.given[0], given.given[1])
         else:
-            pair = prepare(given.work, name, given.rows)
+            pair = prepare(given.work, name, given.rows if name == "short" else given.wide_rows)
         m = measure(given.work, name, *pair, given.rounds)
         lines.append(
             f"| {pair[0].name}, {m['rows']:,} rows | {m['limit']:,.0f} ({m['batch']}) | {m['ours']:,.0f} | "

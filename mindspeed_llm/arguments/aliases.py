@@ -10,6 +10,15 @@ ALIASES: dict[str, str] = {
     "cp": "context_parallel_size",
     "ep": "expert_model_parallel_size",
     "lora_rank": "lora_r",
+    "target_modules": "lora_target_modules",
+    "target_regex": "lora_target_modules",
+    "exclude_modules": "lora_exclude_modules",
+    "layers_to_transform": "lora_layers",
+    "rank_pattern": "lora_rank_pattern",
+    "alpha_pattern": "lora_alpha_pattern",
+    "modules_to_save": "lora_modules_to_save",
+    "lorap_lr_ratio": "loraplus_lr_ratio",
+    "init_lora_weights": "lora_init",
     # Megatron's own earlier names
     "model_parallel_size": "tensor_model_parallel_size",
     "batch_size": "micro_batch_size",
@@ -39,6 +48,15 @@ ALIASES_BY_SCRIPT: dict[str, dict[str, str]] = {
         "data_cache_path": "data_cache_dir",
         "group_by_length": "length_grouping",
         "dataloader_num_workers": "num_workers",
+        # preferences, as ms-swift and TRL, and as LLaMA-Factory name them
+        "rlhf_type": "stage",
+        "beta": "dpo_beta",
+        "loss_type": "dpo_loss_type",
+        "label_smoothing": "dpo_label_smoothing",
+        "pref_beta": "dpo_beta",
+        "pref_loss": "dpo_loss_type",
+        "save_steps": "save_interval",
+        "early_stop_interval": "early_stopping_patience",
     },
 }
 

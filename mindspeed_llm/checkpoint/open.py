@@ -8,18 +8,21 @@ from mindspeed_llm.checkpoint.adapters.import_ import open_peft
 from mindspeed_llm.checkpoint.adapters.peft_folder import is_peft
 from mindspeed_llm.checkpoint.adapters.settings import module_entries, resolve_targets, settings_of, short_targets
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
+from mindspeed_llm.checkpoint.adapters.stored import show_stored
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource
 from mindspeed_llm.checkpoint.formats.run_folder import is_megatron
 from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
+from mindspeed_llm.checkpoint.formats.torch_dist_run import DistCheckpoint
 from mindspeed_llm.checkpoint.metadata import BaseRecord
 from mindspeed_llm.checkpoint.tables import LORA_NAME
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
 
 BaseSource = HFSource | ShardedSource | TorchDistSource
+TrainingCheckpoint = MegatronCheckpoint | DistCheckpoint
 
 
 def open_base(
@@ -39,19 +42,34 @@ def open_base(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give an HF model folder or a Megatron checkpoint")
     if is_torch_dist(folder):
-        return TorchDistSource(folder, config, family_name)
+        source = TorchDistSource(folder, config, family_name)
+        if source.lora_names and not with_adapter:
+            raise beside_base(folder)
+        return source
     if is_megatron(folder):
         checkpoint = MegatronCheckpoint(folder, family_name, config)
         if checkpoint.lora_names and not checkpoint.missing_base and not with_adapter:
-            raise InputError(
-                f"{folder}: holds LoRA weights beside the base; give it as --lora-load too, or merge it first"
-            )
+            raise beside_base(folder)
         return checkpoint.base()
     if (folder / "config.json").is_file():
         return HFSource(folder)
     raise InputError(
         f"{folder}: no model: neither a config.json nor a Megatron checkpoint's tracker or mp_rank_* folders"
     )
+
+
+def beside_base(folder: Path) -> InputError:
+    """What is wrong with taking a checkpoint of a base and its adapter for a base."""
+    return InputError(f"{folder}: holds LoRA weights beside the base; give it as --lora-load too, or merge it first")
+
+
+def open_checkpoint(path: str | Path, family_name: str | None = None) -> TrainingCheckpoint:
+    """A checkpoint with all that training saved in it, in either format.
+
+    Args:
+        family_name: `--model-type-hf`, for checkpoints that do not say their family.
+    """
+    return DistCheckpoint(path) if is_torch_dist(path) else MegatronCheckpoint(path, family_name)
 
 
 def open_lora(
@@ -77,7 +95,7 @@ def open_lora(
         UsageError: a flag contradicts the adapter.
     """
     if not is_peft(path):
-        return adapter_of(MegatronCheckpoint(path, family_name), r, alpha, target_modules)
+        return adapter_of(open_checkpoint(path, family_name), r, alpha, target_modules)
     if base is None:
         raise InputError(f"{path}: a PEFT adapter does not describe its base; open the base first and give it too")
     lora = open_peft(path, base)
@@ -86,13 +104,13 @@ def open_lora(
 
 
 def adapter_of(
-    checkpoint: MegatronCheckpoint,
+    checkpoint: TrainingCheckpoint,
     r: int | None = None,
     alpha: float | None = None,
     target_modules: Sequence[str] | None = None,
 ) -> LoraSource:
     """The adapter of an opened checkpoint; see `open_lora`."""
-    tensors = checkpoint.lora()
+    tensors = checkpoint.lora(checkpoint.metadata.lora if checkpoint.metadata else None)
     ranks = stored_ranks(tensors)
     metadata = checkpoint.metadata
     settings = metadata.lora if metadata else None
@@ -110,14 +128,14 @@ def adapter_of(
     base = metadata.base if metadata else None
     if base is None and not checkpoint.missing_base:
         base = BaseRecord(str(checkpoint.folder), content_hash(checkpoint.base()))
-    lora = LoraSource(tensors, settings, base, metadata, checkpoint)
+    lora = show_stored(LoraSource(tensors, settings, base, metadata, checkpoint))
     check_flags(lora, r, alpha, target_modules)
     return lora
 
 
 def check_flags(lora: LoraSource, r: int | None, alpha: float | None, target_modules: Sequence[str] | None) -> None:
     """`UsageError` when flags contradict the adapter. Targets may be named as megatron-core or as HF names them."""
-    settings, table = lora.settings, lora.tensors.table
+    settings, table = lora.live_settings, lora.tensors.table
     wrong = [
         f"{flag} says {given:g}, the adapter says {value:g}"
         for flag, given, value in (("--lora-r", r, settings.r), ("--lora-alpha", alpha, settings.alpha))
@@ -143,9 +161,10 @@ def stored_ranks(tensors: TensorSource) -> dict[str, int]:
     ranks: dict[str, dict[str, int]] = {}
     for name in tensors.names():
         match = LORA_NAME.match(name)
-        shape = tensors.shape(name)
-        rank = shape[0] if match["factor"] == "lora_A" else shape[1]
-        ranks.setdefault(match["module"], {})[match["factor"]] = rank
+        if match and match["factor"] in ("lora_A", "lora_B"):
+            shape = tensors.shape(name)
+            rank = shape[0] if match["factor"] == "lora_A" else shape[1]
+            ranks.setdefault(match["module"], {})[match["factor"]] = rank
     for module, own in ranks.items():
         if len(own) != 2:
             raise InputError(f"{tensors.path}: {module} has only one of lora_A and lora_B; the checkpoint is damaged")

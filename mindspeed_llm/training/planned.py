@@ -11,11 +11,12 @@ from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import open_base
 from mindspeed_llm.checkpoint.sizes import parse_size
+from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.data.prefixes import Parts, open_parts
 from mindspeed_llm.device import cards
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.lora.config import for_model, settings_from_options
+from mindspeed_llm.lora.config import settings_from_options
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 from mindspeed_llm.planning.estimate import fullest
 from mindspeed_llm.planning.job import Job
@@ -85,7 +86,7 @@ def job_of(
         recompute_layers=training.recompute_num_layers,
         distributed_optimizer=cut.use_distributed_optimizer,
         overlap_param_gather=cut.overlap_param_gather,
-        micro_batch=training.micro_batch_size,
+        micro_batch=training.micro_batch_size * (2 if options.prefers else 1),  # both answers of a pair
         micro_batches=max(1, rows // (training.micro_batch_size * replicas)),
         length=-(-length // parts) * parts,
         accelerator=accelerator,
@@ -123,13 +124,15 @@ def wish_of(options: PosttrainOptions) -> Wish:
         UsageError, InputError: as a run with these options would.
     """
     said, load = options.planning, options.checkpoint.load
+    if options.prefers:
+        raise UsageError("--plan knows --stage sft; for --stage dpo plan that with twice the --micro-batch-size")
     if not load:
         raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to plan for")
     family = options.model.model_type_hf
     described = (Path(load) / "config.json").is_file()
     model = ModelConfig.from_hf(load) if described else open_base(load, family).config
     check_architecture_flags(model, options.model, load)
-    settings = for_model(settings_from_options(options.lora), model)
+    settings = settings_from_options(options.lora, WeightTable(model))
     if options.lora.lora_load:
         raise UsageError("--plan does not read --lora-load; give --lora-target-modules and --lora-r instead")
     data = options.data

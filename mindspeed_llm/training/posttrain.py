@@ -25,9 +25,11 @@ def main(argv: list[str]) -> int:
     from mindspeed_llm.training import loop
     from mindspeed_llm.training.report import Report, say
     from mindspeed_llm.training.setup import prepare
+    from mindspeed_llm.training.versions import with_version
 
     parallel.connect(chosen, options.device.distributed_timeout_minutes)
     try:
+        options = with_version(options)
         run = prepare(options, chosen)
         if run.first_rank:
             loop.announce(run)
@@ -55,10 +57,11 @@ def next_command(run: Any) -> str:
     """The command that tries what was trained."""
     options = run.options
     words = ["python", "inference.py"]
+    saved = options.checkpoint.save
     if run.start.settings is None:
-        words += ["--load", options.checkpoint.save]
+        words += ["--load", saved]
     else:
-        words += ["--load", run.start.base_path, "--lora-load", options.checkpoint.save]
+        words += ["--load", run.start.base_path, "--lora-load", saved]
     if options.tokenizer.tokenizer_name_or_path:
         words += ["--tokenizer-name-or-path", options.tokenizer.tokenizer_name_or_path]
     return "next: " + shlex.join(words)

@@ -1,19 +1,25 @@
 """Where a run starts: which base, which adapter, from scratch or resumed; decided before anything is built."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindspeed_llm.arguments.programs import PosttrainOptions
-from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource
+from mindspeed_llm.checkpoint.formats.mcore import ShardedSource
+from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource
 from mindspeed_llm.checkpoint.metadata import LoraSettings
-from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, check_base, open_base
+from mindspeed_llm.checkpoint.open import (
+    BaseSource,
+    LoraSource,
+    TrainingCheckpoint,
+    adapter_of,
+    check_base,
+    open_base,
+    open_checkpoint,
+)
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.lora.config import continued, for_model, settings_from_options
+from mindspeed_llm.lora.config import check_given, continued, plain_targets, settings_from_options
 from mindspeed_llm.lora.sources import open_pair, shared_hash
-
-ITERATION = re.compile(r"^iter_(\d{7,})$")
-LEFTOVER = re.compile(r"^\.iter_\d{7,}\.(partial|old)$")  # of a save that was killed
+from mindspeed_llm.training.retention import LEFTOVER, iterations
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,8 @@ class Start:
     base_path: str
     adapter: LoraSource | None
     settings: LoraSettings | None
-    resume: MegatronCheckpoint | None
+    resume: TrainingCheckpoint | None
     stale: tuple[Path, ...] = ()
-
-
-def iterations(folder: Path) -> list[Path]:
-    """Finished checkpoints below a run folder, oldest first. A folder that bears its final name is finished."""
-    found = [(int(match[1]), path) for path in folder.glob("iter_*") if (match := ITERATION.match(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def find_start(options: PosttrainOptions) -> Start:
@@ -53,22 +53,25 @@ def find_start(options: PosttrainOptions) -> Start:
     checkpoint, lora = options.checkpoint, options.lora
     saved = iterations(Path(checkpoint.save)) if checkpoint.save else []
     if checkpoint.auto_resume and saved:
-        return _resumed(options, MegatronCheckpoint(saved[-1], options.model.model_type_hf))
+        return _resumed(options, open_checkpoint(saved[-1], options.model.model_type_hf))
     if not checkpoint.load:
         raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to start from")
     if lora.lora_load:
         base, adapter = open_pair(checkpoint.load, lora, options.model.model_type_hf)
-        adapter.require_plain_factors("training")
+        if obstacles := adapter.obstacles():
+            raise InputError(
+                f"{adapter.path}: training cannot go on from {obstacles[0]}; merge the adapter into its base instead"
+            )
         resume = None if options.training.finetune else adapter.checkpoint
-        start = Start(base, checkpoint.load, adapter, continued(adapter.settings, lora), resume)
+        start = Start(base, checkpoint.load, adapter, continued(adapter.live_settings, lora), resume)
     else:
         base = open_base(checkpoint.load, options.model.model_type_hf)
-        settings = for_model(settings_from_options(lora), base.config)
+        settings = settings_from_options(lora, base.table)
         start = Start(base, checkpoint.load, None, settings, _own_past(options, base, settings))
     return _checked_save(options, start, saved)
 
 
-def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start:
+def _resumed(options: PosttrainOptions, checkpoint: TrainingCheckpoint) -> Start:
     """The start of a run that continues `checkpoint`, an adapter or a whole model."""
     lora = options.lora
     if not checkpoint.lora_names:
@@ -80,17 +83,20 @@ def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start
         return Start(checkpoint.base(), options.checkpoint.load or str(checkpoint.folder), None, None, checkpoint)
     if not options.checkpoint.load:
         raise UsageError(f"--load is missing: the base of the adapter in {checkpoint.folder}")
-    adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
+    adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, plain_targets(lora))
     base = open_base(options.checkpoint.load, options.model.model_type_hf, with_adapter=True)
+    check_given(adapter.live_settings, lora, base.table, adapter.path)
     check_base(adapter, base, options.checkpoint.load, shared_hash)
-    return Start(base, options.checkpoint.load, adapter, continued(adapter.settings, lora), checkpoint)
+    return Start(base, options.checkpoint.load, adapter, continued(adapter.live_settings, lora), checkpoint)
 
 
-def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> MegatronCheckpoint | None:
+def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> TrainingCheckpoint | None:
     """The checkpoint to continue when full tuning loads what full tuning saved, unless --finetune."""
-    if options.training.finetune or settings is not None or not isinstance(base, ShardedSource):
+    if options.training.finetune or settings is not None or not isinstance(base, ShardedSource | TorchDistSource):
         return None
-    checkpoint = MegatronCheckpoint(base.path, options.model.model_type_hf)
+    if isinstance(base, TorchDistSource) and base.metadata is None:
+        return None  # of another program
+    checkpoint = open_checkpoint(base.path, options.model.model_type_hf)
     return checkpoint if "optimizer" in checkpoint.first else None
 
 
