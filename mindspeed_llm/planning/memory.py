@@ -41,19 +41,20 @@ def memory(job: Job, sums: ModelWeights, pp_rank: int) -> Memory:
     """Peak bytes of a rank of a pipeline stage."""
     pieces = sums.stage(job.layout, pp_rank)
     base, adapter = held(pieces, job.layout, False), held(pieces, job.layout, True)
-    trained = base if job.lora is None else adapter
-    state, update = optimizer(job, trained)
+    whole, factors = held(pieces, job.layout, False, True), held(pieces, job.layout, True, True)
+    state, update = optimizer(job, whole, factors)
+    weights, adapters = base.total * job.element, adapter.total * job.adapter_element
+    gradients = (whole.total + factors.total) * FULL_PRECISION
+    scratch = gradients + round(activations.rotary(job)) if copies_gradients(job) else 0
     acts, buffers = round(step_activations(job, pp_rank)), communication(job, pp_rank)
-    scratch = trained.total * FULL_PRECISION + round(activations.rotary(job)) if copies_gradients(job) else 0
-    static = base.total * job.element + adapter.total * job.element + trained.total * FULL_PRECISION + state
     return Memory(
-        weights=base.total * job.element,
-        adapters=adapter.total * job.element,
-        gradients=trained.total * FULL_PRECISION,
+        weights=weights,
+        adapters=adapters,
+        gradients=gradients,
         optimizer=state + update,
         activations=max(acts, scratch),
         communication=buffers,
-        total=static + max(acts + buffers, scratch, update),
+        total=weights + adapters + gradients + state + max(acts + buffers, scratch, update),
     )
 
 
@@ -62,21 +63,25 @@ def every_stage(job: Job, sums: ModelWeights) -> list[Memory]:
     return [memory(job, sums, rank) for rank in range(job.layout.pp)]
 
 
-def optimizer(job: Job, trained: Held) -> tuple[int, int]:
+def optimizer(job: Job, whole: Held, factors: Held) -> tuple[int, int]:
     """(held, made for a moment by an update) bytes of Adam.
 
-    Held: two moments and, in 16-bit training, a master copy, float32; cut over replicas by the distributed optimizer.
-    An update makes the root of the second moment, of all parameters at once on accelerators; on a CPU, of one after
-    the other, twice.
+    Held: two moments and, of what is trained in 16 bits, a master copy, float32; cut over replicas by the distributed
+    optimizer. An update makes the root of the second moment, of all parameters at once on accelerators; on a CPU, of
+    one after the other, twice.
+
+    Args:
+        whole: weights that are trained. factors: of the adapter.
     """
-    dense, expert, largest = trained.dense, trained.expert, trained.largest
-    if job.distributed_optimizer:
-        dense //= job.replicas * job.context
-        expert //= max(job.expert_replicas, 1)
-        largest = min(largest, dense + expert)
-    copies = MOMENTS + (job.element < FULL_PRECISION)
-    at_once = dense + expert if job.accelerator else 2 * largest
-    return (dense + expert) * copies * FULL_PRECISION, at_once * FULL_PRECISION
+    state = elements = largest = 0
+    for trained, bytes_each in ((whole, job.element), (factors, job.adapter_element)):
+        own = trained.total
+        if job.distributed_optimizer:
+            own = trained.dense // (job.replicas * job.context) + trained.expert // max(job.expert_replicas, 1)
+        state += own * (MOMENTS + (bytes_each < FULL_PRECISION)) * FULL_PRECISION
+        elements += own
+        largest = max(largest, min(trained.largest, own))
+    return state, (elements if job.accelerator else 2 * largest) * FULL_PRECISION
 
 
 def copies_gradients(job: Job) -> bool:

@@ -142,7 +142,7 @@ def products(pieces: Pieces, job: Job, tokens: float, pairs: float) -> tuple[flo
             continue
         rows = pairs / job.model.num_experts if one.of_expert else tokens
         work = 2.0 * rows * one.elements(job.layout) * count
-        if one.adapter or job.lora is None:
+        if one.trained:
             trained += work
         else:
             frozen += work
@@ -152,13 +152,13 @@ def products(pieces: Pieces, job: Job, tokens: float, pairs: float) -> tuple[flo
 def head_flops(job: Job) -> float:
     """Operations of the output layer on the labelled tokens."""
     work = 2.0 * job.tokens * job.trained * job.model.vocab_size * job.model.hidden_size / job.layout.tp
-    return work * (3 if job.lora is None else 2)
+    return work * (3 if job.trains_head else 2)
 
 
 def gradient_traffic(job: Job, sums: ModelWeights, pp_rank: int) -> float:
     """Bytes sent over data parallelism in a step: gradients in float32 summed, and parameters gathered."""
     pieces = sums.stage(job.layout, pp_rank)
-    local = held(pieces, job.layout, job.lora is not None)
+    parts = [held(pieces, job.layout, adapter, True) for adapter in (False, True)]
     per_element = FULL_PRECISION + job.element if job.distributed_optimizer else 2 * FULL_PRECISION
-    dense = local.dense * share(job.replicas * job.context)
-    return per_element * (dense + local.expert * share(max(job.expert_replicas, 1)))
+    dense = sum(one.dense for one in parts) * share(job.replicas * job.context)
+    return per_element * (dense + sum(one.expert for one in parts) * share(max(job.expert_replicas, 1)))
