@@ -48,6 +48,15 @@ ALIASES_BY_SCRIPT: dict[str, dict[str, str]] = {
         "data_cache_path": "data_cache_dir",
         "group_by_length": "length_grouping",
         "dataloader_num_workers": "num_workers",
+        # preferences, as ms-swift and TRL, and as LLaMA-Factory name them
+        "rlhf_type": "stage",
+        "beta": "dpo_beta",
+        "loss_type": "dpo_loss_type",
+        "label_smoothing": "dpo_label_smoothing",
+        "pref_beta": "dpo_beta",
+        "pref_loss": "dpo_loss_type",
+        "save_steps": "save_interval",
+        "early_stop_interval": "early_stopping_patience",
     },
 }
 

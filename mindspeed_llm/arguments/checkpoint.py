@@ -43,13 +43,51 @@ class CheckpointOptions(LoadOptions):
         False, help="Continue from the newest complete checkpoint under --save, if any; wins over --load, --finetune."
     )
     overwrite: bool = option(False, help="Allow a --save folder that already holds something.")
-    ckpt_format: str = option("torch", help="Format of saved checkpoints: one file per rank.", choices=("torch",))
+    ckpt_format: str = option(
+        "torch",
+        help="Format of saved checkpoints: torch (one file per rank, as upstream's) or torch_dist (megatron-core's "
+        "names and files). Either continues at any layout.",
+        choices=("torch", "torch_dist"),
+    )
+    async_save: bool = option(
+        False,
+        help="Copy a checkpoint to memory and write it while training goes on; the next one waits for it. What "
+        "--save-safetensors writes for transformers is written before training goes on.",
+    )
+    save_total_limit: int | None = option(
+        None,
+        help="Checkpoints that stay in --save: the newest ones; the last and the best by validation loss always stay.",
+        unit="checkpoints",
+    )
+    save_best: bool = option(False, help="Save also after each validation that lowers the validation loss.")
+    early_stopping_patience: int | None = option(
+        None,
+        help="Stop after this many validations in a row without a lower loss; implies --save-best.",
+        unit="validations",
+    )
+    early_stopping_threshold: float = option(
+        0.0, help="By how much a validation loss must be lower to count.", unit="nats per token"
+    )
+    add_version: bool = option(
+        False,
+        help="Save into a new folder vN-<YYYYmmdd-HHMMSS> below --save; with --auto-resume into the newest that has a "
+        "checkpoint.",
+    )
+
+    @property
+    def saves_best(self) -> bool:
+        """Whether a validation that lowers the loss is followed by a checkpoint."""
+        return self.save_best or self.early_stopping_patience is not None
 
     def check(self) -> None:
-        """Raise UsageError for an interval below one step and for resuming and overwriting at once."""
+        """Raise UsageError for counts below one and for options that contradict each other."""
         super().check()
-        if self.save_interval is not None and self.save_interval < 1:
-            raise UsageError(f"--save-interval {self.save_interval}: must be at least 1")
+        for name in ("save_interval", "save_total_limit", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if not self.early_stopping_threshold >= 0:
+            raise UsageError(f"--early-stopping-threshold {self.early_stopping_threshold:g}: must not be negative")
         if self.auto_resume and self.overwrite:
             raise UsageError("--auto-resume continues what is in --save and --overwrite discards it; give one")
         if self.auto_resume and self.save is None:

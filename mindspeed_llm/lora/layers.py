@@ -15,6 +15,8 @@ that parameter makes megatron-core do so.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -271,6 +273,24 @@ CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
 def lora_layers(module: nn.Module) -> list[ParallelLora]:
     """All adapters below `module`."""
     return [m for m in module.modules() if isinstance(m, ParallelLora)]
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """The model without its adapters, in evaluation mode, for as long as the context lasts.
+
+    peft's own switch also changes which parameters ask for gradients, which optimizer and communication rely on.
+    """
+    layers, training = lora_layers(module), module.training
+    module.eval()
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        module.train(training)
 
 
 def is_lora_parameter(name: str) -> bool:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 
+from mindspeed_llm.device.cpu import free_memory
 from mindspeed_llm.errors import lookup
 
 GIB = 2**30
@@ -59,18 +60,23 @@ CARDS = {
 }
 
 
-def card(name: str, memory: int | None = None, tflops: float | None = None, gbps: float | None = None) -> Card:
+def card(
+    name: str,
+    memory: int | None = None,
+    tflops: float | None = None,
+    gbps: float | None = None,
+    dtype: str = "float32",
+) -> Card:
     """A card of the table, with what the user knows better.
 
     Args:
         memory: bytes. tflops: a rate reached in training, taken as it is. gbps: Gbit/s of every link.
+        dtype: of the products measured on a CPU.
 
     Raises:
         UsageError: no such card.
     """
-    found = lookup("--card", name, {**CARDS, "cpu": ""})
-    chosen = this_cpu() if name == "cpu" else found
-    assert isinstance(chosen, Card)
+    chosen = this_cpu(dtype) if name == "cpu" else lookup("--card", name, CARDS)
     given = []
     if memory is not None:
         chosen, given = replace(chosen, memory=memory), [*given, "memory"]
@@ -81,17 +87,10 @@ def card(name: str, memory: int | None = None, tflops: float | None = None, gbps
     return replace(chosen, origin=f"{chosen.origin}; {', '.join(given)} as given") if given else chosen
 
 
-def free_memory() -> int:
-    """Bytes of RAM that new processes can have, from the kernel's accounting."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        found = dict(line.split(":") for line in lines)
-    return int(found["MemAvailable"].split()[0]) * 1024
-
-
 def this_cpu(dtype: str = "float32", seconds: float = 0.3) -> Card:
     """A process of this machine: free RAM, and the rate of a product of 512 x 1024 x 3072 measured now.
 
-    Links are taken as 2 GB/s, about what gloo reaches between processes of one machine.
+    Links between processes are assumed: 2 GB/s.
     """
     import torch
 

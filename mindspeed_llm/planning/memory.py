@@ -98,8 +98,7 @@ def step_activations(job: Job, pp_rank: int, base: Held) -> float:
     first = any(layout.is_first(pp_rank, chunk) for chunk in range(layout.vp))
     last = any(layout.is_last(pp_rank, chunk) for chunk in range(layout.vp))
     if last:
-        _, at_most = activations.head(job)
-        peak = max(peak, kept + at_most)
+        peak = max(peak, kept + activations.head(job))
     if job.lora is None:
         peak = max(peak, kept, *weight_gradients(job, kept, working, base, first, last))
     return peak + activations.rotary(job)
@@ -117,11 +116,17 @@ def kept_in_pass(job: Job, layers: activations.Layers, numbers: list[int]) -> li
 
 
 def recomputed(job: Job, layers: activations.Layers, numbers: list[int]) -> float:
-    """Bytes that come back while recomputed layers run backward: those of a group (uniform), or of one (block)."""
+    """Bytes that come back while recomputed layers run backward, less what has gone by then.
+
+    Uniform: those of a group of layers. Block: those of one layer, when the layers behind it have given theirs back.
+    """
     if job.recompute != "full":
         return 0.0
-    count = (job.recompute_layers or 1) if job.recompute_method == "uniform" else 1
-    return max(sum(layers.layer(n).kept for n in numbers[start : start + count]) for start in range(len(numbers)))
+    group = job.recompute_layers or 1
+    kept = [layers.layer(number).kept for number in numbers]
+    if job.recompute_method == "block":
+        return max(0.0, max(kept[:group]) - sum(kept[group:]))
+    return max(sum(kept[start : start + group]) for start in range(0, len(kept), group))
 
 
 def weight_gradients(job: Job, kept: float, working: float, base: Held, first: bool, last: bool) -> list[float]:
@@ -172,4 +177,6 @@ def communication(job: Job, pp_rank: int) -> int:
         gathers.append(2 * whole if job.lora is None else whole)
     if job.context > 1:
         gathers.append(job.tokens * job.context * 2 * model.num_query_groups * model.kv_channels / job.layout.tp * e)
-    return round(received(job, pp_rank) * hidden + max(gathers))
+    tensors = received(job, pp_rank)
+    in_passes = tensors - (1 if pp_rank == 0 and job.layout.pp > 1 else 0)  # the next gradient comes between passes
+    return round(max(tensors * hidden, in_passes * hidden + max(gathers)))

@@ -1,5 +1,6 @@
 """Layouts for a number of cards: every one that the model and the batch allow, those that fit first, fastest first."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -93,18 +94,18 @@ def tensor_sizes(wish: Wish, sums: ModelWeights) -> list[int]:
 
 def layouts(wish: Wish, sums: ModelWeights) -> Iterator[tuple[Layout, int]]:
     """(layout, CP) of every way to spread the model over the cards."""
-    model = wish.model
-    experts = model.num_experts
-    contexts = divisors(wish.cards, 8) if wish.lengths.longest >= LONG else [1]
-    for tp in tensor_sizes(wish, sums):
-        for pp in wish.choices("pp", [p for p in divisors(wish.cards) if model.num_layers % p == 0]):
-            for ep in wish.choices("ep", divisors(experts) if experts else [1]):
-                for etp in wish.choices("etp", sorted({1, tp}) if experts else [tp]):
-                    if wish.cards % (tp * pp) or wish.cards % (pp * ep * etp):
-                        continue
-                    for cp in wish.choices("cp", contexts):
-                        if wish.cards % (tp * pp * cp) == 0:
-                            yield from cut(wish, tp, pp, ep, etp if experts else None, cp)
+    experts, number = wish.model.num_experts, wish.cards
+    stages = [size for size in divisors(number) if wish.model.num_layers % size == 0]
+    sizes = itertools.product(
+        tensor_sizes(wish, sums),
+        wish.choices("pp", stages),
+        wish.choices("cp", divisors(number, 8) if wish.lengths.longest >= LONG else [1]),
+        wish.choices("ep", divisors(experts) if experts else [1]),
+    )
+    for tp, pp, cp, ep in sizes:
+        for etp in wish.choices("etp", sorted({1, tp})) if experts else [None]:
+            if number % (tp * pp * cp) == 0 and number % (pp * ep * (etp or 1)) == 0:
+                yield from cut(wish, tp, pp, ep, etp, cp)
 
 
 def cut(wish: Wish, tp: int, pp: int, ep: int, etp: int | None, cp: int) -> Iterator[tuple[Layout, int]]:

@@ -1,4 +1,4 @@
-"""Training checkpoints: what a rank writes, how the folder is published, what a resumed run takes back.
+"""Training checkpoints: what a rank writes and what a resumed run takes back; `saving` says how it gets there.
 
     <save>/iter_0000020/args.json                              model, layout, base, LoRA settings, template
     <save>/iter_0000020/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt   {"model": ..., "optimizer": ..., "rng_state": ...}
@@ -9,9 +9,9 @@
 lie under their parameter's name in its shape, so they are read at any layout by the weights' own algebra.
 """
 
+import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -20,33 +20,45 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 
-from mindspeed_llm.checkpoint.atomic import StagedDirectory, iteration_folder, write_tracker
-from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.mcore_writer import local_share
-from mindspeed_llm.checkpoint.formats.torch_file import materialise, write_torch_file
+from mindspeed_llm.checkpoint.formats.torch_dist_shards import Owner
+from mindspeed_llm.checkpoint.formats.torch_file import materialise
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
-from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, ExpertShare, Layout, Rank
-from mindspeed_llm.checkpoint.metadata import Metadata, write_metadata
+from mindspeed_llm.checkpoint.layout import ExpertShare, Layout, Rank
+from mindspeed_llm.checkpoint.metadata import Metadata
+from mindspeed_llm.checkpoint.open import TrainingCheckpoint
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, expert_number, logical_name
 from mindspeed_llm.checkpoint.upstream_args import upstream_args
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import CausalLM
-from mindspeed_llm.training.engine import Engine, finish_parameter_sync
-from mindspeed_llm.training.export import ADAPTER_FOLDER, MODEL_FOLDER, Export, export_adapter, export_model
+from mindspeed_llm.training.engine import Engine
 from mindspeed_llm.training.optimizer_state import FIELDS, export_state, import_state
-from mindspeed_llm.training.report import say
+
+VALIDATION = ("best_loss", "without_gain", "saved_best", "saved_best_loss")
+"""What of `Progress` follows from validation losses."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: steps done, rows consumed, steps skipped, steps without a finite loss."""
+    """How far a run is.
+
+    Attributes:
+        iteration: steps done. consumed_samples: rows consumed. skipped: steps without an update.
+        nan: steps without a finite loss.
+        best_loss: lowest validation loss so far. without_gain: validations since.
+        saved_best, saved_best_loss: step and validation loss of the best checkpoint; 0 while there is none.
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
     skipped: int = 0
     nan: int = 0
+    best_loss: float = math.inf
+    without_gain: int = 0
+    saved_best: int = 0
+    saved_best_loss: float = math.inf
 
 
 def trainable(chunk: nn.Module) -> dict[str, nn.Parameter]:
@@ -64,53 +76,6 @@ def barrier(device: Device) -> None:
     torch.distributed.all_reduce(torch.zeros(1, device=current_place(device)))
 
 
-def save(
-    engine: Engine,
-    folder: Path,
-    metadata: Metadata,
-    progress: Progress,
-    device: Device,
-    adapter_only: bool,
-    with_optimizer: bool = True,
-    with_rng: bool = True,
-    export: Export | None = None,
-) -> Path:
-    """Write a checkpoint of `progress.iteration`; collective over all ranks. -> its folder.
-
-    One replica of the model writes the rank files; the folder appears finished or not at all, the tracker after it.
-
-    Args:
-        adapter_only: leave the frozen base out.
-        export: what is written beside the rank files, if anything.
-    """
-    staged = StagedDirectory(folder / iteration_folder(progress.iteration))
-    first = torch.distributed.get_rank() == 0
-    finish_parameter_sync(engine)
-    if first:
-        staged.create()
-    barrier(device)
-    write_rank_file(
-        staged.path, metadata, rank_content(engine, metadata, progress, device, adapter_only, with_optimizer, with_rng)
-    )
-    if export is not None and export.model:
-        export_model(engine.chunks, metadata.model, staged.path, export, current_place(device))
-    barrier(device)
-    if first:
-        write_metadata(staged.path, metadata)
-        told = []
-        if export is not None and export.model:
-            without = ", without its prediction layers" if metadata.model.mtp_num_layers else ""
-            told.append(f"{staged.final / MODEL_FOLDER}: the model for transformers{without}")
-        if export is not None and export.adapter:
-            told.append(f"{staged.final / ADAPTER_FOLDER}: {export_adapter(staged.path, export)}")
-        staged.publish()
-        write_tracker(folder, progress.iteration)
-        for line in told:
-            say(f"  {line}")
-    barrier(device)
-    return staged.final
-
-
 def own_place() -> Rank:
     """The numbers that name this rank's file."""
     expert = parallel_state.get_expert_model_parallel_rank()
@@ -119,15 +84,24 @@ def own_place() -> Rank:
     )
 
 
-def write_rank_file(checkpoint: Path, metadata: Metadata, content: dict[str, Any]) -> None:
-    """Write this rank's file, unless a rank before it holds the same; collective."""
+def owner(engine: Engine, metadata: Metadata) -> Owner:
+    """Which shares of the model this rank holds."""
+    first_layers = {
+        key: chunk.first_layer for key, chunk in zip(metadata.layout.model_keys(), engine.chunks, strict=True)
+    }
+    return Owner(
+        first_layers,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        ExpertShare(*parallel.expert_place(metadata.model.num_experts)),
+    )
+
+
+def first_of_its_place() -> bool:
+    """Whether this rank writes its place's file: the ranks before it hold other shares. Collective."""
     places: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(places, place := own_place())
-    if places.index(place) != torch.distributed.get_rank():
-        return
-    path = checkpoint / metadata.layout.rank_folder(*place) / CHECKPOINT_FILE
-    path.parent.mkdir(exist_ok=True)
-    write_torch_file(path, content)
+    return places.index(place) == torch.distributed.get_rank()
 
 
 def rank_content(
@@ -138,8 +112,14 @@ def rank_content(
     adapter_only: bool,
     with_optimizer: bool,
     with_rng: bool,
+    copied: bool = False,
 ) -> dict[str, Any]:
-    """The content of this rank's file. Collective over DP: optimizer state and random states are gathered."""
+    """The content of this rank's file. Collective over DP: optimizer state and random states are gathered.
+
+    Args:
+        adapter_only: leave the frozen base out.
+        copied: nothing in it shares memory with the live model, so that it may be written while training goes on.
+    """
     keys = metadata.layout.model_keys()
     padded = padded_vocabulary(metadata.model.vocab_size, metadata.layout.tp)
     content: dict[str, Any] = {
@@ -149,9 +129,10 @@ def rank_content(
         "consumed_train_samples": progress.consumed_samples,
         "skipped_iterations": progress.skipped,
         "nan_iterations": progress.nan,
+        "validation": {name: getattr(progress, name) for name in VALIDATION},
     }
     for key, chunk in zip(keys, engine.chunks, strict=True):
-        content[key] = model_state(chunk, adapter_only)
+        content[key] = model_state(chunk, adapter_only, copied)
     if with_optimizer:
         parts = [export_state(engine.optimizer, trainable(chunk)) for chunk in engine.chunks]
         optimizer: dict[str, Any] = {
@@ -167,11 +148,14 @@ def rank_content(
     return content
 
 
-def model_state(chunk: CausalLM, adapter_only: bool) -> dict[str, Tensor | None]:
-    """A chunk's state on the CPU; with `adapter_only` only what LoRA adds or trains."""
-    state = {k: v.detach().cpu() if isinstance(v, Tensor) else None for k, v in chunk.state_dict().items()}
+def model_state(chunk: CausalLM, adapter_only: bool, copied: bool = False) -> dict[str, Tensor | None]:
+    """A chunk's state on the CPU, which may be the model's own memory; with `adapter_only` what LoRA adds or trains."""
     trained = trainable(chunk)
-    return {k: v for k, v in state.items() if "lora_" in k or k in trained} if adapter_only else state
+    return {
+        name: value.detach().to("cpu", copy=copied) if isinstance(value, Tensor) else None
+        for name, value in chunk.state_dict().items()
+        if not adapter_only or "lora_" in name or name in trained
+    }
 
 
 def rng_state(device: Device) -> dict[str, Any]:
@@ -195,7 +179,7 @@ def restore_rng(state: dict[str, Any], device: Device) -> None:
     get_cuda_rng_tracker().set_states(dict(state["tracker"]))
 
 
-def load_progress(checkpoint: MegatronCheckpoint) -> Progress:
+def load_progress(checkpoint: TrainingCheckpoint) -> Progress:
     """How far the run was that wrote this checkpoint."""
     first = checkpoint.first
     return Progress(
@@ -203,10 +187,11 @@ def load_progress(checkpoint: MegatronCheckpoint) -> Progress:
         int(first.get("consumed_train_samples", 0)),
         int(first.get("skipped_iterations", 0)),
         int(first.get("nan_iterations", 0)),
+        **(first.get("validation") or {}),
     )
 
 
-def load_optimizer(engine: Engine, checkpoint: MegatronCheckpoint) -> None:
+def load_optimizer(engine: Engine, checkpoint: TrainingCheckpoint) -> None:
     """Take the optimizer's state from a checkpoint of any layout.
 
     Raises:
@@ -233,12 +218,12 @@ def load_optimizer(engine: Engine, checkpoint: MegatronCheckpoint) -> None:
         import_state(engine.optimizer, parameters, state, int(stored["step"]))
 
 
-def load_rng(checkpoint: MegatronCheckpoint, layout: Layout, device: Device) -> bool:
+def load_rng(checkpoint: TrainingCheckpoint, layout: Layout, device: Device) -> bool:
     """Take this rank's random states; -> False when the layout differs, where they mean nothing."""
     if checkpoint.layout != layout:
         return False
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    states = checkpoint.files[own_place()].get("rng_state")
+    states = checkpoint.rng_states(own_place())
     if not states or len(states) != group.size():
         return False
     restore_rng(materialise(states[group.rank()]), device)

@@ -1,11 +1,11 @@
 """The run itself: step, report, validate, save, stop when asked."""
 
 import math
-import shutil
+import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -13,11 +13,11 @@ from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
 from mindspeed_llm.lora.config import described
-from mindspeed_llm.training import checkpointing
-from mindspeed_llm.training.checkpointing import barrier
 from mindspeed_llm.training.engine import Batch, StepResult, evaluate, train_step
 from mindspeed_llm.training.flops import step_flops
 from mindspeed_llm.training.report import MEGABYTE, Report, StepRecord, say
+from mindspeed_llm.training.retention import BEST, validated
+from mindspeed_llm.training.saving import Saver
 from mindspeed_llm.training.setup import Run, count_cut_rows
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -42,11 +42,11 @@ class StopRequest:
             # None: installed by foreign code outside Python, which the default stands in for
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank."""
-        flag = torch.tensor(float(self.asked), device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+    def agreed(self, device: torch.device, writing: bool) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any is writing; the same answers on every rank."""
+        flags = torch.tensor([float(self.asked), float(writing)], device=device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        return bool(flags[0].item()), bool(flags[1].item())
 
 
 def train(run: Run, report: Report | None) -> bool:
@@ -58,10 +58,9 @@ def train(run: Run, report: Report | None) -> bool:
     place = run.feed.device
     if report is not None:
         report.begin(run.progress.iteration)
-    saved = run.progress.iteration
-    window = _Window(run)
+    window, saver, ended = _Window(run), Saver(run), False
     with StopRequest() as stop:
-        while run.progress.iteration < run.train_iters:
+        while not ended:
             batches = run.feed.batches(run.progress.consumed_samples)
             rate = run.schedule.set(run.progress.iteration + 1)
             result = train_step(run.engine, batches)
@@ -70,20 +69,51 @@ def train(run: Run, report: Report | None) -> bool:
             iteration = run.progress.iteration
             if iteration % run.options.logging.log_interval == 0 or iteration == run.train_iters:
                 window.flush(report, rate)
-            validate(run, report)
-            stopping = stop.agreed(place)
+            loss = validate(run, report)
+            gained = count_validation(run, loss)
+            stopping, writing = stop.agreed(place, saver.writing)
+            saver.progressed(writing)
+            ended = stopping or iteration == run.train_iters or exhausted(run)
             every = run.options.checkpoint.save_interval
-            if stopping or iteration == run.train_iters or (every and iteration % every == 0):
-                save(run)
-                saved = iteration
-            if stopping:
-                break
+            if ended or gained or (every and iteration % every == 0):
+                saver.save(loss, last=ended)
+            window.resume()
+        saver.finish()
     for feed in (run.feed, run.validation, run.test):
         if feed is not None:
             feed.close()
     if report is not None:
         report.end()
-    return saved == run.train_iters
+    if run.first_rank:
+        for line in closing(run):
+            say(line)
+    return not stopping or run.progress.iteration == run.train_iters or exhausted(run)
+
+
+def count_validation(run: Run, loss: float | None) -> bool:
+    """Count a validation, if there was one; -> whether it asks for a checkpoint."""
+    if loss is None:
+        return False
+    options = run.options.checkpoint
+    run.progress = validated(run.progress, loss, options.early_stopping_threshold)
+    return options.saves_best and run.progress.without_gain == 0
+
+
+def closing(run: Run) -> list[str]:
+    """What a finished run says about its validation losses."""
+    done, lines = run.progress, []
+    if exhausted(run) and done.iteration < run.train_iters:
+        lines.append(f"stopped early at step {done.iteration}: {done.without_gain} validations had no lower loss")
+    if done.saved_best:
+        link = os.path.join(run.options.checkpoint.save or "", BEST)
+        lines.append(f"best checkpoint: {link}, validation loss {done.saved_best_loss:.6E} at step {done.saved_best}")
+    return lines
+
+
+def exhausted(run: Run) -> bool:
+    """Whether --early-stopping-patience ends the run."""
+    patience = run.options.checkpoint.early_stopping_patience
+    return patience is not None and run.progress.without_gain >= patience
 
 
 def advance(run: Run, result: StepResult) -> None:
@@ -104,20 +134,23 @@ class _Window:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.losses: list[float] = []
+        self.figures: list[dict[str, float]] = []
         self.tokens, self.flops, self.grad_norm = 0, 0.0, 0.0
         self.balance: float | None = None
         self.first = True
-        self.began = time.perf_counter()
+        self.began = self.paused = time.perf_counter()
 
     def add(self, result: StepResult, batches: list[Batch]) -> None:
         """Count one step; tokens read by this replica stand for all of them."""
-        frozen = self.run.start.settings is not None
+        kind = self.run.start.settings is not None, self.run.options.prefers
         for batch in batches:
             rows, length = batch["tokens"].shape
             self.tokens += rows * length
             lengths = batch["packed"].segments.lengths if "packed" in batch else (length,) * rows
-            self.flops += sum(step_flops(self.run.metadata.model, one, one, frozen) for one in lengths)
+            self.flops += sum(step_flops(self.run.metadata.model, one, one, *kind) for one in lengths)
         self.losses.append(result.loss)
+        self.figures.append(result.figures or {})
+        self.paused = time.perf_counter()
         self.grad_norm, self.balance = result.grad_norm, result.balance
 
     def flush(self, report: Report | None, rate: float) -> None:
@@ -140,6 +173,7 @@ class _Window:
                 skipped=done.skipped,
                 nan=done.nan,
                 load_balancing_loss=self.balance,
+                preferences=mean_figures(self.figures),
             )
             context = parallel_state.get_context_parallel_world_size()
             throughput = self.flops / seconds / (layout.tp * layout.pp * context) / 1e12
@@ -152,15 +186,25 @@ class _Window:
                     f"max allocated: {peak:.1f} | reserved: {now:.1f} | max reserved: {peak:.1f}"
                 )
         self.first = False
-        self.losses, self.tokens, self.flops = [], 0, 0.0
-        self.began = time.perf_counter()
+        self.losses, self.figures, self.tokens, self.flops = [], [], 0, 0.0
+        self.began = self.paused = time.perf_counter()
+
+    def resume(self) -> None:
+        """Leave the time since the last step, which validated and saved, out."""
+        self.began += time.perf_counter() - self.paused
 
 
-def validate(run: Run, report: Report | None) -> None:
+def mean_figures(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over steps of what was told of preferences; empty where nothing was."""
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]} if steps else {}
+
+
+def validate(run: Run, report: Report | None) -> float | None:
     """Losses of the rows held out: for validation every --eval-interval steps and at the end, for the test at the end.
 
-    Over all of these rows, or the first --eval-iters global batches.
+    Over all of these rows, or the first --eval-iters global batches. -> the validation loss, None where none was due.
     """
+    found = None
     training, iteration = run.options.training, run.progress.iteration
     ends = iteration == run.train_iters
     due = ((run.validation, "validation", iteration % training.eval_interval == 0 or ends), (run.test, "test", ends))
@@ -171,33 +215,9 @@ def validate(run: Run, report: Report | None) -> None:
         loss = evaluate(run.engine, feed.walk(min(training.eval_iters or whole, whole)))
         if report is not None:
             report.validation(iteration, loss, name)
-
-
-def save(run: Run) -> Path:
-    """Save a checkpoint; the first one of a run with --overwrite also removes what it replaces."""
-    options, lora = run.options.checkpoint, run.start.settings is not None
-    folder, iteration = Path(options.save or ""), run.progress.iteration
-    if run.first_rank:
-        say(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch format")
-    final = checkpointing.save(
-        run.engine,
-        folder,
-        replace(run.metadata, iteration=iteration),
-        run.progress,
-        run.device,
-        adapter_only=lora and run.options.lora.lora_ckpt_filter,
-        with_optimizer=not options.no_save_optim,
-        with_rng=not options.no_save_rng,
-        export=run.export,
-    )
-    if run.first_rank:
-        say(f"  successfully saved checkpoint from iteration {iteration:7d} to {folder}")
-        for old in run.start.stale:
-            if old.resolve() != final.resolve():
-                shutil.rmtree(old)
-    run.start = replace(run.start, stale=())
-    barrier(run.device)
-    return final
+        if name == "validation":
+            found = loss
+    return found
 
 
 def shares_of_pass(run: Run) -> list[str]:
@@ -244,6 +264,23 @@ def changed_order(run: Run) -> list[str]:
     ]
 
 
+def preference_lines(run: Run) -> list[str]:
+    """What is learnt from pairs, and from which reference; nothing in other stages."""
+    chosen = run.options.preference
+    if not run.options.prefers:
+        return []
+    terms = [f"{chosen.dpo_loss_type} loss, beta {chosen.dpo_beta:g}"]
+    terms += [f"label smoothing {chosen.dpo_label_smoothing:g}"] if chosen.dpo_label_smoothing else []
+    terms += [f"SFT term {chosen.pref_ftx:g}"] if chosen.pref_ftx else []
+    lines = [f"DPO: {', '.join(terms)}; the reference is {run.start.base_path} without adapter"]
+    if run.start.adapter is not None and run.start.resume is None:
+        lines.append(
+            f"note: the adapter {run.options.lora.lora_load} is trained on but is no part of the reference; to prefer "
+            "over the tuned model, merge it with convert_ckpt.py and give the result to --load"
+        )
+    return lines
+
+
 def announce(run: Run) -> None:
     """What is about to happen, in a few lines; on rank 0."""
     world = torch.distributed.get_world_size()
@@ -255,12 +292,14 @@ def announce(run: Run) -> None:
     source = run.feed.source
     pieces = parallel_state.get_context_parallel_world_size()
     context = f" CP{pieces}" if pieces > 1 else ""
+    noun, tokens = ("pairs", "") if run.options.prefers else ("rows", f", {int(source.lengths.sum()):,} tokens")
     lines = [
         f"{what}: {parameters:,} trainable parameters on this rank, {run.metadata.model.dtype}, {run.device.name}",
         f"{layout}{context} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; "
         f"base {run.start.base_path}",
-        f"{len(source):,} training rows, {int(source.lengths.sum()):,} tokens; {run.train_iters} steps of "
-        f"{run.global_batch_size} rows = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
+        *preference_lines(run),
+        f"{len(source):,} training {noun}{tokens}; {run.train_iters} steps of "
+        f"{run.global_batch_size} {noun} = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
         *shares_of_pass(run),
         *run.rows.notes,
         *changed_order(run),

@@ -11,6 +11,10 @@ from mindspeed_llm.arguments.programs import PosttrainOptions
 def main(argv: list[str]) -> int:
     """Tune a model; -> exit status."""
     options = parse(PosttrainOptions, argv, "posttrain_gpt.py")
+    if options.planning.plan:
+        from mindspeed_llm.training.planned import print_plan
+
+        return print_plan(options)
     from mindspeed_llm import device
     from mindspeed_llm.device import quiet
 
@@ -21,12 +25,19 @@ def main(argv: list[str]) -> int:
     from mindspeed_llm.training import loop
     from mindspeed_llm.training.report import Report, say
     from mindspeed_llm.training.setup import prepare
+    from mindspeed_llm.training.versions import with_version
 
     parallel.connect(chosen, options.device.distributed_timeout_minutes)
     try:
+        options = with_version(options)
         run = prepare(options, chosen)
         if run.first_rank:
             loop.announce(run)
+        if options.planning.dry_run:
+            from mindspeed_llm.training.dry_run import dry_run
+
+            dry_run(run)
+            return 0
         logging = options.logging
         report = None
         if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
@@ -46,10 +57,11 @@ def next_command(run: Any) -> str:
     """The command that tries what was trained."""
     options = run.options
     words = ["python", "inference.py"]
+    saved = options.checkpoint.save
     if run.start.settings is None:
-        words += ["--load", options.checkpoint.save]
+        words += ["--load", saved]
     else:
-        words += ["--load", run.start.base_path, "--lora-load", options.checkpoint.save]
+        words += ["--load", run.start.base_path, "--lora-load", saved]
     if options.tokenizer.tokenizer_name_or_path:
         words += ["--tokenizer-name-or-path", options.tokenizer.tokenizer_name_or_path]
     return "next: " + shlex.join(words)

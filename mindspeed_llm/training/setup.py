@@ -31,10 +31,14 @@ from mindspeed_llm.training.engine import Engine, create_engine
 from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
 from mindspeed_llm.training.layout_rules import length_parts, training_layout
+from mindspeed_llm.training.planned import check_memory, job_of, lengths_of
+from mindspeed_llm.training.preference import Preference
 from mindspeed_llm.training.report import say
+from mindspeed_llm.training.retention import best_checkpoint, remove_leftovers
 from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
 from mindspeed_llm.training.schedule import Schedule
 from mindspeed_llm.training.start import Start, find_start
+from mindspeed_llm.training.together import done_by_one
 
 
 @dataclass
@@ -108,6 +112,10 @@ def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptio
 def prepare(options: PosttrainOptions, device: Device) -> Run:
     """Build the run; everything that can be refused is refused before the model is built."""
     start = find_start(options)
+    check_reference(options, start)
+    if torch.distributed.get_rank() == 0:
+        for name in remove_leftovers(Path(options.checkpoint.save or "")):
+            say(f"removed {name}, which a killed run left in {options.checkpoint.save}")
     export = plan_export(options, start)
     model = start.base.config
     check_architecture_flags(model, options.model, start.base_path)
@@ -131,6 +139,11 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     feed, validation, test = feeds(options, rows, device, micro_batches)
     metadata = describe(options, start, layout, rows)
     train_iters = total_steps(options, len(feed.source), global_batch_size)
+    lengths = lengths_of(options, rows.parts)
+    world = torch.distributed.get_world_size()
+    job = job_of(options, model, start.settings, layout, world, lengths.longest, device.name != "cpu")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    done_by_one(lambda: check_memory(options, job, device, local), True)
     built = build_engine(options, start, engine, device)
     schedule = Schedule(built.optimizer, options.optimizer, train_iters)
     run = Run(
@@ -140,6 +153,22 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     if start.resume is not None:
         resume(run)
     return run
+
+
+def check_reference(options: PosttrainOptions, start: Start) -> None:
+    """Refuse preferences without an adapter: with it off, the base is what they are compared with; `UsageError`."""
+    if not options.prefers:
+        return
+    if start.settings is None:
+        raise UsageError(
+            "--stage dpo compares with the base model, which full tuning changes; tune an adapter with "
+            "--lora-target-modules"
+        )
+    if whole := start.settings.modules_to_save:
+        raise UsageError(
+            f"--stage dpo compares with the base model, and {' '.join(whole)} would be trained whole; leave "
+            "--lora-modules-to-save out"
+        )
 
 
 def seed_everything(seed: int) -> None:
@@ -177,7 +206,7 @@ def feeds(
     training, data = options.training, options.data
     multiple = length_multiple(data, length_parts(options))
     place = device.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
-    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer))
+    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer), options.prefers)
     ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     sizes = (training.micro_batch_size, *ranks, micro_batches)
     parts = rows.parts
@@ -254,7 +283,7 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
     cut = options.parallel
     return create_engine(
         chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather,
-        options.lora.loraplus_lr_ratio,
+        options.lora.loraplus_lr_ratio, Preference.of(options.preference) if options.prefers else None,
     )  # fmt: skip
 
 
@@ -262,6 +291,8 @@ def resume(run: Run) -> None:
     """Continue what `start.resume` holds: progress, optimizer, random state."""
     checkpoint, options = run.start.resume, run.options.checkpoint
     run.progress = checkpointing.load_progress(checkpoint)
+    if best_checkpoint(Path(options.save or ""), run.progress) is None:
+        run.progress = replace(run.progress, saved_best=0, saved_best_loss=math.inf)
     if not options.no_load_optim:
         checkpointing.load_optimizer(run.engine, checkpoint)
     same = options.no_load_rng or checkpointing.load_rng(checkpoint, run.metadata.layout, run.device)
@@ -271,6 +302,12 @@ def resume(run: Run) -> None:
         raise InputError(
             f"{checkpoint.folder} is at step {run.progress.iteration} of {run.train_iters}: nothing is left to train; "
             "raise --train-iters"
+        )
+    patience = options.early_stopping_patience
+    if patience is not None and run.progress.without_gain >= patience:
+        raise InputError(
+            f"{checkpoint.folder}: {run.progress.without_gain} validations had no lower loss, as many as "
+            f"--early-stopping-patience {patience} allows; raise it to train on"
         )
 
 

@@ -1,19 +1,25 @@
 """Where a run starts: which base, which adapter, from scratch or resumed; decided before anything is built."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindspeed_llm.arguments.programs import PosttrainOptions
-from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource
+from mindspeed_llm.checkpoint.formats.mcore import ShardedSource
+from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource
 from mindspeed_llm.checkpoint.metadata import LoraSettings
-from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, check_base, open_base
+from mindspeed_llm.checkpoint.open import (
+    BaseSource,
+    LoraSource,
+    TrainingCheckpoint,
+    adapter_of,
+    check_base,
+    open_base,
+    open_checkpoint,
+)
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.config import check_given, continued, plain_targets, settings_from_options
 from mindspeed_llm.lora.sources import open_pair, shared_hash
-
-ITERATION = re.compile(r"^iter_(\d{7,})$")
-LEFTOVER = re.compile(r"^\.iter_\d{7,}\.(partial|old)$")  # of a save that was killed
+from mindspeed_llm.training.retention import LEFTOVER, iterations
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,8 @@ class Start:
     base_path: str
     adapter: LoraSource | None
     settings: LoraSettings | None
-    resume: MegatronCheckpoint | None
+    resume: TrainingCheckpoint | None
     stale: tuple[Path, ...] = ()
-
-
-def iterations(folder: Path) -> list[Path]:
-    """Finished checkpoints below a run folder, oldest first. A folder that bears its final name is finished."""
-    found = [(int(match[1]), path) for path in folder.glob("iter_*") if (match := ITERATION.match(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def find_start(options: PosttrainOptions) -> Start:
@@ -53,7 +53,7 @@ def find_start(options: PosttrainOptions) -> Start:
     checkpoint, lora = options.checkpoint, options.lora
     saved = iterations(Path(checkpoint.save)) if checkpoint.save else []
     if checkpoint.auto_resume and saved:
-        return _resumed(options, MegatronCheckpoint(saved[-1], options.model.model_type_hf))
+        return _resumed(options, open_checkpoint(saved[-1], options.model.model_type_hf))
     if not checkpoint.load:
         raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to start from")
     if lora.lora_load:
@@ -71,7 +71,7 @@ def find_start(options: PosttrainOptions) -> Start:
     return _checked_save(options, start, saved)
 
 
-def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start:
+def _resumed(options: PosttrainOptions, checkpoint: TrainingCheckpoint) -> Start:
     """The start of a run that continues `checkpoint`, an adapter or a whole model."""
     lora = options.lora
     if not checkpoint.lora_names:
@@ -90,17 +90,21 @@ def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start
     return Start(base, options.checkpoint.load, adapter, continued(adapter.live_settings, lora), checkpoint)
 
 
-def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> MegatronCheckpoint | None:
+def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> TrainingCheckpoint | None:
     """The checkpoint to continue when full tuning loads what full tuning saved, unless --finetune."""
-    if options.training.finetune or settings is not None or not isinstance(base, ShardedSource):
+    if options.training.finetune or settings is not None or not isinstance(base, ShardedSource | TorchDistSource):
         return None
-    checkpoint = MegatronCheckpoint(base.path, options.model.model_type_hf)
+    if isinstance(base, TorchDistSource) and base.metadata is None:
+        return None  # of another program
+    checkpoint = open_checkpoint(base.path, options.model.model_type_hf)
     return checkpoint if "optimizer" in checkpoint.first else None
 
 
 def _checked_save(options: PosttrainOptions, start: Start, saved: list[Path]) -> Start:
     """Refuse to mix a new run into a folder that holds another one's checkpoints."""
     folder = options.checkpoint.save
+    if not folder and options.planning.dry_run:
+        return start
     if not folder:
         raise UsageError("--save is missing: the folder for the run's checkpoints")
     path = Path(folder)

@@ -34,7 +34,7 @@ def iterations(folder: Path) -> list[Path]:
 def resolve(folder: str | Path) -> Path:
     """The iteration folder of a run folder, or the folder itself when it is one.
 
-    A run folder's tracker names it; without a tracker it is the newest.
+    A run folder's tracker names it; without a tracker it is the newest. A link, such as a run's `best`, is followed.
 
     Raises:
         InputError: neither, or the tracker points to nothing.
@@ -53,7 +53,7 @@ def resolve(folder: str | Path) -> Path:
             raise InputError(f"{tracker}: says {text}, but {found} does not exist; correct the tracker")
         return found
     if holds_checkpoint(folder):
-        return folder
+        return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
     if found := iterations(folder):
         return found[-1]
     there = "" if folder.is_dir() else " (no such folder)"
