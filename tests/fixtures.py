@@ -309,9 +309,9 @@ def losses(save: Path) -> list[float]:
 
 def weights(folder: Path) -> dict[str, Any]:
     """Everything tensor-like in a training checkpoint, unsharded, by section and logical name."""
-    from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
+    from mindspeed_llm.checkpoint.open import open_checkpoint
 
-    checkpoint = MegatronCheckpoint(folder)
+    checkpoint = open_checkpoint(folder)
     sources = {"lora": checkpoint.lora()} if checkpoint.lora_names else {"base": checkpoint.base()}
     if checkpoint.first.get("optimizer"):
         sources |= {field: checkpoint.section("optimizer", field) for field in ("master", "exp_avg", "exp_avg_sq")}

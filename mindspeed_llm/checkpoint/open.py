@@ -15,12 +15,14 @@ from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource
 from mindspeed_llm.checkpoint.formats.run_folder import is_megatron
 from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource, is_torch_dist
+from mindspeed_llm.checkpoint.formats.torch_dist_run import DistCheckpoint
 from mindspeed_llm.checkpoint.metadata import BaseRecord
 from mindspeed_llm.checkpoint.tables import LORA_NAME
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models.config import ModelConfig
 
 BaseSource = HFSource | ShardedSource | TorchDistSource
+TrainingCheckpoint = MegatronCheckpoint | DistCheckpoint
 
 
 def open_base(
@@ -40,19 +42,34 @@ def open_base(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give an HF model folder or a Megatron checkpoint")
     if is_torch_dist(folder):
-        return TorchDistSource(folder, config, family_name)
+        source = TorchDistSource(folder, config, family_name)
+        if source.lora_names and not with_adapter:
+            raise beside_base(folder)
+        return source
     if is_megatron(folder):
         checkpoint = MegatronCheckpoint(folder, family_name, config)
         if checkpoint.lora_names and not checkpoint.missing_base and not with_adapter:
-            raise InputError(
-                f"{folder}: holds LoRA weights beside the base; give it as --lora-load too, or merge it first"
-            )
+            raise beside_base(folder)
         return checkpoint.base()
     if (folder / "config.json").is_file():
         return HFSource(folder)
     raise InputError(
         f"{folder}: no model: neither a config.json nor a Megatron checkpoint's tracker or mp_rank_* folders"
     )
+
+
+def beside_base(folder: Path) -> InputError:
+    """What is wrong with taking a checkpoint of a base and its adapter for a base."""
+    return InputError(f"{folder}: holds LoRA weights beside the base; give it as --lora-load too, or merge it first")
+
+
+def open_checkpoint(path: str | Path, family_name: str | None = None) -> TrainingCheckpoint:
+    """A checkpoint with all that training saved in it, in either format.
+
+    Args:
+        family_name: `--model-type-hf`, for checkpoints that do not say their family.
+    """
+    return DistCheckpoint(path) if is_torch_dist(path) else MegatronCheckpoint(path, family_name)
 
 
 def open_lora(
@@ -78,7 +95,7 @@ def open_lora(
         UsageError: a flag contradicts the adapter.
     """
     if not is_peft(path):
-        return adapter_of(MegatronCheckpoint(path, family_name), r, alpha, target_modules)
+        return adapter_of(open_checkpoint(path, family_name), r, alpha, target_modules)
     if base is None:
         raise InputError(f"{path}: a PEFT adapter does not describe its base; open the base first and give it too")
     lora = open_peft(path, base)
@@ -87,7 +104,7 @@ def open_lora(
 
 
 def adapter_of(
-    checkpoint: MegatronCheckpoint,
+    checkpoint: TrainingCheckpoint,
     r: int | None = None,
     alpha: float | None = None,
     target_modules: Sequence[str] | None = None,

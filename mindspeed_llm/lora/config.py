@@ -242,3 +242,25 @@ def check_given(settings: LoraSettings, options: LoraOptions, table: WeightTable
         wrong += [flag for flag, differs in named.items() if differs]
     if wrong:
         raise UsageError(f"{' and '.join(wrong)} contradicts the saved adapter in {where}; leave it out")
+
+
+def described(settings: LoraSettings, fused: bool, base_dtype: str) -> str:
+    """One line for people on what is trained, and in which form.
+
+    Args:
+        fused: --lora-fusion is given.
+        base_dtype: type of the base, "bfloat16".
+    """
+    modular = "DoRA" if settings.use_dora else ""
+    if settings.dtype not in ("auto", base_dtype):
+        modular = modular or f"{settings.dtype} factors on a {base_dtype} base"
+    words = [
+        f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(settings.target_modules)}",
+        "other ranks or alphas by name" if settings.rank_pattern or settings.alpha_pattern else "",
+        "rsLoRA" if settings.use_rslora else "",
+        "DoRA" if settings.use_dora else "",
+        "PiSSA" if settings.init == "pissa" else "",
+        f"trained whole: {' '.join(settings.modules_to_save)}" if settings.modules_to_save else "",
+    ]
+    form = f" (--lora-fusion: {modular} runs in the modular form)" if modular else " (fused)"
+    return ", ".join(word for word in words if word) + (form if fused else "")

@@ -68,38 +68,33 @@ def keeps_input(job: Job, layer: int, module: str) -> bool:
 
 
 def norm(job: Job, tokens: float, width: float) -> float:
-    """A norm's own bytes: one number per token on accelerators, where torch has a kernel.
+    """A norm's own bytes beside its input: one number per token.
 
-    A CPU computes it in steps: they keep a float32 copy of the input (in 16-bit training) and, where the weight is
-    trained, the normalised input.
+    A zero-centred one (Gemma) is computed on a float32 copy of its input, and on a CPU keeps, where its weight is
+    trained, the normalised input too.
     """
-    if job.accelerator:
-        return tokens * FLOAT
-    copies = (job.element < FLOAT) + (job.lora is None)
+    copies = 0
+    if job.model.zero_centered_norm:
+        copies = 1 + (job.lora is None and not job.accelerator)
     return tokens * FLOAT * (1 + copies * width)
 
 
 def residual(job: Job) -> float:
     """Both norms of a layer: their inputs (the residual sums) and outputs.
 
-    16-bit training on a CPU keeps float32 copies in place of the inputs. Post norms (Gemma) have inputs of their own.
+    An output is kept as the input of adapted or trained layers. Post norms (Gemma, GLM-4) have inputs of their own.
     """
     model, tokens, e = job.model, tokens_between(job), job.element
-    copied = e < FLOAT and not job.accelerator
     norms = 4 if model.post_norms else 2
-    inputs = 0 if copied else norms * tokens * model.hidden_size * e
-    outputs = sum(
-        tokens * model.hidden_size * e
-        for modules in (("self_attention.linear_qkv",), ("mlp.linear_fc1",))
-        if any(keeps_input(job, 0, module) for module in modules) or model.num_experts or model.multi_latent_attention
-    )
-    return inputs + outputs + norms * norm(job, tokens, model.hidden_size)
+    read = [keeps_input(job, 0, module) for module in ("self_attention.linear_qkv", "mlp.linear_fc1")]
+    outputs = 2 if model.num_experts or model.multi_latent_attention else sum(read)
+    return (norms + outputs) * tokens * model.hidden_size * e + norms * norm(job, tokens, model.hidden_size)
 
 
 def attention(job: Job, layer: int) -> float:
     """Projections, normalised and turned q and k, and the output of attention with its log-sums.
 
-    q, k, v [n (q + 2 k) / t] as projected; q once more where its norm reads a copy; q and k turned; the output.
+    q, k, v [n (q + 2 k) / t] as projected; copies of q and k that their norms read; q and k turned; the output.
     Under CP keys and values of the whole sequence, and the output of both pieces apart and joined.
     """
     model, n, e, t = job.model, job.tokens, job.element, job.layout.tp
@@ -111,9 +106,7 @@ def attention(job: Job, layer: int) -> float:
     log_sums = 0 if job.recompute == "selective" else model.num_attention_heads / t * FLOAT
     kept = n * log_sums
     if model.qk_layernorm:
-        grouped = model.num_attention_heads != model.num_query_groups
-        copied = e < FLOAT and not job.accelerator
-        widths += q if grouped and not copied else 0
+        widths += q + k
         kept += norm(job, n, q) + norm(job, n, k)
     if job.context > 1:
         widths += 2 * k * job.context + q - k

@@ -116,11 +116,17 @@ def kept_in_pass(job: Job, layers: activations.Layers, numbers: list[int]) -> li
 
 
 def recomputed(job: Job, layers: activations.Layers, numbers: list[int]) -> float:
-    """Bytes that come back while recomputed layers run backward: those of a group (uniform), or of one (block)."""
+    """Bytes that come back while recomputed layers run backward, less what has gone by then.
+
+    Uniform: those of a group of layers. Block: those of one layer, when the layers behind it have given theirs back.
+    """
     if job.recompute != "full":
         return 0.0
-    count = (job.recompute_layers or 1) if job.recompute_method == "uniform" else 1
-    return max(sum(layers.layer(n).kept for n in numbers[start : start + count]) for start in range(len(numbers)))
+    group = job.recompute_layers or 1
+    kept = [layers.layer(number).kept for number in numbers]
+    if job.recompute_method == "block":
+        return max(0.0, max(kept[:group]) - sum(kept[group:]))
+    return max(sum(kept[start : start + group]) for start in range(0, len(kept), group))
 
 
 def weight_gradients(job: Job, kept: float, working: float, base: Held, first: bool, last: bool) -> list[float]:

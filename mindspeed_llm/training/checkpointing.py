@@ -20,12 +20,13 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 
-from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.mcore_writer import local_share
+from mindspeed_llm.checkpoint.formats.torch_dist_shards import Owner
 from mindspeed_llm.checkpoint.formats.torch_file import materialise
 from mindspeed_llm.checkpoint.kinds import padded_vocabulary
 from mindspeed_llm.checkpoint.layout import ExpertShare, Layout, Rank
 from mindspeed_llm.checkpoint.metadata import Metadata
+from mindspeed_llm.checkpoint.open import TrainingCheckpoint
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, expert_number, logical_name
 from mindspeed_llm.checkpoint.upstream_args import upstream_args
 from mindspeed_llm.device.base import Device
@@ -80,6 +81,19 @@ def own_place() -> Rank:
     expert = parallel_state.get_expert_model_parallel_rank()
     return Rank(
         parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(), expert
+    )
+
+
+def owner(engine: Engine, metadata: Metadata) -> Owner:
+    """Which shares of the model this rank holds."""
+    first_layers = {
+        key: chunk.first_layer for key, chunk in zip(metadata.layout.model_keys(), engine.chunks, strict=True)
+    }
+    return Owner(
+        first_layers,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        ExpertShare(*parallel.expert_place(metadata.model.num_experts)),
     )
 
 
@@ -165,7 +179,7 @@ def restore_rng(state: dict[str, Any], device: Device) -> None:
     get_cuda_rng_tracker().set_states(dict(state["tracker"]))
 
 
-def load_progress(checkpoint: MegatronCheckpoint) -> Progress:
+def load_progress(checkpoint: TrainingCheckpoint) -> Progress:
     """How far the run was that wrote this checkpoint."""
     first = checkpoint.first
     return Progress(
@@ -177,7 +191,7 @@ def load_progress(checkpoint: MegatronCheckpoint) -> Progress:
     )
 
 
-def load_optimizer(engine: Engine, checkpoint: MegatronCheckpoint) -> None:
+def load_optimizer(engine: Engine, checkpoint: TrainingCheckpoint) -> None:
     """Take the optimizer's state from a checkpoint of any layout.
 
     Raises:
@@ -204,12 +218,12 @@ def load_optimizer(engine: Engine, checkpoint: MegatronCheckpoint) -> None:
         import_state(engine.optimizer, parameters, state, int(stored["step"]))
 
 
-def load_rng(checkpoint: MegatronCheckpoint, layout: Layout, device: Device) -> bool:
+def load_rng(checkpoint: TrainingCheckpoint, layout: Layout, device: Device) -> bool:
     """Take this rank's random states; -> False when the layout differs, where they mean nothing."""
     if checkpoint.layout != layout:
         return False
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    states = checkpoint.files[own_place()].get("rng_state")
+    states = checkpoint.rng_states(own_place())
     if not states or len(states) != group.size():
         return False
     restore_rng(materialise(states[group.rank()]), device)

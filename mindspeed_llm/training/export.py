@@ -26,12 +26,11 @@ from mindspeed_llm.checkpoint.adapters.stored import show_stored
 from mindspeed_llm.checkpoint.convert_job import recorded_folders
 from mindspeed_llm.checkpoint.formats.hf import HfFiles, HFSource, copy_companions
 from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource
-from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.mcore_names import lora_rank
 from mindspeed_llm.checkpoint.live import live_axis, live_tensors
 from mindspeed_llm.checkpoint.merge import MergedSource
 from mindspeed_llm.checkpoint.metadata import LoraSettings
-from mindspeed_llm.checkpoint.open import adapter_of, config_differences
+from mindspeed_llm.checkpoint.open import adapter_of, config_differences, open_checkpoint
 from mindspeed_llm.checkpoint.sizes import parse_size
 from mindspeed_llm.checkpoint.tables import MAGNITUDE, WeightTable, expert_number, is_lora, logical_name
 from mindspeed_llm.errors import InputError, UsageError
@@ -105,7 +104,7 @@ def export_adapter(checkpoint: Path, export: Export) -> str:
 
     -> one line on what was written and which servers take it.
     """
-    adapter = adapter_of(MegatronCheckpoint(checkpoint))
+    adapter = adapter_of(open_checkpoint(checkpoint))
     return write_peft(adapter, checkpoint / ADAPTER_FOLDER, export.base_path)
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
+from mindspeed_llm.lora.config import described
 from mindspeed_llm.training.engine import Batch, StepResult, evaluate, train_step
 from mindspeed_llm.training.flops import step_flops
 from mindspeed_llm.training.report import MEGABYTE, Report, StepRecord, say
@@ -285,14 +286,9 @@ def announce(run: Run) -> None:
     world = torch.distributed.get_world_size()
     layout, settings = run.metadata.layout, run.start.settings
     parameters = sum(p.numel() for chunk in run.engine.chunks for p in chunk.parameters() if p.requires_grad)
-    what = (
-        "full tuning"
-        if settings is None
-        else (
-            f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(settings.target_modules)}"
-            f"{' (fused)' if run.options.lora.lora_fusion else ''}"
-        )
-    )
+    what = "full tuning"
+    if settings is not None:
+        what = described(settings, run.options.lora.lora_fusion, run.options.training.dtype_name)
     source = run.feed.source
     pieces = parallel_state.get_context_parallel_world_size()
     context = f" CP{pieces}" if pieces > 1 else ""

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from mindspeed_llm.checkpoint.atomic import StagedDirectory, iteration_folder, write_tracker
+from mindspeed_llm.checkpoint.formats.torch_dist_shards import merge_shares, write_shares
 from mindspeed_llm.checkpoint.formats.torch_file import write_torch_file
 from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE
 from mindspeed_llm.checkpoint.metadata import Metadata, write_metadata
 from mindspeed_llm.checkpoint.sizes import free_space, human
+from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import barrier, current_place, own_place
@@ -74,6 +76,7 @@ class Pending:
     Attributes:
         staged: its folder. progress, metadata: what it says about itself.
         began: when its saving began, by `time.perf_counter`. waited: seconds training has waited for it.
+        common: what all ranks' files say alike.
         written: whether every rank has written its share, so that it is rank 0's to publish.
     """
 
@@ -84,6 +87,7 @@ class Pending:
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     worker: Worker | None = None
+    common: dict[str, Any] = field(default_factory=dict)
     written: bool = False
 
 
@@ -99,6 +103,8 @@ class Saver:
         self.run = run
         self.folder = Path(run.options.checkpoint.save or "")
         self.threaded = run.options.checkpoint.async_save
+        self.distributed = run.options.checkpoint.ckpt_format == "torch_dist"
+        self.table = WeightTable(run.metadata.model)
         self.writes = checkpointing.first_of_its_place()
         self.nbytes = sum_over_ranks(self.own_bytes() if self.writes else 0, self.place) + self.exported_bytes()
         self.pending: Pending | None = None
@@ -207,10 +213,23 @@ class Saver:
         )  # fmt: skip
         if run.export is not None and run.export.model:
             export_model(run.engine.chunks, metadata.model, staged.path, run.export, self.place)
-        place = own_place()
-        write = (lambda: write_rank_file(staged.path, metadata, place, content)) if self.writes else (lambda: None)
-        pending.worker = Worker(write, self.threaded)
+        pending.common = {key: value for key, value in content.items() if not isinstance(value, dict | list)}
+        if content.get("optimizer"):
+            pending.common["optimizer"] = {"step": content["optimizer"]["step"]}
+        pending.common["validation"] = content["validation"]
+        pending.worker = Worker(self.writing_of(content, staged.path, metadata), self.threaded)
         pending.waited += time.perf_counter() - pending.began
+
+    def writing_of(self, content: dict[str, Any], folder: Path, metadata: Metadata) -> Callable[[], None]:
+        """What writes this rank's share of a checkpoint."""
+        if not self.writes:
+            return lambda: None
+        place = own_place()
+        if not self.distributed:
+            return lambda: write_rank_file(folder, metadata, place, content)
+        owner = checkpointing.owner(self.run.engine, metadata)
+        rank = torch.distributed.get_rank()
+        return lambda: write_shares(folder, rank, place, content, self.table, owner)
 
     @property
     def writing(self) -> bool:
@@ -251,6 +270,8 @@ class Saver:
         """Give the checkpoint its name, then the tracker; remove what is surplus. On rank 0."""
         staged, export = pending.staged, self.run.export
         write_metadata(staged.path, pending.metadata)
+        if self.distributed:
+            merge_shares(staged.path, self.table, pending.common)
         told = []
         if export is not None and export.model:
             without = ", without its prediction layers" if pending.metadata.model.mtp_num_layers else ""

@@ -4,9 +4,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindspeed_llm.arguments.programs import PosttrainOptions
-from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint, ShardedSource
+from mindspeed_llm.checkpoint.formats.mcore import ShardedSource
+from mindspeed_llm.checkpoint.formats.torch_dist import TorchDistSource
 from mindspeed_llm.checkpoint.metadata import LoraSettings
-from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, adapter_of, check_base, open_base
+from mindspeed_llm.checkpoint.open import (
+    BaseSource,
+    LoraSource,
+    TrainingCheckpoint,
+    adapter_of,
+    check_base,
+    open_base,
+    open_checkpoint,
+)
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.config import check_given, continued, plain_targets, settings_from_options
 from mindspeed_llm.lora.sources import open_pair, shared_hash
@@ -30,7 +39,7 @@ class Start:
     base_path: str
     adapter: LoraSource | None
     settings: LoraSettings | None
-    resume: MegatronCheckpoint | None
+    resume: TrainingCheckpoint | None
     stale: tuple[Path, ...] = ()
 
 
@@ -44,7 +53,7 @@ def find_start(options: PosttrainOptions) -> Start:
     checkpoint, lora = options.checkpoint, options.lora
     saved = iterations(Path(checkpoint.save)) if checkpoint.save else []
     if checkpoint.auto_resume and saved:
-        return _resumed(options, MegatronCheckpoint(saved[-1], options.model.model_type_hf))
+        return _resumed(options, open_checkpoint(saved[-1], options.model.model_type_hf))
     if not checkpoint.load:
         raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to start from")
     if lora.lora_load:
@@ -62,7 +71,7 @@ def find_start(options: PosttrainOptions) -> Start:
     return _checked_save(options, start, saved)
 
 
-def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start:
+def _resumed(options: PosttrainOptions, checkpoint: TrainingCheckpoint) -> Start:
     """The start of a run that continues `checkpoint`, an adapter or a whole model."""
     lora = options.lora
     if not checkpoint.lora_names:
@@ -81,11 +90,13 @@ def _resumed(options: PosttrainOptions, checkpoint: MegatronCheckpoint) -> Start
     return Start(base, options.checkpoint.load, adapter, continued(adapter.live_settings, lora), checkpoint)
 
 
-def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> MegatronCheckpoint | None:
+def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> TrainingCheckpoint | None:
     """The checkpoint to continue when full tuning loads what full tuning saved, unless --finetune."""
-    if options.training.finetune or settings is not None or not isinstance(base, ShardedSource):
+    if options.training.finetune or settings is not None or not isinstance(base, ShardedSource | TorchDistSource):
         return None
-    checkpoint = MegatronCheckpoint(base.path, options.model.model_type_hf)
+    if isinstance(base, TorchDistSource) and base.metadata is None:
+        return None  # of another program
+    checkpoint = open_checkpoint(base.path, options.model.model_type_hf)
     return checkpoint if "optimizer" in checkpoint.first else None
 
 

@@ -91,6 +91,43 @@ def killed_before_tracker(call: int) -> Iterator[None]:
         yield
 
 
+def slow_rank_files() -> Any:
+    """A rank's file takes half a second more."""
+    from mindspeed_llm.training import saving
+
+    def make(write: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*args: Any) -> None:
+            time.sleep(0.5)
+            write(*args)
+
+        return slow
+
+    return replaced(saving, "write_torch_file", make)
+
+
+def _free(*sizes: int) -> Any:
+    """The file system has these many bytes free when it is asked; the last holds from then on."""
+    from mindspeed_llm.training import saving
+
+    left = list(sizes)
+    return replaced(saving, "free_space", lambda _: lambda folder: left.pop(0) if len(left) > 1 else left[0])
+
+
+def no_room() -> Any:
+    """From the start."""
+    return _free(1000)
+
+
+def no_room_at_the_first_save() -> Any:
+    """There is some at the start."""
+    return _free(10**9, 1000)
+
+
+def no_room_at_the_second_save() -> Any:
+    """It comes back afterwards."""
+    return _free(10**9, 10**9, 1000, 10**9)
+
+
 @contextlib.contextmanager
 def recorded(folder: str) -> Iterator[None]:
     """What the engine receives at every step and validation, one line of JSON each, by rank, in `folder`."""

@@ -104,7 +104,8 @@ def test_a_run_goes_on_at_other_layouts_to_rounding(whole: Path, tmp_path: Path)
 @pytest.mark.distributed
 def test_full_tuning_trains_routers_too_and_goes_on_elsewhere(tmp_path: Path) -> None:
     run(1, *argv(tmp_path / "whole", lora=False))
-    run(2, *argv(tmp_path / "parts", EP, 2, lora=False), around=faults.terminated_in_step_3)
+    kept = (EP, 2, "--ckpt-format", "torch_dist")
+    run(2, *argv(tmp_path / "parts", *kept, lora=False), around=faults.terminated_in_step_3)
     size, spread = SPREAD
     run(size, *argv(tmp_path / "parts", "--auto-resume", *spread, lora=False))
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
@@ -117,7 +118,8 @@ def test_full_tuning_trains_routers_too_and_goes_on_elsewhere(tmp_path: Path) ->
 def test_bf16_with_the_distributed_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     layout = ("--bf16", EP, 2, OPTIMIZER)
     run(2, *argv(tmp_path / "through", *layout))
-    run(2, *argv(tmp_path / "parts", *layout), around=faults.terminated_in_step_3)
+    kept = (*layout, "--ckpt-format", "torch_dist", "--async-save")
+    run(2, *argv(tmp_path / "parts", *kept), around=faults.terminated_in_step_3)
     run(2, *argv(tmp_path / "parts", *layout, "--auto-resume"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "through")
     same(weights(tmp_path / "parts"), weights(tmp_path / "through"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mindspeed_llm.checkpoint.formats.lazy import Readable, TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
+from mindspeed_llm.checkpoint.formats.torch_dist_run import DistCheckpoint
 from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings, Metadata
 from mindspeed_llm.checkpoint.tables import EMBEDDING, LORA_NAME, MAGNITUDE, OUTPUT_LAYER
 from mindspeed_llm.errors import InputError
@@ -31,7 +32,7 @@ class LoraSource:
     settings: LoraSettings
     base: BaseRecord | None
     metadata: Metadata | None
-    checkpoint: MegatronCheckpoint | None
+    checkpoint: MegatronCheckpoint | DistCheckpoint | None
     unties: bool = False
     magnitudes: Mapping[str, Readable] = field(default_factory=dict)
     stored: TensorSource | None = None

@@ -351,6 +351,10 @@ class MegatronCheckpoint:
         """
         return ShardedSource(self, self.collect(path))
 
+    def rng_states(self, place: Rank) -> list[Any] | None:
+        """The random states of the data-parallel ranks of one place; None where none were saved."""
+        return self.files[place].get("rng_state")
+
 
 def local_layers(files: Mapping[Rank, Mapping[str, Any]], pp_rank: int, key: str) -> set[int]:
     """The local numbers of the layers that a stage's chunk holds."""

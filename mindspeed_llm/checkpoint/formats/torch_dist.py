@@ -24,7 +24,7 @@ from mindspeed_llm.checkpoint.formats.torch_dist_names import OPTIMIZER, WRAPPER
 from mindspeed_llm.checkpoint.formats.torch_file import read_torch_file
 from mindspeed_llm.checkpoint.kinds import AxisMap, Ranges, Segment
 from mindspeed_llm.checkpoint.metadata import Metadata, read_metadata
-from mindspeed_llm.checkpoint.tables import EMBEDDING, Entry, WeightTable
+from mindspeed_llm.checkpoint.tables import EMBEDDING, Entry, WeightTable, is_lora
 from mindspeed_llm.checkpoint.upstream_args import check_recorded, config_from_args
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.config import ModelConfig
@@ -130,7 +130,7 @@ class TorchDistSource:
                 missing.append(entry.name)
             else:
                 self.tensors[entry.name] = [self.part(entry, found, key, places) for key in found.keys]
-        strange = sorted(set(self.stored) - known)
+        strange = sorted(key for key in self.stored if key not in known and not is_lora(key))
         if strange and ignore_unknown:
             self.notes.append(f"{self.path}: {len(strange)} unknown tensors are left out: {listed(strange)}")
         wrong = [f"{len(missing)} tensors are missing {listed(missing)}"] if missing else []
@@ -152,6 +152,11 @@ class TorchDistSource:
         if (key, leading) not in places:
             places[key, leading] = stored.by_place(leading)
         return ChunkedTensor(shape, stored.dtype, found.place, tuple(places[key, leading][found.place]))
+
+    @property
+    def lora_names(self) -> list[str]:
+        """Logical names of the LoRA factors beside these weights, which `torch_dist_run` reads."""
+        return [key for key in self.stored if is_lora(key)]
 
     def names(self) -> list[str]:
         """Logical names, in the order of the network."""

@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -78,15 +80,14 @@ def write_torch_dist(
                 files.index.storage_data[MetadataIndex(key)] = empty
     write_durably(folder / METADATA, pickle.dumps(files.index))
     layout = Layout.even(source.config.num_layers)
-    write_torch_file(
-        folder / COMMON,
-        {
-            "args": upstream_args(source.config, layout, source.config.vocab_size, iteration),
-            "checkpoint_version": CHECKPOINT_VERSION,
-            "iteration": iteration,
-            "content_metadata": {"non_homogeneous_layers": not form.stacked, "singleton_local_shards": False},
-        },
-    )
+    args = upstream_args(source.config, layout, source.config.vocab_size, iteration)
+    write_settings(folder, form, {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration})
+
+
+def write_settings(folder: Path, form: Form, common: Mapping[str, Any]) -> None:
+    """Write common.pt, and metadata.json, without which a folder is no checkpoint."""
+    shown = {"non_homogeneous_layers": not form.stacked, "singleton_local_shards": False}
+    write_torch_file(folder / COMMON, {**common, "content_metadata": shown})
     settings = {"sharded_backend": BACKEND, "common_backend": "torch"}
     write_text(folder / SETTINGS, json.dumps({**settings, "sharded_backend_version": 1, "common_backend_version": 1}))
 
@@ -123,6 +124,7 @@ class ShardFiles:
 
     folder: Path
     file_bytes: int
+    rank: int = 0
     index: Index = field(default_factory=lambda: Index({}, None, {}, StorageMeta(), VERSION))
     frames: dict[tuple[torch.dtype, tuple[int, ...]], Frame] = field(default_factory=dict)
     count: int = 0
@@ -148,7 +150,7 @@ class ShardFiles:
         """Room for `size` bytes, in a new file when the open one is full."""
         if self.descriptor is None or self.end > self.file_bytes:
             self.close()
-            self.name = f"__0_{self.count}.distcp"
+            self.name = f"__{self.rank}_{self.count}.distcp"
             self.descriptor = os.open(self.folder / self.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
             self.count, self.end = self.count + 1, 0
         info = _StorageInfo(self.name, self.end, size)
