@@ -16,7 +16,7 @@ from mindspeed_llm.training.engine import StepResult, evaluate, train_step
 from mindspeed_llm.training.report import Report, say
 from mindspeed_llm.training.retention import BEST, validated
 from mindspeed_llm.training.saving import Saver
-from mindspeed_llm.training.setup import Run, count_cut_rows
+from mindspeed_llm.training.setup import Run, count_cut_rows, finished
 from mindspeed_llm.training.watch import Watch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -54,8 +54,12 @@ def train(run: Run, report: Report | None) -> bool:
     Args:
         report: on the rank that prints, else None.
     """
-    place, applied = run.feed.device, False
-    saver, ended = Saver(run), False
+    place, saver = run.feed.device, Saver(run)
+    applied = stopping = broken = False
+    saver.put_right()
+    ended = bool(finished(run))
+    if ended and run.first_rank:
+        say(f"{run.start.resume.folder} {finished(run)}")
     with Watch(run, report) as watch, StopRequest() as stop:
         while not ended:
             watch.begins()
@@ -73,7 +77,7 @@ def train(run: Run, report: Report | None) -> bool:
             stopping, writing, odd = stop.agreed(place, saver.writing, odd)
             saver.progressed(writing)
             told, broken = watch.explain() if odd else "", watch.too_many()
-            ended = stopping or iteration == run.train_iters or exhausted(run) or broken
+            ended = stopping or bool(finished(run)) or broken
             every = run.options.checkpoint.save_interval
             if (ended and (applied or not broken)) or gained or (every and iteration % every == 0):
                 saver.save(loss, last=ended)
@@ -88,7 +92,7 @@ def train(run: Run, report: Report | None) -> bool:
     if run.first_rank:
         for line in closing(run):
             say(line)
-    return not stopping or run.progress.iteration == run.train_iters or exhausted(run)
+    return not stopping or bool(finished(run))
 
 
 def count_validation(run: Run, loss: float | None) -> bool:
@@ -103,18 +107,12 @@ def count_validation(run: Run, loss: float | None) -> bool:
 def closing(run: Run) -> list[str]:
     """What a finished run says about its validation losses."""
     done, lines = run.progress, []
-    if exhausted(run) and done.iteration < run.train_iters:
+    if finished(run) and done.iteration < run.train_iters:
         lines.append(f"stopped early at step {done.iteration}: {done.without_gain} validations had no lower loss")
     if done.saved_best:
         link = os.path.join(run.options.checkpoint.save or "", BEST)
         lines.append(f"best checkpoint: {link}, validation loss {done.saved_best_loss:.6E} at step {done.saved_best}")
     return lines
-
-
-def exhausted(run: Run) -> bool:
-    """Whether --early-stopping-patience ends the run."""
-    patience = run.options.checkpoint.early_stopping_patience
-    return patience is not None and run.progress.without_gain >= patience
 
 
 def advance(run: Run, result: StepResult) -> None:
