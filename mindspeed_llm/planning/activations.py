@@ -64,7 +64,8 @@ def tokens_between(job: Job) -> int:
 
 def keeps_input(job: Job, layer: int, module: str) -> bool:
     """Whether a linear layer keeps its input: for its own gradient, or its adapter's."""
-    return job.lora is None or job.lora.adapts(f"decoder.layers.{layer}.{module}")
+    name = f"decoder.layers.{layer}.{module}"
+    return job.lora is None or job.lora.adapts(name) or job.lora.saves(name)
 
 
 def norm(job: Job, tokens: float, width: float) -> float:
@@ -182,7 +183,7 @@ def head(job: Job) -> float:
     h, labelled = model.hidden_size, job.tokens * job.trained
     vocabulary = -(-model.vocab_size // t)
     before = tokens_between(job) * h * e + labelled * h * e + norm(job, tokens_between(job), h)
-    if job.lora is None:
+    if job.trains_head:
         return before + labelled * vocabulary * (2 * FLOAT + (e if e < FLOAT else 0))
     rows, part = min(labelled, HEAD_ROWS), min(HEAD_SLICE, vocabulary)
     width = h * e

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mindspeed_llm.planning.cards import Card
+from mindspeed_llm.device.cards import Card
 from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.memory import Memory, memory
 from mindspeed_llm.planning.schedule import bubble

@@ -62,6 +62,17 @@ class Job:
         return BYTES[self.dtype]
 
     @property
+    def adapter_element(self) -> int:
+        """Bytes of an element of the adapter."""
+        return self.element if self.lora is None or self.lora.dtype == "auto" else BYTES[self.lora.dtype]
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the output layer has a gradient."""
+        name = "embedding.word_embeddings" if self.model.tie_word_embeddings else "output_layer"
+        return self.lora is None or self.lora.saves(name)
+
+    @property
     def tokens(self) -> int:
         """Tokens of a micro-batch on a CP rank, before sequence parallelism cuts them."""
         return self.micro_batch * -(-self.length // self.context)

@@ -41,19 +41,20 @@ def memory(job: Job, sums: ModelWeights, pp_rank: int) -> Memory:
     """Peak bytes of a rank of a pipeline stage."""
     pieces = sums.stage(job.layout, pp_rank)
     base, adapter = held(pieces, job.layout, False), held(pieces, job.layout, True)
-    trained = base if job.lora is None else adapter
-    state, update = optimizer(job, trained)
-    acts, buffers = round(step_activations(job, pp_rank, base)), communication(job, pp_rank)
-    scratch = trained.total * FULL_PRECISION + round(activations.rotary(job)) if copies_gradients(job) else 0
-    static = base.total * job.element + adapter.total * job.element + trained.total * FULL_PRECISION + state
+    whole, factors = held(pieces, job.layout, False, True), held(pieces, job.layout, True, True)
+    state, update = optimizer(job, whole, factors)
+    weights, adapters = base.total * job.element, adapter.total * job.adapter_element
+    gradients = (whole.total + factors.total) * FULL_PRECISION
+    scratch = gradients + round(activations.rotary(job)) if copies_gradients(job) else 0
+    acts, buffers = round(step_activations(job, pp_rank)), communication(job, pp_rank)
     return Memory(
-        weights=base.total * job.element,
-        adapters=adapter.total * job.element,
-        gradients=trained.total * FULL_PRECISION,
+        weights=weights,
+        adapters=adapters,
+        gradients=gradients,
         optimizer=state + update,
         activations=max(acts, scratch),
         communication=buffers,
-        total=static + max(acts + buffers, scratch, update),
+        total=weights + adapters + gradients + state + max(acts + buffers, scratch, update),
     )
 
 
@@ -62,21 +63,25 @@ def every_stage(job: Job, sums: ModelWeights) -> list[Memory]:
     return [memory(job, sums, rank) for rank in range(job.layout.pp)]
 
 
-def optimizer(job: Job, trained: Held) -> tuple[int, int]:
+def optimizer(job: Job, whole: Held, factors: Held) -> tuple[int, int]:
     """(held, made for a moment by an update) bytes of Adam.
 
-    Held: two moments and, in 16-bit training, a master copy, float32; cut over replicas by the distributed optimizer.
-    An update makes the root of the second moment, of all parameters at once on accelerators; on a CPU, of one after
-    the other, twice.
+    Held: two moments and, of what is trained in 16 bits, a master copy, float32; cut over replicas by the distributed
+    optimizer. An update makes the root of the second moment, of all parameters at once on accelerators; on a CPU, of
+    one after the other, twice.
+
+    Args:
+        whole: weights that are trained. factors: of the adapter.
     """
-    dense, expert, largest = trained.dense, trained.expert, trained.largest
-    if job.distributed_optimizer:
-        dense //= job.replicas * job.context
-        expert //= max(job.expert_replicas, 1)
-        largest = min(largest, dense + expert)
-    copies = MOMENTS + (job.element < FULL_PRECISION)
-    at_once = dense + expert if job.accelerator else 2 * largest
-    return (dense + expert) * copies * FULL_PRECISION, at_once * FULL_PRECISION
+    state = elements = largest = 0
+    for trained, bytes_each in ((whole, job.element), (factors, job.adapter_element)):
+        own = trained.total
+        if job.distributed_optimizer:
+            own = trained.dense // (job.replicas * job.context) + trained.expert // max(job.expert_replicas, 1)
+        state += own * (MOMENTS + (bytes_each < FULL_PRECISION)) * FULL_PRECISION
+        elements += own
+        largest = max(largest, min(trained.largest, own))
+    return state, (elements if job.accelerator else 2 * largest) * FULL_PRECISION
 
 
 def copies_gradients(job: Job) -> bool:
@@ -84,7 +89,7 @@ def copies_gradients(job: Job) -> bool:
     return job.distributed_optimizer and job.replicas * job.context > 1 and not job.accelerator
 
 
-def step_activations(job: Job, pp_rank: int, base: Held) -> float:
+def step_activations(job: Job, pp_rank: int) -> float:
     """Peak activations of a stage: in the head's forward pass, in a layer's backward pass, or for the embedding."""
     layers, layout = activations.Layers(job), job.layout
     passes = chunk_passes(job, pp_rank)
@@ -100,7 +105,7 @@ def step_activations(job: Job, pp_rank: int, base: Held) -> float:
     if last:
         peak = max(peak, kept + activations.head(job))
     if job.lora is None:
-        peak = max(peak, kept, *weight_gradients(job, kept, working, base, first, last))
+        peak = max(peak, kept, *weight_gradients(job, kept, working, first, last))
     return peak + activations.rotary(job)
 
 
@@ -129,11 +134,12 @@ def recomputed(job: Job, layers: activations.Layers, numbers: list[int]) -> floa
     return max(sum(kept[start : start + group]) for start in range(0, len(kept), group))
 
 
-def weight_gradients(job: Job, kept: float, working: float, base: Held, first: bool, last: bool) -> list[float]:
+def weight_gradients(job: Job, kept: float, working: float, first: bool, last: bool) -> list[float]:
     """Moments of full tuning at which a weight's gradient stands beside its place in the buffer.
 
-    The largest layer's beside the activations; the embedding's at the end, where nothing else is left: twice (looked
-    up, and added), and three times where the output layer is tied to it on the same stage, whose own gradient waits
+    The largest layer's beside the activations, less what the MLP has given back by then (gate, up and what was made of
+    them, but for their gradient); the embedding's at the end, where nothing else is left: twice (looked up, and added),
+    and three times where the output layer is tied to it on the same stage, whose own gradient waits
     during the whole backward pass.
     """
     model, layout, e = job.model, job.layout, job.element
@@ -141,7 +147,8 @@ def weight_gradients(job: Job, kept: float, working: float, base: Held, first: b
     tied = first and last and model.tie_word_embeddings
     waiting = table if tied else 0
     largest = largest_of_layers(job) * e
-    moments = [kept + waiting + max(working, largest)]
+    given_back = 3 * job.tokens * model.ffn_hidden_size / layout.tp * e if not model.num_experts else 0
+    moments = [kept + waiting + max(working, largest - given_back)]
     if first:
         moments.append((3 if tied else 2) * table)
     if last:

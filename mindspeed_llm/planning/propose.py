@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.device.cards import Card
 from mindspeed_llm.errors import UsageError
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.planning.cards import Card
 from mindspeed_llm.planning.estimate import Estimate, estimate
 from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.weights import ModelWeights

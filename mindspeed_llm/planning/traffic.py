@@ -99,6 +99,8 @@ def layer_tensor_traffic(job: Job, layer: int, forwards: int) -> float:
         total += (forwards + 1) * regions * 2 * job.tokens * job.lora.r * job.element * share(t)
     elif job.sp > 1:
         total += regions * volume
+    if needs_no_input_gradient(job, layer):
+        total -= volume * (1 if job.sp > 1 else 2)
     if model.has("moe", layer) and job.layout.etp > 1:
         gathered = expert_pairs(job) * model.hidden_size * job.element
         total += 2 * (forwards + 1) * gathered * share(job.layout.etp)
@@ -110,13 +112,26 @@ def layer_flops(job: Job, sums: ModelWeights, layer: int, forwards: float) -> fl
 
     A frozen weight costs as much backward as forward, a trained one twice that; attention (causal) twice.
     """
-    model, n = job.model, job.tokens
-    pairs = expert_pairs(job) if model.has("moe", layer) else 0.0
-    frozen, trained = products(sums.layers[layer], job, n, pairs)
+    pairs = expert_pairs(job) if job.model.has("moe", layer) else 0.0
+    frozen, trained = products(sums.layers[layer], job, job.tokens, pairs)
+    total = frozen * (forwards + 1) + trained * (forwards + 2) + attention_flops(job, layer) * (forwards + 2)
+    if needs_no_input_gradient(job, layer):
+        width = (job.model.num_attention_heads + 2 * job.model.num_query_groups) * job.model.kv_channels
+        total -= 2.0 * job.tokens * width * job.model.hidden_size / job.layout.tp
+    return total
+
+
+def attention_flops(job: Job, layer: int) -> float:
+    """Operations of scores and values of one forward pass on a rank."""
+    model = job.model
     width = model.num_attention_heads * (model.v_head_dim if model.multi_latent_attention else model.kv_channels)
     seen = min(job.length / 2, model.window(layer) or job.length)
-    attention = 4 * n * seen * width / job.layout.tp
-    return frozen * (forwards + 1) + trained * (forwards + 2) + attention * (forwards + 2)
+    return 4 * job.tokens * seen * width / job.layout.tp
+
+
+def needs_no_input_gradient(job: Job, layer: int) -> bool:
+    """Whether nothing is trained before a layer's first projection; full recomputation asks for a gradient there."""
+    return layer == 0 and job.lora is not None and job.recompute != "full" and not job.model.multi_latent_attention
 
 
 def products(pieces: Pieces, job: Job, tokens: float, pairs: float) -> tuple[float, float]:
@@ -127,7 +142,7 @@ def products(pieces: Pieces, job: Job, tokens: float, pairs: float) -> tuple[flo
             continue
         rows = pairs / job.model.num_experts if one.of_expert else tokens
         work = 2.0 * rows * one.elements(job.layout) * count
-        if one.adapter or job.lora is None:
+        if one.trained:
             trained += work
         else:
             frozen += work
@@ -137,13 +152,13 @@ def products(pieces: Pieces, job: Job, tokens: float, pairs: float) -> tuple[flo
 def head_flops(job: Job) -> float:
     """Operations of the output layer on the labelled tokens."""
     work = 2.0 * job.tokens * job.trained * job.model.vocab_size * job.model.hidden_size / job.layout.tp
-    return work * (3 if job.lora is None else 2)
+    return work * (3 if job.trains_head else 2)
 
 
 def gradient_traffic(job: Job, sums: ModelWeights, pp_rank: int) -> float:
     """Bytes sent over data parallelism in a step: gradients in float32 summed, and parameters gathered."""
     pieces = sums.stage(job.layout, pp_rank)
-    local = held(pieces, job.layout, job.lora is not None)
+    parts = [held(pieces, job.layout, adapter, True) for adapter in (False, True)]
     per_element = FULL_PRECISION + job.element if job.distributed_optimizer else 2 * FULL_PRECISION
-    dense = local.dense * share(job.replicas * job.context)
-    return per_element * (dense + local.expert * share(max(job.expert_replicas, 1)))
+    dense = sum(one.dense for one in parts) * share(job.replicas * job.context)
+    return per_element * (dense + sum(one.expert for one in parts) * share(max(job.expert_replicas, 1)))

@@ -15,7 +15,7 @@ from mindspeed_llm.checkpoint.tables import EMBEDDING, Entry, WeightTable
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families.base import Kind
 
-COLUMNS = (Kind.COLUMN, Kind.QKV, Kind.GATED)
+COLUMNS = (Kind.COLUMN, Kind.QKV, Kind.GATED, Kind.VOCAB)
 
 
 class Piece(NamedTuple):
@@ -23,8 +23,8 @@ class Piece(NamedTuple):
 
     Attributes:
         rows, columns: whole; columns are 1 for vectors.
-        cut: ranks hold parts of it. of_expert: every expert has one. adapter: a LoRA factor.
-        vocabulary: its rows are those of the vocabulary.
+        cut: ranks hold parts of it. of_expert: every expert has one. adapter: of a LoRA adapter.
+        vocabulary: its rows are those of the vocabulary. trained: it has a gradient.
     """
 
     rows: int
@@ -33,6 +33,7 @@ class Piece(NamedTuple):
     of_expert: bool = False
     adapter: bool = False
     vocabulary: bool = False
+    trained: bool = True
 
     def elements(self, layout: Layout) -> int:
         """Of one tensor on a rank that holds it; a vocabulary is rounded up to a multiple of TP."""
@@ -65,21 +66,33 @@ class Held:
         return self.dense + self.expert
 
 
-def piece(entry: Entry) -> Piece:
-    """The piece an entry of the table is."""
+def piece(entry: Entry, settings: LoraSettings | None) -> Piece:
+    """The piece an entry of the table is; beside an adapter it is trained only where it is to be trained whole."""
     rows, columns = (*entry.shape, 1)[:2]
     cut, vocabulary = entry.kind is not Kind.REPLICATED, entry.kind is Kind.VOCAB
-    return Piece(rows, columns, cut, entry.expert is not None, vocabulary=vocabulary)
+    trained = settings is None or (entry.name.endswith(".weight") and settings.saves(entry.name[: -len(".weight")]))
+    return Piece(rows, columns, cut, entry.expert is not None, vocabulary=vocabulary, trained=trained)
 
 
 def factors(entry: Entry, settings: LoraSettings) -> list[Piece]:
-    """The LoRA factors A [r, i] and B [o, r] of a table's weight; none where it is not adapted."""
+    """What an adapter has for a table's weight [o, i]; nothing where it is not adapted.
+
+    A [r, i] and B [o, r]; with DoRA a length for each row; with PiSSA the factors it started from, which are kept.
+    """
     module = entry.name.removesuffix(".weight")
     if not entry.name.endswith(".weight") or len(entry.shape) != 2 or not settings.adapts(module):
         return []
     rank, (rows, columns), of_expert = settings.rank(module), entry.shape, entry.expert is not None
-    a = Piece(rank, columns, entry.kind is Kind.ROW, of_expert, adapter=True)
-    return [a, Piece(rows, rank, entry.kind in COLUMNS, of_expert, adapter=True)]
+    vocabulary, by_rows = entry.kind is Kind.VOCAB, entry.kind in COLUMNS
+    found = [
+        Piece(rank, columns, entry.kind is Kind.ROW, of_expert, adapter=True),
+        Piece(rows, rank, by_rows, of_expert, adapter=True, vocabulary=vocabulary),
+    ]
+    if settings.init != "default":
+        found += [one._replace(trained=False) for one in found]
+    if settings.use_dora:
+        found.append(Piece(rows, 1, by_rows, of_expert, adapter=True, vocabulary=vocabulary))
+    return found
 
 
 class ModelWeights:
@@ -114,7 +127,7 @@ class ModelWeights:
     def _counted(self, entries: Iterable[Entry]) -> Pieces:
         counted: Pieces = Counter()
         for entry in entries:
-            counted[piece(entry)] += 1
+            counted[piece(entry, self.settings)] += 1
             if self.settings is not None:
                 counted.update(factors(entry, self.settings))
         return counted
@@ -141,11 +154,11 @@ class ModelWeights:
         return total
 
 
-def held(pieces: Pieces, layout: Layout, adapter: bool) -> Held:
-    """What a rank holds of weights, or of LoRA factors."""
+def held(pieces: Pieces, layout: Layout, adapter: bool, trained_only: bool = False) -> Held:
+    """What a rank holds of weights, or of an adapter: of all, or of what is trained."""
     dense = expert = largest = 0
     for one, count in pieces.items():
-        if one.adapter is not adapter:
+        if one.adapter is not adapter or (trained_only and not one.trained):
             continue
         elements = one.elements(layout)
         largest = max(largest, elements)

@@ -13,11 +13,11 @@ from mindspeed_llm.checkpoint.open import open_base
 from mindspeed_llm.checkpoint.sizes import parse_size
 from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.data.prefixes import Parts, open_parts
+from mindspeed_llm.device import cards
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.config import settings_from_options
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
-from mindspeed_llm.planning import cards
 from mindspeed_llm.planning.estimate import fullest
 from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.propose import Lengths, Wish, propose

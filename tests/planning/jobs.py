@@ -1,5 +1,6 @@
 """The model of `benchmarks/train_step.py` with fewer layers, at the layouts whose predictions are measured."""
 
+from dataclasses import replace
 from typing import Any
 
 from mindspeed_llm.checkpoint.layout import Layout
@@ -8,6 +9,7 @@ from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.planning.job import Job
 
 LORA = LoraSettings(16, 32.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
+WHOLE_HEAD = replace(LORA, dtype="float32", modules_to_save=("output_layer",))
 SP = {"tp": 2, "sequence_parallel": True}
 UNIFORM = {"recompute": "full", "recompute_method": "uniform", "recompute_layers": 1}
 
@@ -59,6 +61,7 @@ def job(
     chunk: int | None = None,
     cards: int | None = None,
     lora: bool = True,
+    lora_settings: LoraSettings = LORA,
     vocab: int = 32000,
     tied: bool = True,
     experts: bool = False,
@@ -70,4 +73,6 @@ def job(
     of = experts_model(layers) if experts else model(layers, vocab, tied)
     layout = Layout.create(layers, tp, pp, chunk, ep=ep, etp=etp)
     given = {"micro_batch": 2, "length": 128, "fused": lora, **more}
-    return Job(of, layout, cards=cards or tp * pp * more.get("context", 1), lora=LORA if lora else None, **given)
+    return Job(
+        of, layout, cards=cards or tp * pp * more.get("context", 1), lora=lora_settings if lora else None, **given
+    )

@@ -11,7 +11,7 @@ from mindspeed_llm.planning import activations, memory
 from mindspeed_llm.planning.job import Job
 from tests.distributed.pool import pool
 from tests.planning.compare import wrong
-from tests.planning.jobs import SP, UNIFORM, job
+from tests.planning.jobs import SP, UNIFORM, WHOLE_HEAD, job
 
 MEASURE = "tests.planning.worker:measure"
 JOBS = {
@@ -25,6 +25,9 @@ JOBS = {
     "half labelled, many rows": job(length=768, trained=0.5),
     "full tuning": job(lora=False, vocab=2048),
     "full tuning bf16, untied": job(lora=False, vocab=2048, tied=False, dtype="bfloat16"),
+    "output layer trained whole, float32 factors, bf16": job(
+        tied=False, vocab=8000, dtype="bfloat16", fused=False, lora_settings=WHOLE_HEAD
+    ),
     "TP2": job(tp=2),
     "TP2 SP": job(**SP),
     "TP2 SP, modular": job(fused=False, **SP),

@@ -14,8 +14,8 @@ from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.tables import WeightTable
+from mindspeed_llm.device.cards import CARDS, GIB, card
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.planning.cards import CARDS, GIB, card
 from mindspeed_llm.planning.estimate import fullest
 from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.propose import flags, propose
@@ -111,7 +111,7 @@ def test_lengths_come_from_the_data(tmp_path: Path) -> None:
         "posttrain_gpt.py",
     )
     lengths = wish_of(options).lengths
-    assert 0 < lengths.mean < lengths.longest <= 32
+    assert 0 < lengths.mean < lengths.longest <= 64
     assert 0 < lengths.trained < 1
 
 

@@ -75,6 +75,8 @@ def process_groups() -> list[tuple[str, Any]]:
         ("data", groups.get_data_parallel_group(with_context_parallel=True)),
         ("expert", groups.get_expert_model_parallel_group()),
     ]
+    if groups.get_pipeline_model_parallel_world_size() == 2:  # megatron-core sends one direction over all processes
+        found.append(("pipeline", torch.distributed.group.WORLD))
     return [(name, group) for name, group in found if group.size() > 1]
 
 
