@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -33,6 +34,18 @@ def pass_on(number: int, frame: FrameType | None) -> None:
         os.kill(child, number)
 
 
+def cause(failures: dict[int, Any]) -> tuple[int, Any]:
+    """(rank, failure) of the rank that began it: the others lose their connection and fail within the same second.
+
+    Args:
+        failures: torchrun's records by rank, each with `exitcode` and `timestamp`.
+    """
+    return min(
+        ((one.global_rank(), one) if hasattr(one, "global_rank") else (rank, one) for rank, one in failures.items()),
+        key=lambda pair: (pair[1].exitcode in (1, -signal.SIGTERM), pair[1].timestamp, pair[0]),
+    )
+
+
 def main(argv: list[str]) -> int:
     """Launch as `torchrun argv` does; returns 0 or the status of the rank that failed first."""
     from torch.distributed.elastic.agent.server.api import logger as agent_logger
@@ -51,7 +64,9 @@ def main(argv: list[str]) -> int:
     try:
         run(options)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = cause(error.failures)
+        if failure.exitcode > 2:  # 1 and 2 are ours, and have been explained by the rank
+            print(f"launch: rank {rank} ended with exit status {failure.exitcode}", file=sys.stderr)
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             hint = ", often for want of memory" if name == "SIGKILL" else ""

@@ -124,6 +124,8 @@ launch() {
         exit 1
     fi
     [[ "$node_rank" != 0 ]] && name="$name.node$node_rank"
-    _execute "$name" "$PYTHON" "$REPO/scripts/launch.py" --nproc_per_node "$nproc" --nnodes "$nnodes" \
+    local restarts=()
+    [[ -n "${MAX_RESTARTS:-}" ]] && restarts=(--max_restarts "$MAX_RESTARTS")
+    _execute "$name" "$PYTHON" "$REPO/scripts/launch.py" "${restarts[@]}" --nproc_per_node "$nproc" --nnodes "$nnodes" \
         --node_rank "$node_rank" --master_addr "$address" --master_port "$port" "$REPO/$script" "$@"
 }

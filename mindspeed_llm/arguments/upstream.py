@@ -108,7 +108,7 @@ ACCEPTED_BY_SCRIPT: dict[str, dict[str, Accepted]] = {
     },
 }
 
-_QLORA = "4-bit base weights are not supported; LoRA on bf16 weights needs no conversion flag"
+_QLORA = "4-bit base weights are not supported (docs/lora.md says why); LoRA on bf16 weights needs no conversion flag"
 _LU = "LU-LoRA's local update rule is not implemented; use LoRA"
 _REFERENCE = (
     "the reference of --stage dpo is --load without the adapter; to prefer over a tuned model, merge its adapter with "

@@ -23,7 +23,7 @@ MOST_CHARACTERS = 4_000_000
 ENOUGH_WORDS = 20_000  # of a table from which on its new words are judged
 NEW_SHARE = 0.4  # of a text's characters in new words: beyond it the library is faster
 FEW_ROWS = 0.2  # of a batch that the table has or learns: below it the next batches are left to the library
-SEEN_BYTES = 1 << 19
+LONG_NUMBER = 5  # characters, a space among them
 TOGETHER = 100  # new words in one text for the library
 BETWEEN = "\ufdd0"  # in no word
 PAUSE = 15  # batches left to the library after one of mostly new words
@@ -47,7 +47,6 @@ class WordTable:
         self.fixed = {token: np.int32(token_id).tobytes() for token, token_id in marked.items()}
         self.table = dict(self.fixed)
         self.characters = 0
-        self.seen = bytearray(SEEN_BYTES)  # a bit for each number met, by its hash
         self.pause = 0
 
     def encode(self, texts: Sequence[str]) -> list[bytes | None]:
@@ -85,18 +84,13 @@ class WordTable:
         return found
 
     def _keep(self, table: dict[str, bytes], learnt: Mapping[str, bytes]) -> None:
-        """Keep the words; numbers only once they are met again, for most never are, and would fill a table."""
-        seen = self.seen
+        """Keep the words; long numbers hardly ever return, and would fill a table."""
         for word in learnt:
-            if word[-1].isdigit():
-                place = hash(word) & (8 * SEEN_BYTES - 1)
-                if not seen[place >> 3] >> (place & 7) & 1:
-                    seen[place >> 3] |= 1 << (place & 7)
-                    table.pop(word, None)
+            if len(word) > LONG_NUMBER and word[-1].isdigit():
+                table.pop(word, None)
         self.characters += sum(map(len, learnt))
         if len(table) > MOST_WORDS or self.characters > MOST_CHARACTERS:
             self.table, self.characters = dict(self.fixed), 0
-            self.seen = bytearray(SEEN_BYTES)
 
     def _ids_of(self, new: list[str]) -> dict[str, bytes]:
         """The ids of words by the library; empty where they cannot be told from one another."""

@@ -22,6 +22,16 @@ DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
 LINEAR = (Kind.COLUMN, Kind.ROW, Kind.QKV, Kind.GATED, Kind.REPLICATED)
 Value = TypeVar("Value", int, float)
+WHOLE_ONLY = {
+    "all-router": "router",
+    "router": "router",
+    "all-embedding": "word_embeddings",
+    "embed_tokens": "word_embeddings",
+    "word_embeddings": "word_embeddings",
+    "lm_head": "output_layer",
+    "output_layer": "output_layer",
+}
+"""Targets of other programs that get no adapter here, and what --lora-modules-to-save calls them."""
 NEEDS_TARGETS = {
     "lora_r": None,
     "lora_alpha": None,
@@ -98,6 +108,11 @@ def chosen_targets(options: LoraOptions, modules: Mapping[str, Entry]) -> list[s
         UsageError: a name or a layer that is not there, or nothing is left.
     """
     names = own_names(options.lora_target_modules or (), modules)
+    if whole := next((name for name in names if name in WHOLE_ONLY), None):
+        raise UsageError(
+            f"--lora-target-modules {whole}: only linear layers get adapters here; train it whole with"
+            f" --lora-modules-to-save {WHOLE_ONLY[whole]}"
+        )
     chosen = set(chosen_modules(names, modules, "--lora-target-modules"))
     if options.lora_exclude_modules:
         excluded = own_names(options.lora_exclude_modules, modules)

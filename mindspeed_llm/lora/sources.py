@@ -14,7 +14,7 @@ from mindspeed_llm.checkpoint.layout import ExpertShare
 from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.metadata import short_name
 from mindspeed_llm.checkpoint.open import BaseSource, check_base, open_base, open_lora, source_hash
-from mindspeed_llm.checkpoint.tables import logical_name
+from mindspeed_llm.checkpoint.tables import OUTPUT_LAYER, logical_name
 from mindspeed_llm.lora.config import check_given, plain_targets
 
 
@@ -68,5 +68,7 @@ def load_adapter(
     }
     if whole:
         tensors = {name: SourceTensor(source, name) for name in adapter.whole()}
+        if (head := table.resolve(OUTPUT_LAYER)) in tensors:  # the last stage has a copy of a tied embedding
+            tensors[OUTPUT_LAYER] = tensors[head]
         own = AdapterTensors(adapter.path, table, tensors)
         load_live(whole, own, tp_rank, tp_size, chunk.first_layer, experts=experts)

@@ -18,7 +18,7 @@ from mindspeed_llm.training.flops import step_flops
 from mindspeed_llm.training.report import MEGABYTE, Report, StepRecord, say
 from mindspeed_llm.training.retention import BEST, validated
 from mindspeed_llm.training.saving import Saver
-from mindspeed_llm.training.setup import Run, count_cut_rows
+from mindspeed_llm.training.setup import Run, count_cut_rows, finished
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -58,7 +58,11 @@ def train(run: Run, report: Report | None) -> bool:
     place = run.feed.device
     if report is not None:
         report.begin(run.progress.iteration)
-    window, saver, ended = _Window(run), Saver(run), False
+    window, saver, stopping = _Window(run), Saver(run), False
+    saver.put_right()
+    ended = bool(finished(run))
+    if ended and run.first_rank:
+        say(f"{run.start.resume.folder} {finished(run)}")
     with StopRequest() as stop:
         while not ended:
             batches = run.feed.batches(run.progress.consumed_samples)
@@ -73,7 +77,7 @@ def train(run: Run, report: Report | None) -> bool:
             gained = count_validation(run, loss)
             stopping, writing = stop.agreed(place, saver.writing)
             saver.progressed(writing)
-            ended = stopping or iteration == run.train_iters or exhausted(run)
+            ended = stopping or bool(finished(run))
             every = run.options.checkpoint.save_interval
             if ended or gained or (every and iteration % every == 0):
                 saver.save(loss, last=ended)
@@ -87,7 +91,7 @@ def train(run: Run, report: Report | None) -> bool:
     if run.first_rank:
         for line in closing(run):
             say(line)
-    return not stopping or run.progress.iteration == run.train_iters or exhausted(run)
+    return not stopping or bool(finished(run))
 
 
 def count_validation(run: Run, loss: float | None) -> bool:
@@ -102,18 +106,12 @@ def count_validation(run: Run, loss: float | None) -> bool:
 def closing(run: Run) -> list[str]:
     """What a finished run says about its validation losses."""
     done, lines = run.progress, []
-    if exhausted(run) and done.iteration < run.train_iters:
+    if finished(run) and done.iteration < run.train_iters:
         lines.append(f"stopped early at step {done.iteration}: {done.without_gain} validations had no lower loss")
     if done.saved_best:
         link = os.path.join(run.options.checkpoint.save or "", BEST)
         lines.append(f"best checkpoint: {link}, validation loss {done.saved_best_loss:.6E} at step {done.saved_best}")
     return lines
-
-
-def exhausted(run: Run) -> bool:
-    """Whether --early-stopping-patience ends the run."""
-    patience = run.options.checkpoint.early_stopping_patience
-    return patience is not None and run.progress.without_gain >= patience
 
 
 def advance(run: Run, result: StepResult) -> None:

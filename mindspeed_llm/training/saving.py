@@ -288,15 +288,22 @@ class Saver:
         )
         for line in told:
             say(f"  {line}")
-        self.tidy(pending)
-
-    def tidy(self, pending: Pending) -> None:
-        """Point to the best checkpoint; remove those that --overwrite replaces and those beyond the limit."""
         for old in self.run.start.stale:
-            if old.resolve() != pending.staged.final.resolve() and old.exists():
+            if old.resolve() != staged.final.resolve() and old.exists():
                 remove(old)
         self.run.start = replace(self.run.start, stale=())
-        best = best_checkpoint(self.folder, pending.progress)
+        self.tidy(pending.progress)
+
+    def put_right(self) -> None:
+        """Do what a kill, behind the publication of the checkpoint that is continued, left undone."""
+        resumed = self.run.start.resume
+        if self.run.first_rank and resumed is not None and iterations(self.folder)[-1:] == [resumed.folder]:
+            write_tracker(self.folder, self.run.progress.iteration)
+            self.tidy(self.run.progress)
+
+    def tidy(self, progress: checkpointing.Progress) -> None:
+        """Point to the best checkpoint; remove those beyond the limit."""
+        best = best_checkpoint(self.folder, progress)
         if best is not None:
             link_best(self.folder, best)
         for old in surplus(iterations(self.folder), self.run.options.checkpoint.save_total_limit, best):

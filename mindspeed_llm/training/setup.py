@@ -298,17 +298,21 @@ def resume(run: Run) -> None:
     same = options.no_load_rng or checkpointing.load_rng(checkpoint, run.metadata.layout, run.device)
     if not same and run.first_rank:
         say(f"random state of {checkpoint.folder} belongs to another layout; it is seeded anew")
-    if run.progress.iteration >= run.train_iters:
-        raise InputError(
-            f"{checkpoint.folder} is at step {run.progress.iteration} of {run.train_iters}: nothing is left to train; "
-            "raise --train-iters"
-        )
-    patience = options.early_stopping_patience
-    if patience is not None and run.progress.without_gain >= patience:
-        raise InputError(
-            f"{checkpoint.folder}: {run.progress.without_gain} validations had no lower loss, as many as "
+    if (done := finished(run)) and not options.auto_resume:
+        raise InputError(f"{checkpoint.folder} {done}")
+
+
+def finished(run: Run) -> str:
+    """Why nothing is left to train, and what would change that; empty while something is."""
+    done, patience = run.progress, run.options.checkpoint.early_stopping_patience
+    if done.iteration >= run.train_iters:
+        return f"is at step {done.iteration} of {run.train_iters}: nothing is left to train; raise --train-iters"
+    if patience is not None and done.without_gain >= patience:
+        return (
+            f"is at step {done.iteration}, and {done.without_gain} validations in a row had no lower loss, as many as "
             f"--early-stopping-patience {patience} allows; raise it to train on"
         )
+    return ""
 
 
 def count_cut_rows(run: Run) -> int:

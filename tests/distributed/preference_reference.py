@@ -14,7 +14,8 @@ from typing import Any
 import numpy
 import torch
 
-from tests.distributed.cases import CLIP, SIZES, Arrays
+from tests.distributed import moe_reference
+from tests.distributed.cases import CLIP, MOE_EPSILON, SIZES, Arrays
 from tests.distributed.reference import ADAPTED, build_model, by_our_names, in_double, optimizer_of, saved_model
 from tests.fixtures import write_tokenizer
 
@@ -48,15 +49,13 @@ class Trained:
 
 
 @cache
-def steps() -> tuple[tuple[tuple[Pair, ...], ...], ...]:
+def steps(vocab: int = SIZES.vocab) -> tuple[tuple[tuple[Pair, ...], ...], ...]:
     """Random pairs: for each step its micro-batches."""
     generator = numpy.random.default_rng(23)
 
     def drawn(sizes: tuple[int, ...]) -> Pair:
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        return {
-            name: generator.integers(1, SIZES.vocab, size).tolist() for name, size in zip(names, sizes, strict=True)
-        }
+        return {name: generator.integers(1, vocab, size).tolist() for name, size in zip(names, sizes, strict=True)}
 
     return tuple(tuple(tuple(drawn(sizes) for sizes in batch) for batch in PAIRS) for _ in range(STEPS))
 
@@ -89,6 +88,30 @@ def make_trainer(loss: Loss, folder: Path) -> Any:
     return trainer
 
 
+def make_expert_trainer(loss: Loss, folder: Path, name: str) -> Any:
+    """A DPOTrainer on a model with experts, whose adapters peft puts on all experts; a second base is the reference.
+
+    The balancing loss is another matter, and left out.
+    """
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    write_tokenizer(folder)
+    settings = DPOConfig(
+        output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], max_length=None,
+        router_aux_loss_coef=0.0, **trl_settings(loss),
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": "the", "chosen": "cat", "rejected": "red"}])
+    base, other = (moe_reference.build_model(name).double() for _ in range(2))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trainer = DPOTrainer(base, ref_model=other, args=settings, processing_class=tokenizer, train_dataset=rows)
+    trainer.model = moe_reference.add_adapter(base)
+    trainer.model.double()
+    trainer.data_collator.pad_token_id = 0
+    return trainer
+
+
 def redraw_adapter(base: Any) -> None:
     """Every factor random, B too; q, k and v share one A as our fused layer does, gate and up too."""
     generator = torch.Generator().manual_seed(6)
@@ -111,24 +134,31 @@ def batch_loss(trainer: Any, pairs: Sequence[Pair], alone: bool) -> torch.Tensor
 
 
 @cache
-def trained(loss: Loss) -> Trained:
+def trained(loss: Loss, model: str = "qwen3") -> Trained:
     """Train with TRL's loss; a step's loss is the mean over its micro-batches."""
+    dense = model == "qwen3"
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(loss, Path(folder))
+        trainer = make_trainer(loss, Path(folder)) if dense else make_expert_trainer(loss, Path(folder), model)
     base = trainer.model.get_base_model()
-    redraw_adapter(base)
-    adapter = {name: value.astype("float32") for name, value in by_our_names(base, True, False).items()}
+    if dense:
+        redraw_adapter(base)
+
+    def named(gradients: bool) -> Arrays:
+        return by_our_names(base, True, gradients) if dense else moe_reference.adapter_by_name(base, gradients)
+
+    adapter = {name: value.astype("float32") for name, value in named(False).items()}
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-    optimizer = optimizer_of(parameters)
-    found = Trained(saved_model(False), adapter, [], [], [], {})
+    optimizer = optimizer_of(parameters, 1e-8 if dense else MOE_EPSILON)
+    folder = saved_model(False) if dense else moe_reference.saved_model(model)
+    found = Trained(folder, adapter, [], [], [], {})
     trainer.model.train()
-    for number, step in enumerate(steps()):
+    for number, step in enumerate(steps(SIZES.vocab if dense else moe_reference.MOE_SIZES.vocab)):
         optimizer.zero_grad()
         trainer._metrics["train"].clear()
         value = sum(batch_loss(trainer, pairs, bool(loss.smoothing or loss.sft)) for pairs in step) / len(step)
         value.backward()
         if number == 0:
-            found.gradients.update(by_our_names(base, True, True))
+            found.gradients.update(named(True))
         found.metrics.append({name: float(numpy.mean(told)) for name, told in trainer._metrics["train"].items()})
         found.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
         found.losses.append(value.item())

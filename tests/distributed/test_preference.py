@@ -8,6 +8,7 @@ import pytest
 
 from tests.distributed.cases import Case
 from tests.distributed.compare import LATER_TOLERANCE, assert_close, gathered
+from tests.distributed.moe_reference import sizes_of
 from tests.distributed.pool import pool
 from tests.distributed.preference_reference import Loss, steps, trained
 from tests.distributed.test_layouts import SP, VPP
@@ -40,15 +41,22 @@ METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/
            "logps/rejected")  # fmt: skip
 
 
+EXPERTS = (
+    Case(model="qwen3-moe"),
+    Case(world=2, expert=2, model="qwen3-moe"),
+    Case(world=2, expert=2, expert_tensor=1, model="qwen3-moe", **SP),
+)
+
+
 def reports(case: Case, loss: Loss) -> list[Any]:
-    truth = trained(loss)
-    given = {"case": case, "folder": truth.folder, "adapter": truth.adapter, "steps": steps(), "loss": loss}
+    truth, pairs = trained(loss, case.model), steps(sizes_of(case).vocab)
+    given = {"case": case, "folder": truth.folder, "adapter": truth.adapter, "steps": pairs, "loss": loss}
     return pool(case.world).run("tests.distributed.preference_worker:learn", **given)
 
 
 def assert_equal(case: Case, loss: Loss) -> None:
     """Everything our processes report is TRL's."""
-    truth, found = trained(loss), reports(case, loss)
+    truth, found = trained(loss, case.model), reports(case, loss)
     for report in found:
         assert_close(numpy.array(report.losses), numpy.array(truth.losses), "losses")
         assert_close(numpy.array(report.validation), numpy.array(truth.losses[0]), "validation loss")
@@ -71,7 +79,7 @@ def test_every_loss_equals_trls(loss: Loss) -> None:
     assert_equal(Case(), loss)
 
 
-@pytest.mark.parametrize("case", LAYOUTS[1:], ids=str)
+@pytest.mark.parametrize("case", [*LAYOUTS[1:], *EXPERTS], ids=str)
 def test_every_layout_equals_trl(case: Case) -> None:
     assert_equal(case, SIGMOID)
 

@@ -86,6 +86,7 @@ def test_the_first_pattern_that_fits_gives_a_layers_rank_and_alpha() -> None:
         ({"lora_target_modules": ["linear_qkw"]}, "linear_qkw.*linear_qkv"),
         ({"lora_target_modules": ["q_proj"]}, "names q_proj, but q_proj k_proj v_proj are one layer"),
         ({"lora_target_modules": ["(linear"]}, "not a regular expression"),
+        ({"lora_target_modules": ["all-linear", "all-embedding"]}, "--lora-modules-to-save word_embeddings"),
         ({**QKV, "lora_exclude_modules": ["linear_qkv"]}, "leave no layer to adapt"),
         ({**QKV, "lora_exclude_modules": ["fc1"]}, "--lora-exclude-modules entry 'fc1'"),
         ({**QKV, "lora_layers": [1, 7]}, "--lora-layers 7: .*0 to 3"),

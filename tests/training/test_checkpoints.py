@@ -104,8 +104,12 @@ def test_the_best_and_the_last_stay_and_patience_ends_the_run(judged: Path, tmp_
     assert names(judged) == sorted([f"iter_{best:07d}", f"iter_{best + 3:07d}", "best", TRACKER])
     assert os.readlink(judged / "best") == f"iter_{best:07d}" and (judged / TRACKER).read_text() == str(best + 3)
     assert f"stopped early at step {best + 3}" in out and f"at step {best}" in out.splitlines()[-2]
-    again = training(judged, "--auto-resume", "--early-stopping-patience", 3, steps=30)
-    refused(launch(1, "posttrain_gpt.py", again), 1, "3 validations had no lower loss", "raise it")
+    again = ("--early-stopping-patience", 3)
+    assert f"{best + 3}, and 3 validations in a row had no lower" in run(
+        1, *training(judged, "--auto-resume", *again, steps=30)
+    )
+    argv = training(tmp_path / "on", "--lora-load", judged, *again, steps=30)
+    refused(launch(1, "posttrain_gpt.py", argv), 1, "3 validations in a row", "raise it")
     out = run(1, *training(tmp_path / "next", "--lora-load", judged / "best", steps=best + 3))
     assert f"resumed at step {best} from {judged / f'iter_{best:07d}'}" in out
 
@@ -139,6 +143,15 @@ def test_versions_are_numbered_and_continued(whole: Path, tmp_path: Path) -> Non
     same(weights(first), weights(whole))
     run(1, *training(tmp_path, "--add-version", "--log-dir", tmp_path / "logs", steps=3))
     assert [path.name.split("-")[0] for path in sorted(tmp_path.glob("v*"))] == ["v0", "v1"]
+
+
+def test_a_run_killed_behind_its_last_checkpoint_is_put_right_and_ends_well(tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    run(1, *training(save, "--save-interval", 3))
+    (save / TRACKER).write_text("3")
+    out = run(1, *training(save, "--save-interval", 3, "--save-total-limit", 1, "--auto-resume"))
+    assert "is at step 6 of 6: nothing is left to train" in out
+    assert (save / TRACKER).read_text() == "6" and names(save) == ["iter_0000006", TRACKER]
 
 
 def test_leftovers_of_killed_saves_and_removals_are_removed_at_the_next_start(tmp_path: Path) -> None:
