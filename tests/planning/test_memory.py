@@ -67,9 +67,9 @@ def none_of(*args: Any) -> int:
 
 
 FAULTS: dict[str, tuple[str, Any, str, Callable[..., Any], str]] = {
-    "norms' inputs and outputs": ("one process", activations, "residual", none_of, "activations"),
-    "attention": ("one process", activations, "attention", none_of, "activations"),
-    "the MLP": ("one process", activations, "dense_mlp", lambda *a: activations.Part(0, 0), "activations"),
+    "norms' inputs and outputs": ("whole fused MLP", activations, "residual", none_of, "activations"),
+    "attention": ("modular", activations, "attention", none_of, "activations"),
+    "the MLP": ("modular", activations, "dense_mlp", lambda *a: activations.Part(0, 0), "activations"),
     "the head": ("one process", activations, "head", none_of, "activations"),
     "what is recomputed": ("full recompute", memory, "recomputed", none_of, "activations"),
     "the optimizer": ("full tuning", memory, "optimizer", lambda *a: (0, 0), "optimizer"),
