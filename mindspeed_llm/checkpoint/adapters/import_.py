@@ -89,7 +89,7 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
 
 
 def saved_modules(lora: LoraSource, config: PeftConfig) -> tuple[str, ...]:
-    """The logical modules that modules_to_save trained whole; trained tokens and untouched copies are not among them."""
+    """The logical modules that modules_to_save trained whole; tables of which single tokens were trained are none."""
     if config.trainable_token_indices:
         return ()
     weights = [name for name in lora.whole() if name.endswith(".weight")]
