@@ -65,6 +65,9 @@ class DataOptions:
     is_instruction_dataset: bool = option(
         False, help="The rows are prompts with answers: the only kind --stage sft reads, so it need not be given."
     )
+    is_pairwise_dataset: bool = option(
+        False, help="The rows are pairs of answers: the only kind --stage dpo reads, so it need not be given."
+    )
     num_workers: int = option(
         1, help="Background threads that prepare the next global batch; 0 prepares it in line.", unit="threads"
     )

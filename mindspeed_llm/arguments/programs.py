@@ -15,6 +15,8 @@ from mindspeed_llm.arguments.lora import LoraOptions
 from mindspeed_llm.arguments.model import ModelOptions
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.arguments.parallel import ParallelOptions
+from mindspeed_llm.arguments.plan import PlanOptions
+from mindspeed_llm.arguments.preference import PreferenceOptions
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.arguments.rows import RowOptions
 from mindspeed_llm.arguments.schema import Program, group, option
@@ -49,11 +51,18 @@ torchrun --nproc_per_node 2 posttrain_gpt.py --stage sft --finetune --bf16 \\
     sources: SourceOptions = group(SourceOptions)
     rows: RowOptions = group(RowOptions)
     training: TrainingOptions = group(TrainingOptions)
+    preference: PreferenceOptions = group(PreferenceOptions)
     experts: ExpertOptions = group(ExpertOptions)
     optimizer: OptimizerOptions = group(OptimizerOptions)
     lora: LoraOptions = group(LoraOptions)
     checkpoint: CheckpointOptions = group(CheckpointOptions)
     logging: LoggingOptions = group(LoggingOptions)
+    planning: PlanOptions = group(PlanOptions)
+
+    @property
+    def prefers(self) -> bool:
+        """Whether pairs of answers are learnt from."""
+        return self.training.stage == "dpo"
 
     @property
     def raw_rows(self) -> bool:
@@ -61,7 +70,8 @@ torchrun --nproc_per_node 2 posttrain_gpt.py --stage sft --finetune --bf16 \\
         return self.rows.input is not None or bool(self.sources.dataset)
 
     def check(self) -> None:
-        """Raise UsageError for rows named twice, and for options of raw rows where there are none."""
+        """Raise UsageError for rows named twice, and for options of another stage or of raw rows without them."""
+        self._check_stage()
         prepared = "--data-path" if self.data.data_path else "--train-data-path"
         if self.raw_rows and (self.data.data_path or self.data.train_data_path):
             named = "--dataset" if self.sources.dataset else "--input"
@@ -79,6 +89,18 @@ torchrun --nproc_per_node 2 posttrain_gpt.py --stage sft --finetune --bf16 \\
                         f"--{one.name.replace('_', '-')} is about raw rows, which --dataset or --input name; "
                         f"{prepared} names rows that are prepared already"
                     )
+
+    def _check_stage(self) -> None:
+        """Raise UsageError for options that the stage does not have."""
+        if not self.prefers:
+            given = [*self.preference.given(), *(["--is-pairwise-dataset"] if self.data.is_pairwise_dataset else [])]
+            if given:
+                raise UsageError(f"{given[0]} belongs to --stage dpo, and the stage is {self.training.stage}")
+            return
+        if self.data.is_instruction_dataset:
+            raise UsageError("--is-instruction-dataset: --stage dpo reads pairs of answers; leave it out")
+        if self.training.calculate_per_token_loss:
+            raise UsageError("--calculate-per-token-loss: --stage dpo weighs pairs, not tokens; leave it out")
 
 
 @dataclass

@@ -10,8 +10,13 @@ from mindspeed_llm.errors import UsageError
 class TrainingOptions:
     """Training."""
 
-    stage: str = option("sft", help="What is learnt: sft is supervised fine-tuning.", choices=("sft",))
-    micro_batch_size: int = option(1, help="Rows per forward pass of one process.", unit="rows")
+    stage: str = option(
+        "sft",
+        help="What is learnt: answers (sft, supervised fine-tuning), or which of two answers is preferred (dpo, direct "
+        "preference optimization; its reference is the base without the adapter).",
+        choices=("sft", "dpo"),
+    )
+    micro_batch_size: int = option(1, help="Rows, or pairs, per forward pass of one process.", unit="rows")
     global_batch_size: int | None = option(
         None,
         help="Rows per optimizer step over all processes; left out, micro batch size times data-parallel size.",

@@ -61,6 +61,7 @@ ACCEPTED: dict[str, Accepted] = {
     "no_async_tensor_model_parallel_allreduce": Accepted(_COMMUNICATION),
     "no_overlap_p2p_communication": Accepted(_COMMUNICATION),
     "variable_seq_lengths": Accepted("pipeline stages always exchange batches at their own length"),
+    "layers_pattern": Accepted("the decoder's layers have one name in every family", "*"),
     "lora_register_forward_hook": Accepted("the embedding output always carries gradients when layers need them", "*"),
     "load_checkpoint_loosely": Accepted("checkpoints are read by tensor name; every name is still checked"),
     "tokenizer_not_use_fast": Accepted("the tokenizer.json of the model is used; its tokens are the same"),
@@ -69,6 +70,7 @@ ACCEPTED: dict[str, Accepted] = {
     "moe_grouped_gemm": Accepted("experts are computed one after another, with the same result"),
     "moe_permutation_async_comm": Accepted(_COMMUNICATION),
     "moe_token_dispatcher_type": Accepted(_COMMUNICATION, 1, ("alltoall", "allgather", "alltoall_seq")),
+    "refer_model_iter": Accepted("the reference answers each micro-batch once, at any size", 1),
     "manual_gc": Accepted("garbage collection needs no steering here"),
     "manual_gc_interval": Accepted("garbage collection needs no steering here", 1),
 }
@@ -106,8 +108,12 @@ ACCEPTED_BY_SCRIPT: dict[str, dict[str, Accepted]] = {
     },
 }
 
-_QLORA = "4-bit base weights are not supported; LoRA on bf16 weights needs no conversion flag"
+_QLORA = "4-bit base weights are not supported (docs/lora.md says why); LoRA on bf16 weights needs no conversion flag"
 _LU = "LU-LoRA's local update rule is not implemented; use LoRA"
+_REFERENCE = (
+    "the reference of --stage dpo is --load without the adapter; to prefer over a tuned model, merge its adapter with "
+    "convert_ckpt.py and give the result to --load"
+)
 _LAYERS = "layers are divided evenly over the stages; choose a pipeline size that divides them"
 _LEGACY = "only checkpoints with megatron-core names are read and written"
 _TOKENIZER_FOLDER = "tokenizer files are read from the folder that --tokenizer-name-or-path names"
@@ -121,7 +127,6 @@ REFUSED: dict[str, str] = {
     "lu_lora_final_layer_index": _LU,
     "lu_lora_lr": _LU,
     "lu_lora_lr_ratio": _LU,
-    "lora_modules_to_save": "only the adapters are trained; leave it out (upstream ignored it)",
     "moe_tp_extend_ep": "give --expert-tensor-parallel-size 1, and --expert-model-parallel-size TP x EP instead",
     "mla_mm_split": "latent attention's up projections are kept whole, as training here wants them; leave it out",
     "add_output_layer_bias": "no supported family's output layer has a bias; leave it out",
@@ -133,7 +138,11 @@ REFUSED: dict[str, str] = {
     "save_lora_to_hf": "exporting the adapter alone is not supported yet; leave it out to export the merged model",
     "padded_samples": "samples are never padded to fill an epoch: epochs are joined instead",
     "full_shuffle_instruction_dataset": "each epoch is shuffled anew by --seed; use --no-shuffle to keep the order",
-    "is_pairwise_dataset": "preference training is not supported yet; --stage sft reads instruction data",
+    "ref_model": _REFERENCE,
+    "ref_load": _REFERENCE,
+    "ref_adapter_load": _REFERENCE,
+    "ref_adapters": _REFERENCE,
+    "rpo_alpha": "the chosen answer's own loss has the weight --pref-ftx here, each pair counting alike",
     "enable_hf2mg_convert": "--load reads an HF folder directly, at any layout; leave the flag out",
     "enable_mg2hf_convert": "export with convert_ckpt.py --load-model-type mg --save-model-type hf",
     "trust_remote_code": "code shipped inside a model folder is never executed",

@@ -132,7 +132,7 @@ def describe(job: Job, hashed: "Future[str]") -> Metadata:
     if job.adapter_only:
         base, about = BaseRecord(str(job.base.path.resolve()), hashed.result()), job.lora.metadata
         told = (about.template, about.enable_thinking) if about else (None, None)
-        return Metadata(job.base.config, job.target.layout, ITERATION, None, base, job.lora.settings, *told)
+        return Metadata(job.base.config, job.target.layout, ITERATION, None, base, job.lora.live_settings, *told)
     recorded = job.base.metadata.base if not isinstance(job.base, HFSource) and job.base.metadata else None
     if isinstance(job.base, HFSource):
         unchanged = job.source is job.base

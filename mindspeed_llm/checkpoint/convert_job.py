@@ -109,7 +109,8 @@ def prepare(options: ConvertOptions) -> Job:
         raise UsageError("--merge-lora false and --save-lora-to-hf need an adapter; give it with --lora-load")
     dtype = DTYPES[options.params_dtype] if options.params_dtype else None
     if alone:
-        source = lora.tensors if dtype is None else MergedSource(lora.tensors, None, dtype)
+        own = lora.live if options.save_model_type == "mg" else lora.tensors
+        source = own if dtype is None else MergedSource(own, None, dtype)
     else:
         source = base if lora is None and dtype is None else MergedSource(base, lora, dtype)
     notes = list(base.notes)

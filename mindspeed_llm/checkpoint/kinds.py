@@ -192,8 +192,8 @@ def padded_vocabulary(rows: int, tp: int, divisible_by: int = 1) -> int:
 def adapter_map(base: AxisMap, factor: str) -> AxisMap:
     """How ranks share a LoRA factor of a weight that they share by `base`.
 
-    `lora_A` [r, in] is cut like the columns of the base, `lora_B` [out, r] like its rows; a factor along which the
-    base is not cut is held whole by every rank.
+    `lora_A` [r, in] is cut like the columns of the base, `lora_B` [out, r] and lengths [out] like its rows; a factor
+    along which the base is not cut is held whole by every rank.
     """
-    cut = {"lora_A": 1, "lora_B": 0}[factor]
+    cut = 1 if factor.startswith("lora_A") else 0
     return base if base.dim == cut else whole_copies(base.parts)

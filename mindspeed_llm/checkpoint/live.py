@@ -51,7 +51,7 @@ def load_live(
 ) -> Loaded:
     """Copy this rank's share of every tensor into a live model's parameters.
 
-    A source of LoRA factors fills the LoRA parameters, any other the rest; values are cast to the parameter's type.
+    A source with LoRA factors fills the LoRA parameters, any other the rest; values are cast to the parameter's type.
 
     Args:
         named_tensors: local tensors of one chunk by local name (`live_tensors`, however wrapped).
@@ -104,11 +104,14 @@ def names_that_differ(
     held = (None, *range(experts.first, experts.first + experts.count))
     stored = set(source.names())
     wrong = [f"{name} is not in the checkpoint" for name in live if source.table.resolve(name) not in stored]
+    factors = any(map(is_lora, stored))
     for name in source.names():
+        if factors and not is_lora(name):
+            continue
         match = LAYER_NUMBER.search(name)
         if match and match[0] in layers and name not in live and expert_number(name) in held:
             wrong.append(f"{name} is not in the model")
-    if not live and (wrong or any(not is_lora(name) for name in stored)):
+    if not live and (wrong or not factors):
         return ["the model has none of its tensors"]
     return wrong
 

@@ -5,6 +5,7 @@ the base and the adapter's settings are recorded, so that they need not be typed
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -23,7 +24,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What an adapter was trained with: W + alpha / r * B @ A, per module. `use_rslora` is folded into alpha.
+    """What an adapter was trained with: W + alpha / r * B @ A, per module.
 
     Attributes:
         r: rank of modules that `rank_pattern` does not name.
@@ -33,6 +34,11 @@ class LoraSettings:
         dropout: on the adapters' input while training.
         rank_pattern: whole logical or short module name -> rank; a whole name wins.
         alpha_pattern: the same for alpha.
+        use_rslora: the factor is alpha / sqrt(r).
+        use_dora: rows of the sum have trained lengths.
+        init: "default", or "pissa": the factors it started with are taken out of the base, and saved with it.
+        dtype: of the trained factors, "float32" or "bfloat16"; "auto": the base's.
+        modules_to_save: short or whole logical names of modules that are trained whole.
     """
 
     r: int
@@ -41,6 +47,11 @@ class LoraSettings:
     dropout: float = 0.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: str = "default"
+    dtype: str = "auto"
+    modules_to_save: tuple[str, ...] = ()
 
     def rank(self, module: str) -> int:
         """Rank of a module, named logically in whole (`decoder.layers.0.mlp.linear_fc1`)."""
@@ -52,16 +63,22 @@ class LoraSettings:
 
     def scaling(self, module: str) -> float:
         """The factor of B @ A of a module, named logically in whole."""
-        return self.alpha_of(module) / self.rank(module)
+        rank = self.rank(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def adapts(self, module: str) -> bool:
         """Whether a module, named logically in whole, is a target."""
         return module in self.target_modules or short_name(module) in self.target_modules
 
+    def saves(self, module: str) -> bool:
+        """Whether a module, named logically in whole, is trained whole."""
+        return module in self.modules_to_save or short_name(module) in self.modules_to_save
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LoraSettings":
         """The settings as args.json has them; those written before there were patterns have none."""
-        return cls(**{**values, "target_modules": tuple(values["target_modules"])})
+        lists = {key: tuple(values.get(key, ())) for key in ("target_modules", "modules_to_save")}
+        return cls(**{**values, **lists})
 
 
 def short_name(module: str) -> str:

@@ -8,6 +8,7 @@ from mindspeed_llm.checkpoint.adapters.import_ import open_peft
 from mindspeed_llm.checkpoint.adapters.peft_folder import is_peft
 from mindspeed_llm.checkpoint.adapters.settings import module_entries, resolve_targets, settings_of, short_targets
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
+from mindspeed_llm.checkpoint.adapters.stored import show_stored
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
@@ -109,7 +110,7 @@ def adapter_of(
     target_modules: Sequence[str] | None = None,
 ) -> LoraSource:
     """The adapter of an opened checkpoint; see `open_lora`."""
-    tensors = checkpoint.lora()
+    tensors = checkpoint.lora(checkpoint.metadata.lora if checkpoint.metadata else None)
     ranks = stored_ranks(tensors)
     metadata = checkpoint.metadata
     settings = metadata.lora if metadata else None
@@ -127,14 +128,14 @@ def adapter_of(
     base = metadata.base if metadata else None
     if base is None and not checkpoint.missing_base:
         base = BaseRecord(str(checkpoint.folder), content_hash(checkpoint.base()))
-    lora = LoraSource(tensors, settings, base, metadata, checkpoint)
+    lora = show_stored(LoraSource(tensors, settings, base, metadata, checkpoint))
     check_flags(lora, r, alpha, target_modules)
     return lora
 
 
 def check_flags(lora: LoraSource, r: int | None, alpha: float | None, target_modules: Sequence[str] | None) -> None:
     """`UsageError` when flags contradict the adapter. Targets may be named as megatron-core or as HF names them."""
-    settings, table = lora.settings, lora.tensors.table
+    settings, table = lora.live_settings, lora.tensors.table
     wrong = [
         f"{flag} says {given:g}, the adapter says {value:g}"
         for flag, given, value in (("--lora-r", r, settings.r), ("--lora-alpha", alpha, settings.alpha))
@@ -160,9 +161,10 @@ def stored_ranks(tensors: TensorSource) -> dict[str, int]:
     ranks: dict[str, dict[str, int]] = {}
     for name in tensors.names():
         match = LORA_NAME.match(name)
-        shape = tensors.shape(name)
-        rank = shape[0] if match["factor"] == "lora_A" else shape[1]
-        ranks.setdefault(match["module"], {})[match["factor"]] = rank
+        if match and match["factor"] in ("lora_A", "lora_B"):
+            shape = tensors.shape(name)
+            rank = shape[0] if match["factor"] == "lora_A" else shape[1]
+            ranks.setdefault(match["module"], {})[match["factor"]] = rank
     for module, own in ranks.items():
         if len(own) != 2:
             raise InputError(f"{tensors.path}: {module} has only one of lora_A and lora_B; the checkpoint is damaged")

@@ -1,7 +1,8 @@
 """Names: the weight table of one model, unrolled over its layers, and looked up from any side.
 
 *Logical names* are megatron-core's with the global layer number. A LoRA factor of `X.weight` is `X.lora_A.weight` or
-`X.lora_B.weight`, without the adapter name and without `base_layer`, whatever file or live model it lies in.
+`X.lora_B.weight`, without the adapter name and without `base_layer`, whatever file or live model it lies in; so are
+the factors an adapter started from (`X.lora_A_start.weight`) and DoRA's lengths (`X.lora_magnitude_vector.weight`).
 """
 
 import itertools
@@ -20,7 +21,10 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)\d+")
 EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+")
-LORA_NAME = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_[AB])\.weight$")
+MAGNITUDE = "lora_magnitude_vector"
+LORA_TENSOR = rf"lora_[AB](?:_start)?|{MAGNITUDE}"
+"""A and B; those PiSSA began with, which are taken out of the base; DoRA's lengths of output rows."""
+LORA_NAME = re.compile(rf"^(?P<module>.+)\.(?P<factor>{LORA_TENSOR})\.weight$")
 WRAPPERS = re.compile(r"^(?:module\.|base_model\.model\.|base_model\.)+")
 
 
@@ -169,7 +173,9 @@ class WeightTable:
         if rank is None:
             raise InputError(f"{name}: the shape of a LoRA factor needs the rank")
         out_features, in_features = self.entry(match["module"] + ".weight").shape
-        return (rank, in_features) if match["factor"] == "lora_A" else (out_features, rank)
+        if match["factor"] == MAGNITUDE:
+            return (out_features,)
+        return (rank, in_features) if match["factor"].startswith("lora_A") else (out_features, rank)
 
     def shard_map(self, name: str, tp: int, padded_rows: int | None = None) -> AxisMap:
         """How `tp` ranks share a base tensor or a LoRA factor."""
@@ -193,7 +199,7 @@ def logical_name(local_name: str, first_layer: int = 0, adapter: str = "default"
         first_expert: global number of the rank's expert 0.
     """
     name = WRAPPERS.sub("", local_name).replace(".base_layer.", ".")
-    name = re.sub(rf"\.(lora_[AB])\.{re.escape(adapter)}\.", r".\1.", name)
+    name = re.sub(rf"\.({LORA_TENSOR})\.{re.escape(adapter)}\.", r".\1.", name)
     name = EXPERT_NUMBER.sub(lambda match: str(int(match[0]) + first_expert), name)
     return LAYER_NUMBER.sub(lambda match: str(int(match[0]) + first_layer), name)
 
@@ -205,7 +211,7 @@ def expert_number(name: str) -> int | None:
 
 
 def is_lora(name: str) -> bool:
-    """Whether a logical name is that of a LoRA factor."""
+    """Whether a logical name is that of a LoRA factor, or of DoRA's lengths."""
     return LORA_NAME.match(name) is not None
 
 
@@ -218,5 +224,5 @@ def file_key(name: str, first_layer: int, wrapped: bool = False, adapter: str = 
     """
     name = LAYER_NUMBER.sub(lambda match: str(int(match[0]) - first_layer), name)
     if is_lora(name):
-        return re.sub(r"\.(lora_[AB])\.weight$", rf".\1.{adapter}.weight", name)
+        return re.sub(rf"\.({LORA_TENSOR})\.weight$", rf".\1.{adapter}.weight", name)
     return re.sub(r"\.(weight|bias)$", r".base_layer.\1", name) if wrapped else name

@@ -56,6 +56,7 @@ class Preference:
     rejected: Message
 
 
+SIDES = ("chosen", "rejected")  # the answers of a preference, as fields and files name them
 PlainPiece = str | int  # text, or the id of one token
 
 

@@ -6,13 +6,14 @@ template. A second run with the same inputs finds them there; two that begin at 
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
+from mindspeed_llm.data.dataset import PAIR_FIELDS
 from mindspeed_llm.data.plan import CHAT_FIELDS, make_plan
 from mindspeed_llm.data.preprocess import preprocess
 from mindspeed_llm.data.publish import settle
@@ -38,25 +39,29 @@ class Prepared:
     made: bool
 
 
-def prepare_rows(options: PreprocessOptions, cache: str | Path) -> Prepared:
+def prepare_rows(options: PreprocessOptions, cache: str | Path, fields: Sequence[str] = CHAT_FIELDS) -> Prepared:
     """The files that `options` make, made now where they are not in the cache yet.
 
     Args:
         options: of preprocessing; the output prefix is chosen here.
         cache: folder for all such files.
+        fields: that the run reads.
 
     Raises:
-        UsageError: options that name an output, parts or a merge, or rows that are no conversations.
+        UsageError: options that name an output, parts or a merge, or rows of another kind than wanted.
         InputError: the rows cannot be read, or the folder cannot be written to.
     """
     if options.output_prefix or options.num_shards > 1 or options.merge_group_keys:
         raise UsageError("--output-prefix, --num-shards and --merge-group-keys are of preprocess_data.py alone")
     root = Path(cache).expanduser()
     plan = make_plan(replace(options, output_prefix=str(root / NAME)))
-    if tuple(plan.fields) != CHAT_FIELDS:
+    if tuple(plan.fields) != tuple(fields):
+        pairs = tuple(fields) == PAIR_FIELDS
+        wanted = "pairs of answers that --stage dpo reads" if pairs else "conversations to train on"
+        usual = "AlpacaStylePairwiseHandler" if pairs else "AlpacaStyleInstructionHandler"
         raise UsageError(
-            f"{plan.job.handler} makes {', '.join(plan.fields)}, no conversations to train on; choose another "
-            "--handler-name, e.g. AlpacaStyleInstructionHandler"
+            f"{plan.job.handler} makes {', '.join(plan.fields)}, no {wanted}; choose another --handler-name, e.g. "
+            f"{usual}"
         )
     prefix = root / plan.key[:32] / NAME
     with _locked(prefix.parent):

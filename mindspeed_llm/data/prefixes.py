@@ -57,11 +57,14 @@ class Parts:
         return [lengths_origin(file.lengths) for file in self.files]
 
 
-def open_parts(options: DataOptions) -> Parts:
+def open_parts(options: DataOptions, kind: type[IndexedDataset] = IndexedDataset) -> Parts:
     """Open the files that --data-path, or --train-, --valid- and --test-data-path name.
 
     A prefix of --data-path without files of its own stands for `<prefix>_train`, `_valid` and `_test`, the parts that
     `preprocess_data.py --split` writes. Otherwise --split divides the rows by their content.
+
+    Args:
+        kind: what the rows are.
 
     Raises:
         UsageError: no data, or --split for data that are divided already.
@@ -70,17 +73,17 @@ def open_parts(options: DataOptions) -> Parts:
     if options.train_data_path:
         words = {part: getattr(options, f"{part}_data_path") for part in PARTS}
         given = {part: parse_data_path(said, f"--{part}-data-path") for part, said in words.items() if said}
-        return _given_parts(given)
+        return _given_parts(given, kind)
     if not options.data_path:
         raise UsageError(
             "--data-path is missing: the --output-prefix given to preprocess_data.py; or name rows with --dataset"
         )
     weights, names = parse_data_path(options.data_path)
     prefixes = [Path(name).expanduser() for name in names]
-    divided = [prefix for prefix in prefixes if _is_divided(prefix)]
+    divided = [prefix for prefix in prefixes if _is_divided(prefix, kind)]
     if divided:
-        return _divided_parts(options, weights, prefixes, divided)
-    whole = IndexedDataset(prefixes)
+        return _divided_parts(options, weights, prefixes, divided, kind)
+    whole = kind(prefixes)
     if not options.divides:
         return Parts(Part(whole, prefixes, whole.sizes, weights), None, None, [whole])
     bounds = np.cumsum([0, *whole.sizes])
@@ -92,11 +95,13 @@ def open_parts(options: DataOptions) -> Parts:
     return Parts(replace(train, weights=weights), valid, test, [whole])
 
 
-def _given_parts(given: dict[str, tuple[list[float], list[str]]], notes: Sequence[str] = ()) -> Parts:
+def _given_parts(
+    given: dict[str, tuple[list[float], list[str]]], kind: type[IndexedDataset], notes: Sequence[str] = ()
+) -> Parts:
     """Each part from its own prefixes. Parts to validate or test on may be empty, and are then left out, and said."""
     files, parts, said = [], {}, list(notes)
     for name, (weights, prefixes) in given.items():
-        data = IndexedDataset(prefixes)
+        data = kind(prefixes)
         if name != "train" and not len(data):
             said.append(f"no row for {name}: {' '.join(prefixes)} holds none")
             continue
@@ -105,12 +110,19 @@ def _given_parts(given: dict[str, tuple[list[float], list[str]]], notes: Sequenc
     return Parts(parts["train"], parts.get("valid"), parts.get("test"), files, said)
 
 
-def _is_divided(prefix: Path) -> bool:
+def _is_divided(prefix: Path, kind: type[IndexedDataset]) -> bool:
     """Whether a prefix stands for its parts: it has no files of its own, and `<prefix>_train` has."""
-    return find_base(prefix) is None and find_base(prefix.with_name(f"{prefix.name}_train")) is not None
+    train = prefix.with_name(f"{prefix.name}_train")
+    return find_base(prefix, kind.REQUIRED) is None and find_base(train, kind.REQUIRED) is not None
 
 
-def _divided_parts(options: DataOptions, weights: list[float], prefixes: list[Path], divided: list[Path]) -> Parts:
+def _divided_parts(
+    options: DataOptions,
+    weights: list[float],
+    prefixes: list[Path],
+    divided: list[Path],
+    kind: type[IndexedDataset],
+) -> Parts:
     """The parts `preprocess_data.py --split` has made of some prefixes; the other prefixes are trained on whole."""
     if options.divides:
         raise UsageError(
@@ -122,8 +134,9 @@ def _divided_parts(options: DataOptions, weights: list[float], prefixes: list[Pa
         if prefix not in divided:
             given["train"][1].append(str(prefix))
             continue
-        found = [part for part in PARTS if find_base(prefix.with_name(f"{prefix.name}_{part}")) is not None]
+        parts = {part: prefix.with_name(f"{prefix.name}_{part}") for part in PARTS}
+        found = [part for part, path in parts.items() if find_base(path, kind.REQUIRED) is not None]
         notes.append(f"{prefix}: no files of that prefix; found {' '.join(f'{prefix.name}_{part}' for part in found)}")
         for part in found:
-            given.setdefault(part, ([], []))[1].append(str(prefix.with_name(f"{prefix.name}_{part}")))
-    return _given_parts(given, notes)
+            given.setdefault(part, ([], []))[1].append(str(parts[part]))
+    return _given_parts(given, kind, notes)

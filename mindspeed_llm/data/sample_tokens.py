@@ -8,13 +8,12 @@ import numpy as np
 from mindspeed_llm.data.encode import IGNORE_INDEX, Encoded
 from mindspeed_llm.data.encoders import Encoder
 from mindspeed_llm.data.handlers import Handler
-from mindspeed_llm.data.messages import Conversation, Sample, Texts
+from mindspeed_llm.data.messages import SIDES, Conversation, Sample, Texts
 from mindspeed_llm.data.rows import Row
 
 if TYPE_CHECKING:
     from mindspeed_llm.data.tokenize_rows import Job
 
-SIDES = ("chosen", "rejected")
 Parts = dict[str, Encoded]  # by field; "" is a sample's one row of tokens
 
 

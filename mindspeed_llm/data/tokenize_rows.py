@@ -10,9 +10,9 @@ from mindspeed_llm.data.encode import Encoded, Limits
 from mindspeed_llm.data.encoders import Encoder, answer_marks, make_encoder
 from mindspeed_llm.data.handlers import BadRow, Handler, Reading, Unanswered, get_handler, needs_template
 from mindspeed_llm.data.intake import TOO_MUCH_TEXT
-from mindspeed_llm.data.messages import Conversation, PlainTurns, Preference, Sample
+from mindspeed_llm.data.messages import SIDES, Conversation, PlainTurns, Preference, Sample
 from mindspeed_llm.data.rows import Row
-from mindspeed_llm.data.sample_tokens import SIDES, arrays, encode_samples
+from mindspeed_llm.data.sample_tokens import arrays, encode_samples
 from mindspeed_llm.data.shaping import Shape
 from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import UsageError

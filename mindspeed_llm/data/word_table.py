@@ -9,6 +9,7 @@ characters outside its alphabet, and texts of mostly new words, such as Chinese 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ MOST_CHARACTERS = 4_000_000
 ENOUGH_WORDS = 20_000  # of a table from which on its new words are judged
 NEW_SHARE = 0.4  # of a text's characters in new words: beyond it the library is faster
 FEW_ROWS = 0.2  # of a batch that the table has or learns: below it the next batches are left to the library
+LONG_NUMBER = 5  # characters, a space among them
 TOGETHER = 100  # new words in one text for the library
 BETWEEN = "\ufdd0"  # in no word
 PAUSE = 15  # batches left to the library after one of mostly new words
@@ -73,13 +75,25 @@ class WordTable:
                 found.append(None)
         if len(texts) - found.count(None) + len(late) < FEW_ROWS * len(texts):
             self.pause = PAUSE
-        if late and self._learn(table, list(new)):
+        if late and (learnt := self._ids_of(list(new))):
+            table.update(learnt)
             for number, words in late:
-                found[number] = b"".join(map(known, words))
+                with suppress(KeyError):  # another thread has just let go of one of the words
+                    found[number] = b"".join(map(known, words))
+            self._keep(table, learnt)
         return found
 
-    def _learn(self, table: dict[str, bytes], new: list[str]) -> bool:
-        """Put words into a table; says whether the ids of each could be told."""
+    def _keep(self, table: dict[str, bytes], learnt: Mapping[str, bytes]) -> None:
+        """Keep the words; long numbers hardly ever return, and would fill a table."""
+        for word in learnt:
+            if len(word) > LONG_NUMBER and word[-1].isdigit():
+                table.pop(word, None)
+        self.characters += sum(map(len, learnt))
+        if len(table) > MOST_WORDS or self.characters > MOST_CHARACTERS:
+            self.table, self.characters = dict(self.fixed), 0
+
+    def _ids_of(self, new: list[str]) -> dict[str, bytes]:
+        """The ids of words by the library; empty where they cannot be told from one another."""
         joined = [BETWEEN.join(new[at : at + TOGETHER]) for at in range(0, len(new), TOGETHER)]
         rows = [row.ids for row in self.words.encode_batch_fast(joined, add_special_tokens=False)]
         ids = np.concatenate([np.fromiter(row, np.int32, len(row)) for row in rows])
@@ -87,13 +101,9 @@ class WordTable:
         ends = np.cumsum([len(word.encode()) for word in new])
         last = np.searchsorted(places, ends)
         if last[-1] >= len(places) or (places[last] != ends).any():
-            return False  # a word has a byte the vocabulary lacks
+            return {}  # a word has a byte the vocabulary lacks
         content, edges = ids.tobytes(), [0, *(4 * (last + 1)).tolist()]
-        table.update((word, content[edges[n] : edges[n + 1]]) for n, word in enumerate(new))
-        self.characters += sum(map(len, new))
-        if len(table) > MOST_WORDS or self.characters > MOST_CHARACTERS:
-            self.table, self.characters = dict(self.fixed), 0
-        return True
+        return {word: content[edges[n] : edges[n + 1]] for n, word in enumerate(new)}
 
 
 def word_table(tokenizer: Any, marks: str, marked: Mapping[str, int], lengths: np.ndarray) -> WordTable | None:

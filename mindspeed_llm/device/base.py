@@ -28,6 +28,8 @@ class Device:
         torch_device: process-local index -> device that holds parameters and activations.
         set_current: make that device the process's current one.
         memory: -> (allocated, peak) bytes of this process: device memory, or resident memory on a CPU.
+        capacity: -> bytes that tensors can have: all memory of a card; on a CPU the free memory of the machine, which
+            processes share.
         rng_state / set_rng_state: the device's default generator.
         manual_seed: seed that generator.
         synchronize: wait until submitted work is done.
@@ -40,6 +42,7 @@ class Device:
     torch_device: Callable[[int], torch.device]
     set_current: Callable[[int], None]
     memory: Callable[[], tuple[int, int]]
+    capacity: Callable[[], int]
     rng_state: Callable[[], torch.Tensor]
     set_rng_state: Callable[[torch.Tensor], None]
     manual_seed: Callable[[int], None]

@@ -34,6 +34,13 @@ def memory() -> tuple[int, int]:
     return now, max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # the kernel counts peaks late
 
 
+def free_memory() -> int:
+    """Bytes of RAM that new processes can have, from the kernel's accounting."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        found = dict(line.split(":") for line in lines)
+    return int(found["MemAvailable"].split()[0]) * 1024
+
+
 class _Stream:
     """A stream or event on a device whose work is done when the call returns."""
 
@@ -133,6 +140,7 @@ def create() -> Device:
         torch_device=lambda index: CPU,
         set_current=lambda index: None,
         memory=memory,
+        capacity=free_memory,
         rng_state=torch.get_rng_state,
         set_rng_state=torch.set_rng_state,
         manual_seed=lambda seed: torch.manual_seed(seed) and None,

@@ -45,6 +45,7 @@ def create() -> Device:
         torch_device=lambda index: torch.device("cuda", index),
         set_current=torch.cuda.set_device,
         memory=lambda: (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()),
+        capacity=lambda: torch.cuda.mem_get_info()[1],
         rng_state=torch.cuda.get_rng_state,
         set_rng_state=torch.cuda.set_rng_state,
         manual_seed=torch.cuda.manual_seed,

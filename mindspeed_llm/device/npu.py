@@ -101,6 +101,7 @@ def create() -> Device:
         torch_device=lambda index: torch.device("npu", index),
         set_current=torch.npu.set_device,
         memory=lambda: (torch.npu.memory_allocated(), torch.npu.max_memory_allocated()),
+        capacity=lambda: torch.npu.mem_get_info()[1],
         rng_state=torch.npu.get_rng_state,
         set_rng_state=torch.npu.set_rng_state,
         manual_seed=torch.npu.manual_seed,

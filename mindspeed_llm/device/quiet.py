@@ -3,8 +3,10 @@
 Every process of a launch would print them, on every start, around the lines that matter.
 """
 
+import logging
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -46,13 +48,29 @@ EXPECTED = (
     ),
 )
 
+# (logger, beginning of the message, why it needs nothing)
+LOGGED = (
+    (
+        "megatron.core.transformer.transformer_layer",
+        "Unknown MLP type",
+        "models.mlp.GatedMLP is a subclass of megatron-core's MLP, built with the arguments that has by default",
+    ),
+)
+
 
 def silence() -> None:
     """Leave the expected warnings out, in this process; called by a program before it imports megatron-core.
 
     `python -W error` and PYTHONWARNINGS keep their say: what a user asks for there is not overruled.
     """
+    for logger, beginning, _ in LOGGED:
+        logging.getLogger(logger).addFilter(_without(beginning))
     if sys.warnoptions:
         return
     for expected in EXPECTED:
         warnings.filterwarnings("ignore", message=expected.message, category=expected.category)
+
+
+def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter of log records that leaves out messages that begin so."""
+    return lambda record: not record.getMessage().startswith(beginning)

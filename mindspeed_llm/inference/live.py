@@ -18,7 +18,7 @@ from mindspeed_llm.checkpoint.open import BaseSource, LoraSource, open_base
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import UsageError
 from mindspeed_llm.lora.inject import inject
-from mindspeed_llm.lora.sources import live_obstacles, open_pair
+from mindspeed_llm.lora.sources import live_obstacles, load_adapter, open_pair
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
@@ -226,7 +226,7 @@ def load_model(options: LiveProgram, sources: Sources, device: Device) -> LiveMo
     first = chunks[0].first_layer
     load_live(live_tensors(chunks[0]), sources.weights, rank, tensor, first, experts=experts)
     if sources.adapter is not None and not sources.merged:
-        inject(chunks, sources.adapter.settings, fused=True, seed=0)
-        load_live(live_tensors(chunks[0]), sources.adapter.tensors, rank, tensor, first, experts=experts)
+        inject(chunks, sources.adapter.live_settings, fused=True, seed=0, fresh=False)
+        load_adapter(chunks[0], sources.adapter, rank, tensor, experts)
     chunks[0].eval()
     return LiveModel(chunks[0], config, device.torch_device(torch.distributed.get_node_local_rank(0)))

@@ -1,73 +1,281 @@
 """LoRA settings: what is adapted, how strongly; recorded in every checkpoint so that nobody retypes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from mindspeed_llm.arguments.lora import TARGET_MODULES as TARGETS
 from mindspeed_llm.arguments.lora import LoraOptions
-from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.checkpoint.adapters.settings import (
+    chosen_modules,
+    default_and_pattern,
+    is_named,
+    module_entries,
+    short_targets,
+)
+from mindspeed_llm.checkpoint.adapters.settings import hf_module as hf_module_of
+from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
+from mindspeed_llm.checkpoint.tables import Entry, WeightTable, expert_number
 from mindspeed_llm.errors import UsageError, unknown
-from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.families.base import Kind
 
 DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
+LINEAR = (Kind.COLUMN, Kind.ROW, Kind.QKV, Kind.GATED, Kind.REPLICATED)
+Value = TypeVar("Value", int, float)
+WHOLE_ONLY = {
+    "all-router": "router",
+    "router": "router",
+    "all-embedding": "word_embeddings",
+    "embed_tokens": "word_embeddings",
+    "word_embeddings": "word_embeddings",
+    "lm_head": "output_layer",
+    "output_layer": "output_layer",
+}
+"""Targets of other programs that get no adapter here, and what --lora-modules-to-save calls them."""
+NEEDS_TARGETS = {
+    "lora_r": None,
+    "lora_alpha": None,
+    "lora_dropout": None,
+    "lora_exclude_modules": None,
+    "lora_layers": None,
+    "lora_rank_pattern": None,
+    "lora_alpha_pattern": None,
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_init": "default",
+    "lora_dtype": "auto",
+    "loraplus_lr_ratio": None,
+    "lora_modules_to_save": None,
+}
+"""Options that say something about an adapter, and their values when they are not given."""
 
 
-def create_settings(r: int, alpha: float, target_modules: Sequence[str], dropout: float = 0.0) -> LoraSettings:
-    """Checked settings of Y = X W^T + (alpha / r) (X A^T) B^T (Hu et al., arXiv 2106.09685).
-
-    Raises:
-        UsageError: a rank below one, an unknown target or none at all.
-    """
-    if r < 1:
-        raise UsageError(f"--lora-r must be at least 1, not {r}")
-    if not target_modules:
-        raise UsageError(f"--lora-target-modules is empty; known: {' '.join(TARGETS)}")
-    for target in target_modules:
-        if target not in TARGETS:
-            raise unknown("--lora-target-modules entry", target, TARGETS)
-    return LoraSettings(r, alpha, tuple(dict.fromkeys(target_modules)), dropout)
+def adaptable(table: WeightTable) -> dict[str, Entry]:
+    """The linear layers that training can adapt, by logical name: those of decoder layers, prediction layers aside."""
+    return {
+        module: entry
+        for module, entry in module_entries(table).items()
+        if entry.kind in LINEAR and entry.layer is not None and "linear_" in module
+        and entry.layer < table.config.num_layers
+    }  # fmt: skip
 
 
-def for_model(settings: LoraSettings | None, model: ModelConfig) -> LoraSettings | None:
-    """The settings with a model's own names of its layers.
-
-    Under latent attention `linear_qkv` is upstream's name of the two projections of the hidden state.
-    """
-    if settings is None or not model.multi_latent_attention or "linear_qkv" not in settings.target_modules:
-        return settings
-    down = ("linear_q_down_proj" if model.q_lora_rank else "linear_q_proj", "linear_kv_down_proj")
-    named = (down if target == "linear_qkv" else (target,) for target in settings.target_modules)
-    return replace(settings, target_modules=tuple(dict.fromkeys(name for names in named for name in names)))
-
-
-def settings_from_options(options: LoraOptions) -> LoraSettings | None:
+def settings_from_options(options: LoraOptions, table: WeightTable) -> LoraSettings | None:
     """Settings of a new adapter from the command line; None when no targets are given, which means no LoRA.
 
     Raises:
-        UsageError: a rank, alpha or fusion without targets, and `create_settings`'s.
+        UsageError: other LoRA options without targets, targets that the model does not have or that cannot be adapted,
+            patterns that fit nothing, and DoRA of experts.
     """
+    modules = adaptable(table)
     if not options.lora_target_modules:
-        given = [
-            flag
-            for flag, value in (
-                ("--lora-r", options.lora_r),
-                ("--lora-alpha", options.lora_alpha),
-                ("--lora-dropout", options.lora_dropout or None),
-            )
-            if value is not None
-        ]
+        given = given_flags(options)
         if given:
-            raise UsageError(f"{' and '.join(given)} given without --lora-target-modules; known: {' '.join(TARGETS)}")
+            known = " ".join(sorted({short_name(module) for module in modules}))
+            raise UsageError(f"{' and '.join(given)} given without --lora-target-modules; known: {known} all-linear")
         return None
-    return create_settings(
-        DEFAULT_RANK if options.lora_r is None else options.lora_r,
-        DEFAULT_ALPHA if options.lora_alpha is None else options.lora_alpha,
-        options.lora_target_modules,
+    targets = chosen_targets(options, modules)
+    r = DEFAULT_RANK if options.lora_r is None else options.lora_r
+    alpha = DEFAULT_ALPHA if options.lora_alpha is None else options.lora_alpha
+    ranks = by_pattern(options.lora_rank_pattern, targets, modules, r, "--lora-rank-pattern", positive_integer)
+    alphas = by_pattern(options.lora_alpha_pattern, targets, modules, alpha, "--lora-alpha-pattern", positive_number)
+    if options.use_dora and (expert := next((one for one in targets if expert_number(one) is not None), None)):
+        raise UsageError(f"--use-dora: {expert} is an expert's, and peft has no DoRA of experts; exclude local_experts")
+    return LoraSettings(
+        r,
+        alpha,
+        short_targets(targets, modules),
         options.lora_dropout or 0.0,
+        default_and_pattern(ranks, r)[1],
+        default_and_pattern(alphas, alpha)[1],
+        options.use_rslora,
+        options.use_dora,
+        options.lora_init,
+        options.lora_dtype,
+        modules_to_save(options.lora_modules_to_save or (), targets, table),
     )
 
 
+def given_flags(options: LoraOptions) -> list[str]:
+    """The flags of `NEEDS_TARGETS` that were given."""
+    return [f"--{name.replace('_', '-')}" for name, left in NEEDS_TARGETS.items() if getattr(options, name) != left]
+
+
+def chosen_targets(options: LoraOptions, modules: Mapping[str, Entry]) -> list[str]:
+    """The logical modules that --lora-target-modules, --lora-exclude-modules and --lora-layers leave, in their order.
+
+    Raises:
+        UsageError: a name or a layer that is not there, or nothing is left.
+    """
+    names = own_names(options.lora_target_modules or (), modules)
+    if whole := next((name for name in names if name in WHOLE_ONLY), None):
+        raise UsageError(
+            f"--lora-target-modules {whole}: only linear layers get adapters here; train it whole with"
+            f" --lora-modules-to-save {WHOLE_ONLY[whole]}"
+        )
+    chosen = set(chosen_modules(names, modules, "--lora-target-modules"))
+    if options.lora_exclude_modules:
+        excluded = own_names(options.lora_exclude_modules, modules)
+        chosen -= set(chosen_modules(excluded, modules, "--lora-exclude-modules"))
+    if options.lora_layers is not None:
+        layers = {entry.layer for entry in modules.values()}
+        wrong = sorted(set(options.lora_layers) - layers)
+        if wrong:
+            raise UsageError(f"--lora-layers {wrong[0]}: the model has the layers 0 to {max(layers)}")
+        chosen = {module for module in chosen if modules[module].layer in options.lora_layers}
+    if not chosen:
+        raise UsageError(
+            f"--lora-target-modules {' '.join(options.lora_target_modules or ())}: --lora-exclude-modules and"
+            " --lora-layers leave no layer to adapt; name others"
+        )
+    return [module for module in modules if module in chosen]
+
+
+def own_names(names: Sequence[str], modules: Mapping[str, Entry]) -> list[str]:
+    """Target names with a model's own names of its layers.
+
+    Under latent attention `linear_qkv` is upstream's name of the two projections of the hidden state.
+    """
+    short = {short_name(module) for module in modules}
+    if "linear_kv_down_proj" not in short or "linear_qkv" in short:
+        return list(names)
+    down = ("linear_q_down_proj" if "linear_q_down_proj" in short else "linear_q_proj", "linear_kv_down_proj")
+    own = (down if name == "linear_qkv" else (name,) for name in names)
+    return list(dict.fromkeys(name for some in own for name in some))
+
+
+def by_pattern(
+    patterns: Sequence[str] | None,
+    targets: Sequence[str],
+    modules: Mapping[str, Entry],
+    default: Value,
+    flag: str,
+    read: Callable[[str, str], Value],
+) -> dict[str, Value]:
+    """Each target's rank or alpha: that of the first of `NAME=VALUE` that fits it, else `default`.
+
+    Raises:
+        UsageError: no such form, or a name that fits no target.
+    """
+    found: dict[str, Value] = {}
+    for pattern in patterns or ():
+        name, sign, value = pattern.rpartition("=")
+        if not sign or not name:
+            raise UsageError(f"{flag} {pattern}: expected NAME=NUMBER, as linear_qkv=8")
+        number = read(value, f"{flag} {pattern}")
+        fitting = [
+            target
+            for target in targets
+            if any(is_named(name, target, hf_module_of(hf.name), flag) for hf in modules[target].hf)
+        ]
+        if not fitting:
+            raise unknown(f"{flag} name", name, sorted({short_name(target) for target in targets}))
+        for target in fitting:
+            found.setdefault(target, number)
+    return {target: found.get(target, default) for target in targets}
+
+
+def positive_integer(text: str, said: str) -> int:
+    """A rank; `UsageError` naming where it was `said`."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UsageError(f"{said}: {text!r} is no rank; give a whole number of at least 1")
+    return int(text)
+
+
+def positive_number(text: str, said: str) -> float:
+    """An alpha; `UsageError` naming where it was `said`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UsageError(f"{said}: {text!r} is no alpha; give a number above 0")
+    return value
+
+
+def modules_to_save(names: Sequence[str], targets: Sequence[str], table: WeightTable) -> tuple[str, ...]:
+    """The modules that --lora-modules-to-save names, as `LoraSettings` spells them.
+
+    Raises:
+        UsageError: a name that is not there, that is adapted too, or the output layer of a model that ties it to the
+            embedding.
+    """
+    modules = {
+        name.removesuffix(".weight"): entry
+        for name, entry in table.entries.items()
+        if name.endswith(".weight") and (entry.layer is None or entry.layer < table.config.num_layers)
+    }
+    tied = table.config.tie_word_embeddings
+    if tied and (head := next((one for one in names if one in ("lm_head", "output_layer")), None)):
+        raise UsageError(
+            f"--lora-modules-to-save {head}: this model's output layer is its embedding; name embed_tokens"
+        )
+    chosen = chosen_modules(names, modules, "--lora-modules-to-save") if names else []
+    if twice := [module for module in chosen if module in targets]:
+        raise UsageError(f"--lora-modules-to-save and --lora-target-modules both name {twice[0]}; choose one")
+    return short_targets(chosen, modules)
+
+
 def continued(settings: LoraSettings, options: LoraOptions) -> LoraSettings:
-    """Settings of a saved adapter that is trained on: its own, but for a dropout that the command line gives."""
-    return settings if options.lora_dropout is None else replace(settings, dropout=options.lora_dropout)
+    """Settings of a saved adapter that is trained on: its own, but for a dropout and a type that the options give."""
+    if options.lora_dropout is not None:
+        settings = replace(settings, dropout=options.lora_dropout)
+    return settings if options.lora_dtype == "auto" else replace(settings, dtype=options.lora_dtype)
+
+
+def plain_targets(options: LoraOptions) -> list[str] | None:
+    """The targets, where no other option takes some of them out: those a saved adapter can be held against as named."""
+    narrowed = options.lora_exclude_modules or options.lora_layers is not None
+    return None if narrowed else options.lora_target_modules
+
+
+def check_given(settings: LoraSettings, options: LoraOptions, table: WeightTable, where: object) -> None:
+    """`UsageError` when the options ask for another adapter than the saved one; those left out ask for nothing.
+
+    Rank, alpha and plain targets are checked where the adapter is opened.
+
+    Args:
+        settings: of the saved adapter.
+        where: its folder.
+    """
+    said = {
+        "--use-rslora": (options.use_rslora, settings.use_rslora),
+        "--use-dora": (options.use_dora, settings.use_dora),
+        "--lora-init": (options.lora_init, settings.init),
+    }
+    wrong = [f"{flag} {given}" for flag, (given, own) in said.items() if given not in (False, "default", own)]
+    patterns = options.lora_rank_pattern or options.lora_alpha_pattern
+    narrowed = options.lora_exclude_modules or options.lora_layers is not None
+    if options.lora_target_modules and (patterns or narrowed or options.lora_modules_to_save):
+        wanted = settings_from_options(options, table)
+        named = {
+            "--lora-target-modules with its exclusions": wanted.target_modules != settings.target_modules,
+            "--lora-rank-pattern": patterns and dict(wanted.rank_pattern) != dict(settings.rank_pattern),
+            "--lora-alpha-pattern": patterns and dict(wanted.alpha_pattern) != dict(settings.alpha_pattern),
+            "--lora-modules-to-save": wanted.modules_to_save != settings.modules_to_save,
+        }
+        wrong += [flag for flag, differs in named.items() if differs]
+    if wrong:
+        raise UsageError(f"{' and '.join(wrong)} contradicts the saved adapter in {where}; leave it out")
+
+
+def described(settings: LoraSettings, fused: bool, base_dtype: str) -> str:
+    """One line for people on what is trained, and in which form.
+
+    Args:
+        fused: --lora-fusion is given.
+        base_dtype: type of the base, "bfloat16".
+    """
+    modular = "DoRA" if settings.use_dora else ""
+    if settings.dtype not in ("auto", base_dtype):
+        modular = modular or f"{settings.dtype} factors on a {base_dtype} base"
+    words = [
+        f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(settings.target_modules)}",
+        "other ranks or alphas by name" if settings.rank_pattern or settings.alpha_pattern else "",
+        "rsLoRA" if settings.use_rslora else "",
+        "DoRA" if settings.use_dora else "",
+        "PiSSA" if settings.init == "pissa" else "",
+        f"trained whole: {' '.join(settings.modules_to_save)}" if settings.modules_to_save else "",
+    ]
+    form = f" (--lora-fusion: {modular} runs in the modular form)" if modular else " (fused)"
+    return ", ".join(word for word in words if word) + (form if fused else "")

@@ -124,7 +124,7 @@ class AdaptedMlp:
         """Whether an MLP is one this can compute: SwiGLU without biases or limits, both layers adapted and fused."""
         fc1, fc2, config = mlp.linear_fc1, mlp.linear_fc2, mlp.config
         adapted = isinstance(fc1, ColumnParallelLora) and isinstance(fc2, RowParallelLora)
-        if not adapted or not (fc1.use_fused and fc2.use_fused) or fc1.of_expert:
+        if not adapted or not (fc1.fuses and fc2.fuses) or fc1.of_expert:
             return False
         plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
         swish = config.gated_linear_unit and config.activation_func is silu

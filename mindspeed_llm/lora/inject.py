@@ -10,39 +10,72 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
-from mindspeed_llm.checkpoint.tables import logical_name
+from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, is_lora, logical_name
 from mindspeed_llm.lora.fused_mlp import AdaptedMlp
-from mindspeed_llm.lora.layers import CUSTOM_MODULES, RowParallelLora, is_lora_parameter, lora_layers, uniform_init
+from mindspeed_llm.lora.layers import CUSTOM_MODULES, ParallelLora, RowParallelLora, is_lora_parameter, uniform_init
+from mindspeed_llm.lora.pissa import shared_factors
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.mlp import GatedMLP
 
 
 def inject(
-    chunks: Sequence[nn.Module], settings: LoraSettings, fused: bool, seed: int, fused_mlp: bool = False
+    chunks: Sequence[nn.Module],
+    settings: LoraSettings,
+    fused: bool,
+    seed: int,
+    fused_mlp: bool = False,
+    fresh: bool = True,
 ) -> None:
-    """Adapt the target layers of every model chunk in place; only adapter parameters stay trainable.
+    """Adapt the target layers of every model chunk in place; only adapters and what is trained whole stay trainable.
 
     A is drawn for its whole logical shape from a generator seeded by (seed, logical name) and cut afterwards, so
-    training starts from the same values at every TP, PP and DP; B starts at zero.
+    training starts from the same values at every TP, PP and DP; B starts at zero. PiSSA's factors and DoRA's lengths
+    come from the base's weights, which have to be loaded before.
 
     Args:
         chunks: this rank's model chunks; each carries `first_layer`.
         fused: use the fused autograd function (`--lora-fusion`).
         seed: of A's values.
         fused_mlp: compute whole SwiGLU MLPs in one such function where both layers are adapted (`--use-fused-mlp`).
+        fresh: give the adapters their initial values; False leaves them for a saved adapter to fill.
     """
     for chunk in chunks:
         config = peft_config(chunk, settings)
         if config.target_modules:  # a stage may hold none of single layers that are adapted
             config._register_custom_module(CUSTOM_MODULES)
             inject_adapter_in_model(config, chunk)
-        for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(is_lora_parameter(name))
-        for layer in lora_layers(chunk):
+        for name, layer in adapters_by_name(chunk).items():
+            layer.adopt(settings, name)
             layer.use_fused = fused
+        set_trainable(chunk, settings)
         for mlp in gated_mlps(chunk) if fused_mlp else ():
             mlp.whole = AdaptedMlp(mlp.linear_fc1, mlp.linear_fc2) if AdaptedMlp.fits(mlp) else None
-        initialise(chunk, seed)
+        if fresh:
+            initialise(chunk, settings, seed)
+
+
+def adapters_by_name(chunk: nn.Module) -> dict[str, ParallelLora]:
+    """A chunk's adapters by their layers' logical names."""
+    first_expert = parallel.expert_place(chunk.config.num_moe_experts or 0)[0]
+    return {
+        logical_name(name, chunk.first_layer, first_expert=first_expert): module
+        for name, module in chunk.named_modules()
+        if isinstance(module, ParallelLora)
+    }
+
+
+def set_trainable(chunk: nn.Module, settings: LoraSettings) -> None:
+    """Freeze everything but adapters and the weights of modules that are trained whole.
+
+    The last pipeline stage's copy of a tied embedding is trained with the embedding.
+    """
+    first_expert = parallel.expert_place(chunk.config.num_moe_experts or 0)[0]
+    tied = getattr(chunk, "share_embeddings_and_output_weights", False)
+    for name, parameter in chunk.named_parameters():
+        logical = logical_name(name, chunk.first_layer, first_expert=first_expert)
+        logical = EMBEDDING if tied and logical == OUTPUT_LAYER else logical
+        saved = logical.endswith(".weight") and settings.saves(logical.removesuffix(".weight"))
+        parameter.requires_grad_(is_lora_parameter(name) or (saved and not is_lora(logical)))
 
 
 def peft_config(chunk: nn.Module, settings: LoraSettings) -> LoraConfig:
@@ -74,22 +107,38 @@ def gated_mlps(module: nn.Module) -> list[GatedMLP]:
     return [one for one in module.modules() if isinstance(one, GatedMLP)]
 
 
-def initialise(chunk: nn.Module, seed: int) -> None:
-    """Draw every A by its logical name and set every B to zero."""
-    first_expert = parallel.expert_place(chunk.config.num_moe_experts or 0)[0]
-    for name, module in chunk.named_modules():
-        if not isinstance(module, tuple(CUSTOM_MODULES.values())):
-            continue
-        logical = logical_name(name, chunk.first_layer, first_expert=first_expert)
-        digest = hashlib.sha256(f"{seed}:{logical}".encode()).digest()
-        for a, b in zip(module.lora_A.values(), module.lora_B.values(), strict=True):
-            split = module.group.size() if isinstance(module, RowParallelLora) else 1
-            width = module.in_features
-            whole = uniform_init((a.out_features, width * split), int.from_bytes(digest[:6], "big"))
-            start = width * module.group.rank() if split > 1 else 0
-            with torch.no_grad():
-                a.weight.copy_(whole[:, start : start + width])
-                b.weight.zero_()
+def initialise(chunk: nn.Module, settings: LoraSettings, seed: int) -> None:
+    """Give a chunk's adapters their first values; collective over TP.
+
+    A is drawn by its logical name and B is zero, or both come from the base's singular vectors (PiSSA). DoRA's lengths
+    are those of the base's rows: the adapters change nothing yet.
+    """
+    for module, layer in adapters_by_name(chunk).items():
+        name = layer.active_adapters[0]
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        with torch.no_grad():
+            if settings.init == "pissa":
+                split = {"column": 0, "row": 1, "replicated": None}[layer.kind]
+                found = shared_factors(layer.base_layer.weight, a.size(0), layer.scaling[name], split, layer.group)
+                for factor, value in zip((a, b), found, strict=True):
+                    factor.copy_(value)
+                layer.lora_A_start[name].weight.copy_(a)
+                layer.lora_B_start[name].weight.copy_(b)
+            else:
+                a.copy_(drawn_share(layer, module, a.size(0), seed))
+                b.zero_()
+            if settings.use_dora:
+                layer.lora_magnitude_vector[name].weight.copy_(layer.row_norms(*layer.factors()))
+
+
+def drawn_share(layer: ParallelLora, module: str, r: int, seed: int) -> torch.Tensor:
+    """This rank's share of A's initial values, fp32; `module` is the layer's logical name."""
+    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    split = layer.group.size() if isinstance(layer, RowParallelLora) else 1
+    width = layer.in_features
+    whole = uniform_init((r, width * split), int.from_bytes(digest[:6], "big"))
+    start = width * layer.group.rank() if split > 1 else 0
+    return whole[:, start : start + width]
 
 
 def give_recompute_a_gradient(chunks: Sequence[nn.Module]) -> None:

@@ -14,6 +14,9 @@ replicated factor sees a slice of the tokens, so its gradient must be summed ove
 that parameter makes megatron-core do so.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,18 +34,24 @@ from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.checkpoint.tables import MAGNITUDE
 from mindspeed_llm.lora import fused
+from mindspeed_llm.lora.dora import Magnitude, row_norms, with_lengths
 from mindspeed_llm.lora.dropout import Dropout
 from mindspeed_llm.lora.overlap import CHUNK_BYTES
 from mindspeed_llm.models.expert_marks import mark_expert_parameter
 from mindspeed_llm.models.linear import ReplicatedLinear
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Types of factors that are not simply the base's."""
 
 
 class ParallelLora(nn.Module, LoraLayer):
     """What the column- and the row-parallel adapter share: parameters, marks, and the choice of the form.
 
     Attributes:
-        use_fused: run the fused autograd function instead of the modular form.
+        use_fused: run the fused autograd function instead of the modular form, where it can (`fuses`).
         chunk_bytes: least bytes of a chunk in the fused form.
         kind: "column", "row" or "replicated".
     """
@@ -59,6 +68,7 @@ class ParallelLora(nn.Module, LoraLayer):
         self.of_expert = getattr(base_layer, "is_expert", False)
         self.sequence_parallel = base_layer.sequence_parallel and not self.of_expert
         self._active_adapter = adapter_name
+        self.lora_A_start, self.lora_B_start = nn.ModuleDict(), nn.ModuleDict()
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -84,6 +94,30 @@ class ParallelLora(nn.Module, LoraLayer):
             self.mark_parameters(*factors)
         self.set_adapter(self.active_adapters)
 
+    def adopt(self, settings: LoraSettings, module: str) -> None:
+        """Take on what `settings` say beyond peft's part of this layer (`module`); new tensors hold no values."""
+        name = self.active_adapters[0]
+        weight, dtype = self.base_layer.weight, DTYPES.get(settings.dtype)
+        self.scaling[name] = settings.scaling(module)
+        if settings.init == "pissa":
+            for factor, start in ((self.lora_A, self.lora_A_start), (self.lora_B, self.lora_B_start)):
+                start[name] = copy.deepcopy(factor[name])
+                start[name].requires_grad_(False)
+        if settings.use_dora:
+            magnitude = self.lora_magnitude_vector[name] = Magnitude(weight)
+            if self.kind == "column":
+                set_tensor_model_parallel_attributes(magnitude.weight, True, 0, 1)
+            else:
+                magnitude.weight.sequence_parallel = self.sequence_parallel
+        for own in (self.lora_A, self.lora_B, self.lora_A_start, self.lora_B_start, self.lora_magnitude_vector):
+            own.to(dtype or weight.dtype)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the fused form can serve this adapter: no DoRA, and factors of the base's type."""
+        same = self.lora_A[self.active_adapters[0]].weight.dtype == self.base_layer.weight.dtype
+        return self.use_fused and same and not self.lora_magnitude_vector
+
     def mark_parameters(self, a: nn.Parameter, b: nn.Parameter) -> None:
         """Tell megatron-core which factor is split over TP and which one is replicated."""
         raise NotImplementedError("a parallel adapter says how its factors are split")
@@ -93,10 +127,14 @@ class ParallelLora(nn.Module, LoraLayer):
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         factors, dropout = self.factors(), self.draw_dropout()
-        if not self.use_fused or self.case not in fused.CASES:
+        if not self.fuses or self.case not in fused.CASES:
             out, bias = self.base_layer(x, *args, **kwargs)
             seen = x if dropout is None else x * dropout.factors(x)
-            return out + self.delta(seen, *factors).to(out.dtype), bias
+            delta = self.delta(seen.to(factors[0].dtype), *factors)
+            if not self.lora_magnitude_vector:
+                return out + delta.to(out.dtype), bias
+            seen_out = out if dropout is None else self.base_layer(seen, *args, **kwargs)[0]
+            return with_lengths(out, seen_out, delta, self.added_bias, self.length_factors(*factors)), bias
         out = fused.apply(x, self.base_layer.weight, *factors, self.plan(self.case), dropout)
         bias = getattr(self.base_layer, "own_bias", self.base_layer.bias)
         if bias is None or self.base_layer.skip_bias_add:
@@ -104,9 +142,27 @@ class ParallelLora(nn.Module, LoraLayer):
         return out + bias, None
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """(A, B, alpha / r) of the active adapter."""
+        """(A, B, scaling) of the active adapter; of PiSSA with those it started from: [A; A_start], [B, -B_start]."""
         name = self.active_adapters[0]
-        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        if name in self.lora_A_start:
+            a = torch.cat([a, self.lora_A_start[name].weight])
+            b = torch.cat([b, -self.lora_B_start[name].weight], 1)
+        return a, b, self.scaling[name]
+
+    @property
+    def added_bias(self) -> Tensor | None:
+        """The bias that the base layer's output already contains."""
+        return None if getattr(self.base_layer, "skip_bias_add", True) else self.base_layer.bias
+
+    def row_norms(self, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """|W + s B A| of this rank's output rows, float32 [o] or [o/t]."""
+        return row_norms(self.base_layer.weight, a, b, scaling, self.group if self.kind == "row" else None)
+
+    def length_factors(self, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """DoRA's m / |W + s B A|, float32 [o] or [o/t]."""
+        lengths = self.lora_magnitude_vector[self.active_adapters[0]].weight
+        return lengths.float() / self.row_norms(a, b, scaling)
 
     def plan(self, case: str) -> fused.Plan:
         """How the fused form runs `case` on this layer's group."""
@@ -219,9 +275,27 @@ def lora_layers(module: nn.Module) -> list[ParallelLora]:
     return [m for m in module.modules() if isinstance(m, ParallelLora)]
 
 
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """The model without its adapters, in evaluation mode, for as long as the context lasts.
+
+    peft's own switch also changes which parameters ask for gradients, which optimizer and communication rely on.
+    """
+    layers, training = lora_layers(module), module.training
+    module.eval()
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        module.train(training)
+
+
 def is_lora_parameter(name: str) -> bool:
-    """Whether a parameter name belongs to an adapter."""
-    return ".lora_A." in name or ".lora_B." in name
+    """Whether a parameter name belongs to an adapter and is trained; what PiSSA started from is not."""
+    return any(f".{kind}." in name for kind in ("lora_A", "lora_B", MAGNITUDE))
 
 
 def uniform_init(shape: tuple[int, int], seed: int) -> Tensor:

@@ -28,7 +28,7 @@ class Job:
         micro_batch: rows of a micro-batch. micro_batches: of a step, on one replica.
         length: tokens of a row, padding included, over all CP ranks: the longest for memory, the mean for time.
         trained: share of the tokens that have a label.
-        foreach: the optimizer updates all parameters in one call (accelerators), not one after the other (CPU).
+        accelerator: norms are one kernel and the optimizer updates all parameters in one call; on a CPU neither is so.
     """
 
     model: ModelConfig
@@ -49,7 +49,7 @@ class Job:
     micro_batches: int = 1
     length: int = 1
     trained: float = 1.0
-    foreach: bool = False
+    accelerator: bool = False
 
     @property
     def replicas(self) -> int:
@@ -60,6 +60,17 @@ class Job:
     def element(self) -> int:
         """Bytes of a weight or an activation."""
         return BYTES[self.dtype]
+
+    @property
+    def adapter_element(self) -> int:
+        """Bytes of an element of the adapter."""
+        return self.element if self.lora is None or self.lora.dtype == "auto" else BYTES[self.lora.dtype]
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the output layer has a gradient."""
+        name = "embedding.word_embeddings" if self.model.tie_word_embeddings else "output_layer"
+        return self.lora is None or self.lora.saves(name)
 
     @property
     def tokens(self) -> int:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CLASSES = ("weights", "adapters", "gradients", "optimizer", "activations", "communication")
-RECEIVED = {"_allgather_base_": 0, "allgather_into_tensor_coalesced_": 0, "recv_": 0}
+RECEIVED = {"_allgather_base_": 0, "allgather_into_tensor_coalesced_": 0, "recv_": 0, "alltoall_base_": 0}
 """c10d operations whose result is a buffer made for it, and the argument that holds it."""
 
 

@@ -149,11 +149,12 @@ def rank_content(
 
 
 def model_state(chunk: CausalLM, adapter_only: bool, copied: bool = False) -> dict[str, Tensor | None]:
-    """A chunk's state on the CPU; with `adapter_only` the LoRA factors alone. On a CPU it is the model's own memory."""
+    """A chunk's state on the CPU, which may be the model's own memory; with `adapter_only` what LoRA adds or trains."""
+    trained = trainable(chunk)
     return {
         name: value.detach().to("cpu", copy=copied) if isinstance(value, Tensor) else None
         for name, value in chunk.state_dict().items()
-        if "lora_" in name or not adapter_only
+        if not adapter_only or "lora_" in name or name in trained
     }
 
 

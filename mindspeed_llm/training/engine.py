@@ -8,15 +8,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
@@ -24,14 +28,16 @@ from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.lora.inject import gated_mlps
 from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
-from mindspeed_llm.models.context import own_positions
 from mindspeed_llm.models.expert_marks import sum_partial_gradients
 from mindspeed_llm.models.packed import packed_rows
+from mindspeed_llm.training import pipeline
 from mindspeed_llm.training.balance import scale_balance, seen_balance
 from mindspeed_llm.training.optimizer_state import inner_optimizers
+from mindspeed_llm.training.pipeline import Batch
+from mindspeed_llm.training.preference import FIGURES, Preference, with_reference
 
-Batch = dict[str, Any]
-"""A micro-batch on the device: tokens and labels [b, s]; of packed rows [1, s], and `packed`, their `PackedRows`."""
+LORAPLUS = ("*.lora_B.*", "*.lora_magnitude_vector.*")
+"""Parameters that learn faster under LoRA+."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,12 @@ class StepResult:
 
     Attributes:
         loss: mean over micro-batches and DP of each micro-batch's mean loss, or the mean over all trained tokens of
-            the global batch under per-token loss; nan when no token was trained.
+            the global batch under per-token loss; nan when no token was trained. Of preferences, pairs take the
+            tokens' place.
         tokens: trained tokens of the global batch.
         grad_norm: before clipping.
         updated: False when the step was skipped (non-finite gradients).
+        figures: of preferences, see `training.preference.FIGURES`; None where there are none.
         balance: load-balancing loss, its coefficient aside: mean over micro-batches, DP and layers with experts; 1 when
             balanced. None where it is not asked for.
     """
@@ -53,6 +61,7 @@ class StepResult:
     grad_norm: float
     updated: bool
     balance: float | None = None
+    figures: dict[str, float] | None = None
 
 
 @dataclass
@@ -63,11 +72,13 @@ class Engine:
         chunks: model chunks as built and loaded.
         wrapped: the same chunks in megatron-core's DistributedDataParallel; empty for inference.
         optimizer: megatron-core's optimizer, or None for inference.
+        preference: what is learnt from pairs; None to learn the labelled tokens themselves.
     """
 
     chunks: list[CausalLM]
     wrapped: list[DistributedDataParallel]
     optimizer: Any
+    preference: Preference | None = None
 
     @property
     def config(self) -> Any:
@@ -101,8 +112,15 @@ def create_engine(
     distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
+    loraplus_lr_ratio: float | None = None,
+    preference: Preference | None = None,
 ) -> Engine:
-    """Wrap loaded chunks for data parallelism and create the optimizer over what is trainable."""
+    """Wrap loaded chunks for data parallelism and create the optimizer over what is trainable.
+
+    Args:
+        loraplus_lr_ratio: of the learning rate of the adapters' B and of vectors in them, as in LoRA+ (Hayou et al.,
+            arXiv 2402.12354) and peft; None: all learn alike.
+    """
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -116,11 +134,12 @@ def create_engine(
     ]
     for chunk in wrapped:
         chunk.broadcast_params()
-    optimizer = get_megatron_optimizer(
-        optimizer_config(options, config.params_dtype, distributed_optimizer, overlap_param_gather),
-        wrapped,
-        use_gloo_process_groups=False,
-    )
+    settings = optimizer_config(options, config.params_dtype, distributed_optimizer, overlap_param_gather)
+    overrides = get_standard_config_overrides(settings)
+    if loraplus_lr_ratio is not None:
+        faster = {"max_lr": options.lr * loraplus_lr_ratio, "min_lr": options.min_lr * loraplus_lr_ratio}
+        overrides[ParamKey(name=LORAPLUS)] = faster
+    optimizer = get_megatron_optimizer(settings, wrapped, overrides, use_gloo_process_groups=False)
     if len(getattr(optimizer, "chained_optimizers", ())) == 1:  # a chain of one hides the optimizer's own state
         optimizer = optimizer.chained_optimizers[0]
     config.finalize_model_grads_func = finalize
@@ -130,7 +149,7 @@ def create_engine(
     if overlap_param_gather:
         for chunk in wrapped:
             await_adapters(chunk)
-    return Engine(list(chunks), wrapped, optimizer)
+    return Engine(list(chunks), wrapped, optimizer, preference)
 
 
 def finalize(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
@@ -184,65 +203,78 @@ def sum_loss(losses: Tensor, trained: Tensor, parts: int, per_token: bool) -> tu
     return (total if per_token or parts == 1 else total * parts), count, report
 
 
-def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+def _forward_step(batches: Iterator[Batch], model: Any, preference: Preference | None) -> tuple[Tensor, Any]:
     """One micro-batch through one model chunk."""
     batch = next(batches)
-    config, group = get_model_config(model), parallel_state.get_context_parallel_group()
-    trained = (batch["labels"] != IGNORE).sum()
-    tokens, labels, padding = (own_positions(batch.get(name), 1, group) for name in ("tokens", "labels", "padding"))
-    packed = batch.get("packed")
-    output = model(tokens, None, None, labels=labels, packed_seq_params=packed, padding_mask=padding)
-    return output, partial(sum_loss, trained=trained, parts=group.size(), per_token=config.calculate_per_token_loss)
+    output = pipeline.forward(batch, model)
+    if preference is not None:
+        return output, partial(preference.sum_loss, batch=batch)
+    trained, parts = (batch["labels"] != IGNORE).sum(), parallel_state.get_context_parallel_world_size()
+    per_token = get_model_config(model).calculate_per_token_loss
+    return output, partial(sum_loss, trained=trained, parts=parts, per_token=per_token)
+
+
+class Told(NamedTuple):
+    """What a global batch gave, equal on every rank.
+
+    Attributes:
+        loss: see `StepResult`.
+        count: trained tokens; of preferences, pairs.
+        figures: of preferences, tokens and `training.preference.FIGURES`; else empty.
+    """
+
+    loss: float
+    count: int
+    figures: dict[str, float]
 
 
 def run_microbatches(
     engine: Engine, batches: Sequence[Batch], forward_only: bool, per_token: bool | None = None
-) -> tuple[float, int]:
-    """Run the micro-batches of one global batch forward (and backward); -> (loss, trained tokens), see `StepResult`.
+) -> Told:
+    """Run the micro-batches of one global batch forward (and backward).
 
-    The loss told is the mean per token, or over micro-batches, as `per_token` says; None: as the engine trains.
-    Every rank of a DP replica passes the same batches: the first stage reads the tokens, the last the labels.
+    The loss told is the mean per token (or pair), or over micro-batches, as `per_token` says; None: as the engine
+    trains. Every rank of a DP replica passes the same batches: the first stage reads the tokens, the last the labels.
     """
     models = engine.wrapped or engine.chunks
     scale_balance(engine, batches)
-    micro_batch_size, length = batches[0]["tokens"].shape
-    reports = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=[iter(batches) for _ in models] if len(models) > 1 else iter(batches),
-        model=models if len(models) > 1 else models[0],
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
-    )
+    if engine.preference is not None:
+        batches = with_reference(models, batches)
+    step = partial(_forward_step, preference=engine.preference)
+    reports = pipeline.run(models, step, batches, forward_only)
     if per_token is None:
         per_token = engine.config.calculate_per_token_loss
-    return _reduce_reports(reports, len(batches), per_token, batches[0]["tokens"].device)
+    names = () if engine.preference is None else ("tokens", *FIGURES)
+    return _reduce_reports(reports, len(batches), per_token, names, batches[0]["tokens"].device)
 
 
 def _reduce_reports(
-    reports: Sequence[Tensor], micro_batches: int, per_token: bool, device: torch.device
-) -> tuple[float, int]:
-    """(loss, trained tokens) over all micro-batches and DP ranks, from the last stage's reports to every rank.
+    reports: Sequence[Tensor], micro_batches: int, per_token: bool, names: Sequence[str], device: torch.device
+) -> Told:
+    """What is told of all micro-batches and DP ranks, from the last stage's reports to every rank.
 
     per micro-batch:  loss = 1/(D M) sum_d sum_m S_dm / n_dm        (D DP ranks, M micro-batches, S sums, n counts)
     per token:        loss = sum_d sum_m S_dm / sum_d sum_m n_dm
 
-    S and own counts are sums over CP too.
+    S and own counts are sums over CP too. Figures (`names`, behind the loss in a report) are means over all n, tokens
+    their sum.
     """
-    sums = torch.zeros(3, dtype=torch.float64)  # sum of S, sum of n, sum of S/n
+    sums = torch.zeros(3 + len(names), dtype=torch.float64)  # sum of S, sum of n, sum of S/n, sums of figures
     for report in reports:
         sums += report.to(sums.device)
     sums = sums.to(device, torch.float64 if device.type == "cpu" else torch.float32)
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    if pipeline.size() > 1:
-        torch.distributed.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
-    total, count, means = sums.tolist()
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    if pipeline_group.size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(sums, last, group=pipeline_group)
+    total, count, means, *figures = sums.tolist()
     if count == 0:
-        return float("nan"), 0
+        return Told(float("nan"), 0, dict.fromkeys(names, 0.0))
     replicas = parallel_state.get_data_parallel_world_size()
-    return (total / count if per_token else means / (replicas * micro_batches)), int(count)
+    loss = total / count if per_token else means / (replicas * micro_batches)
+    told = {name: value if name == "tokens" else value / count for name, value in zip(names, figures, strict=True)}
+    return Told(loss, round(count), told)
 
 
 def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
@@ -254,9 +286,10 @@ def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
     for chunk in engine.wrapped:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    loss, tokens = run_microbatches(engine, batches, forward_only=False)
+    loss, count, figures = run_microbatches(engine, batches, forward_only=False)
+    tokens = round(figures.pop("tokens", count))
     updated, grad_norm = _update(engine.optimizer)
-    return StepResult(loss, tokens, grad_norm, updated, seen_balance(engine, len(batches)))
+    return StepResult(loss, tokens, grad_norm, updated, seen_balance(engine, len(batches)), figures or None)
 
 
 def gradient_norm(optimizer: Any) -> float:
@@ -287,7 +320,7 @@ def _update(optimizer: Any) -> tuple[bool, float]:
 
 @torch.no_grad()
 def evaluate(engine: Engine, global_batches: Iterator[Sequence[Batch]]) -> float:
-    """Mean loss per trained token of the batches, however they are cut; nan when no token is trained.
+    """Mean loss per trained token (or pair) of the batches, however they are cut; nan when no token is trained.
 
     The model is in evaluation mode meanwhile.
     """
@@ -296,9 +329,9 @@ def evaluate(engine: Engine, global_batches: Iterator[Sequence[Batch]]) -> float
         model.eval()
     total, count = 0.0, 0
     for batches in global_batches:
-        loss, tokens = run_microbatches(engine, batches, forward_only=True, per_token=True)
-        if tokens:
-            total, count = total + loss * tokens, count + tokens
+        loss, number, _ = run_microbatches(engine, batches, forward_only=True, per_token=True)
+        if number:
+            total, count = total + loss * number, count + number
     for model in models:
         model.train()
     return total / count if count else float("nan")
@@ -308,6 +341,8 @@ def to_device(batch: dict[str, Any], device: torch.device) -> Batch:
     """A collated batch of numpy arrays as device tensors, with only what the model reads."""
     move = partial(torch.as_tensor, device=device)
     moved: Batch = {"tokens": move(batch["tokens"]), "labels": move(batch["labels"])}
+    if "pairs" in batch:
+        moved |= {"pairs": batch["pairs"], "sequences": move(batch["sequences"])}
     if "lengths" in batch:
         moved["padding"] = move(padding_of(batch))
     if "cu_seqlens" in batch:

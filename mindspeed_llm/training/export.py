@@ -22,15 +22,17 @@ from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.adapters.export import write_peft
 from mindspeed_llm.checkpoint.adapters.factors import AdapterTensors, Assembled
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
+from mindspeed_llm.checkpoint.adapters.stored import show_stored
 from mindspeed_llm.checkpoint.convert_job import recorded_folders
 from mindspeed_llm.checkpoint.formats.hf import HfFiles, HFSource, copy_companions
 from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource
+from mindspeed_llm.checkpoint.formats.mcore_names import lora_rank
 from mindspeed_llm.checkpoint.live import live_axis, live_tensors
 from mindspeed_llm.checkpoint.merge import MergedSource
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import adapter_of, config_differences, open_checkpoint
 from mindspeed_llm.checkpoint.sizes import parse_size
-from mindspeed_llm.checkpoint.tables import WeightTable, expert_number, is_lora, logical_name
+from mindspeed_llm.checkpoint.tables import MAGNITUDE, WeightTable, expert_number, is_lora, logical_name
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import CausalLM
@@ -39,7 +41,7 @@ from mindspeed_llm.training.start import Start
 
 MODEL_FOLDER, ADAPTER_FOLDER = "hf", "peft"
 """Where they lie in an iteration folder."""
-FACTORS = ("lora_A", "lora_B")
+FACTORS = ("lora_A", "lora_B", "lora_A_start", "lora_B_start", MAGNITUDE)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class LiveShares:
         if not factors:
             return base
         lora = AdapterTensors(Path(name), self.table, found)
-        return MergedSource(base, LoraSource(lora, settings, None, None, None))
+        return MergedSource(base, show_stored(LoraSource(lora, settings, None, None, None)))
 
     def whole(self, name: str, group: ProcessGroup, writer: int) -> Assembled | None:
         """A tensor made of all shares in `group` on its rank `writer`, None on the others; collective."""
@@ -216,7 +218,7 @@ class LiveShares:
             parts = gather(share, group, writer)
         if not parts:
             return None
-        rank = share.shape[0] if ".lora_A." in name else share.shape[-1]
+        rank = lora_rank(name, share.shape) if is_lora(name) else None
         shape = self.table.shape(name, rank)
         return Assembled(tuple(InMemory(part) for part in parts), axis, shape, share.dtype)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from mindspeed_llm.arguments.data import DataOptions
 from mindspeed_llm.data.batch import CutRule, collate, collate_flat, cut_count, first_overlong
 from mindspeed_llm.data.dataset import RowSource, Sample
 from mindspeed_llm.data.encode import IGNORE_INDEX
+from mindspeed_llm.data.pairs import in_pairs
 from mindspeed_llm.data.sampler import NO_ROW, EpochSampler
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.training.engine import Batch, to_device
@@ -84,14 +86,20 @@ NOTHING: Sample = {
 }
 
 
-def collate_of(options: DataOptions, pad_id: int, multiple: int, end_id: int | None = None) -> Collate:
+def collate_of(
+    options: DataOptions, pad_id: int, multiple: int, end_id: int | None = None, pairs: bool = False
+) -> Collate:
     """How the options make rows into a micro-batch: the one place that chooses.
 
     Args:
         pad_id: token behind a row's end.
         multiple: padded lengths are multiples of it; the TP size divides it under sequence parallelism.
         end_id: token that ends a text, for --reset-attention-mask and --reset-position-ids.
+        pairs: the rows are pairs of answers; long ones are cut at their end, so that both keep the same prompt.
     """
+    if pairs:
+        cut = replace(options, cut_max_seqlen=not options.no_cut_token)
+        return in_pairs(collate_of(cut, pad_id, multiple, end_id))
     common = {
         "pad_id": pad_id,
         "seq_length": options.seq_length,

@@ -38,8 +38,12 @@ def latent_attention_parameters(model: ModelConfig) -> int:
     return q + kv + model.kv_lora_rank * heads * (model.qk_head_dim + value) + heads * value * model.hidden_size
 
 
-def step_flops(model: ModelConfig, tokens: int, length: int, frozen: bool) -> float:
-    """FLOPs of forward and backward over `tokens` tokens in rows of `length`; `frozen` base (LoRA) or full tuning."""
-    products = (4 if frozen else 6) * matmul_parameters(model) * tokens
-    attention = 6 * model.num_layers * length * model.num_attention_heads * model.kv_channels * tokens
+def step_flops(model: ModelConfig, tokens: int, length: int, frozen: bool, reference: bool = False) -> float:
+    """FLOPs of forward and backward over `tokens` tokens in rows of `length`; `frozen` base (LoRA) or full tuning.
+
+    Args:
+        reference: one more forward pass, as preferences need.
+    """
+    products = ((4 if frozen else 6) + 2 * reference) * matmul_parameters(model) * tokens
+    attention = (6 + 2 * reference) * model.num_layers * length * model.num_attention_heads * model.kv_channels * tokens
     return float(products + attention)

@@ -7,11 +7,9 @@ import math
 
 from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.layout import Layout
-from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
 from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.errors import UsageError
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.families.base import Kind
 
 
 def training_layout(options: PosttrainOptions, table: WeightTable) -> Layout:
@@ -81,20 +79,3 @@ def check_lengths(options: PosttrainOptions, layout: Layout) -> None:
         if cut.context_parallel_size > 1:
             why = f"{parts}, which --context-parallel-size {cut.context_parallel_size} and --sequence-parallel need"
         raise UsageError(f"--seq-length {data.seq_length} does not divide by {why}; change one of them")
-
-
-def check_targets(settings: LoraSettings | None, table: WeightTable) -> None:
-    """Refuse a LoRA target that no layer of the model has; `UsageError` naming those it has."""
-    if settings is None:
-        return
-    linear = (Kind.COLUMN, Kind.ROW, Kind.QKV, Kind.GATED, Kind.REPLICATED)
-    modules = {
-        entry.name.removesuffix(".weight")
-        for entry in table.entries.values()
-        if entry.kind in linear and entry.layer is not None and "linear_" in entry.name
-        and entry.layer < table.config.num_layers
-    }  # fmt: skip
-    known = sorted({short_name(module) for module in modules})
-    for target in settings.target_modules:
-        if target not in known and target not in modules:
-            raise UsageError(f"--lora-target-modules {target}: the model has no such layer; it has {' '.join(known)}")

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 
@@ -11,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
+from mindspeed_llm.lora.config import described
 from mindspeed_llm.training.engine import Batch, StepResult, evaluate, train_step
 from mindspeed_llm.training.flops import step_flops
 from mindspeed_llm.training.report import MEGABYTE, Report, StepRecord, say
@@ -130,6 +132,7 @@ class _Window:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.losses: list[float] = []
+        self.figures: list[dict[str, float]] = []
         self.tokens, self.flops, self.grad_norm = 0, 0.0, 0.0
         self.balance: float | None = None
         self.first = True
@@ -137,13 +140,14 @@ class _Window:
 
     def add(self, result: StepResult, batches: list[Batch]) -> None:
         """Count one step; tokens read by this replica stand for all of them."""
-        frozen = self.run.start.settings is not None
+        kind = self.run.start.settings is not None, self.run.options.prefers
         for batch in batches:
             rows, length = batch["tokens"].shape
             self.tokens += rows * length
             lengths = batch["packed"].segments.lengths if "packed" in batch else (length,) * rows
-            self.flops += sum(step_flops(self.run.metadata.model, one, one, frozen) for one in lengths)
+            self.flops += sum(step_flops(self.run.metadata.model, one, one, *kind) for one in lengths)
         self.losses.append(result.loss)
+        self.figures.append(result.figures or {})
         self.paused = time.perf_counter()
         self.grad_norm, self.balance = result.grad_norm, result.balance
 
@@ -167,6 +171,7 @@ class _Window:
                 skipped=done.skipped,
                 nan=done.nan,
                 load_balancing_loss=self.balance,
+                preferences=mean_figures(self.figures),
             )
             context = parallel_state.get_context_parallel_world_size()
             throughput = self.flops / seconds / (layout.tp * layout.pp * context) / 1e12
@@ -179,12 +184,17 @@ class _Window:
                     f"max allocated: {peak:.1f} | reserved: {now:.1f} | max reserved: {peak:.1f}"
                 )
         self.first = False
-        self.losses, self.tokens, self.flops = [], 0, 0.0
+        self.losses, self.figures, self.tokens, self.flops = [], [], 0, 0.0
         self.began = self.paused = time.perf_counter()
 
     def resume(self) -> None:
         """Leave the time since the last step, which validated and saved, out."""
         self.began += time.perf_counter() - self.paused
+
+
+def mean_figures(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over steps of what was told of preferences; empty where nothing was."""
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]} if steps else {}
 
 
 def validate(run: Run, report: Report | None) -> float | None:
@@ -252,28 +262,42 @@ def changed_order(run: Run) -> list[str]:
     ]
 
 
+def preference_lines(run: Run) -> list[str]:
+    """What is learnt from pairs, and from which reference; nothing in other stages."""
+    chosen = run.options.preference
+    if not run.options.prefers:
+        return []
+    terms = [f"{chosen.dpo_loss_type} loss, beta {chosen.dpo_beta:g}"]
+    terms += [f"label smoothing {chosen.dpo_label_smoothing:g}"] if chosen.dpo_label_smoothing else []
+    terms += [f"SFT term {chosen.pref_ftx:g}"] if chosen.pref_ftx else []
+    lines = [f"DPO: {', '.join(terms)}; the reference is {run.start.base_path} without adapter"]
+    if run.start.adapter is not None and run.start.resume is None:
+        lines.append(
+            f"note: the adapter {run.options.lora.lora_load} is trained on but is no part of the reference; to prefer "
+            "over the tuned model, merge it with convert_ckpt.py and give the result to --load"
+        )
+    return lines
+
+
 def announce(run: Run) -> None:
     """What is about to happen, in a few lines; on rank 0."""
     world = torch.distributed.get_world_size()
     layout, settings = run.metadata.layout, run.start.settings
     parameters = sum(p.numel() for chunk in run.engine.chunks for p in chunk.parameters() if p.requires_grad)
-    what = (
-        "full tuning"
-        if settings is None
-        else (
-            f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(settings.target_modules)}"
-            f"{' (fused)' if run.options.lora.lora_fusion else ''}"
-        )
-    )
+    what = "full tuning"
+    if settings is not None:
+        what = described(settings, run.options.lora.lora_fusion, run.options.training.dtype_name)
     source = run.feed.source
     pieces = parallel_state.get_context_parallel_world_size()
     context = f" CP{pieces}" if pieces > 1 else ""
+    noun, tokens = ("pairs", "") if run.options.prefers else ("rows", f", {int(source.lengths.sum()):,} tokens")
     lines = [
         f"{what}: {parameters:,} trainable parameters on this rank, {run.metadata.model.dtype}, {run.device.name}",
         f"{layout}{context} DP{parallel_state.get_data_parallel_world_size()} on {world} processes; "
         f"base {run.start.base_path}",
-        f"{len(source):,} training rows, {int(source.lengths.sum()):,} tokens; {run.train_iters} steps of "
-        f"{run.global_batch_size} rows = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
+        *preference_lines(run),
+        f"{len(source):,} training {noun}{tokens}; {run.train_iters} steps of "
+        f"{run.global_batch_size} {noun} = {run.train_iters * run.global_batch_size / len(source):.2f} epochs",
         *shares_of_pass(run),
         *run.rows.notes,
         *changed_order(run),

@@ -11,6 +11,10 @@ from mindspeed_llm.arguments.programs import PosttrainOptions
 def main(argv: list[str]) -> int:
     """Tune a model; -> exit status."""
     options = parse(PosttrainOptions, argv, "posttrain_gpt.py")
+    if options.planning.plan:
+        from mindspeed_llm.training.planned import print_plan
+
+        return print_plan(options)
     from mindspeed_llm import device
     from mindspeed_llm.device import quiet
 
@@ -29,6 +33,11 @@ def main(argv: list[str]) -> int:
         run = prepare(options, chosen)
         if run.first_rank:
             loop.announce(run)
+        if options.planning.dry_run:
+            from mindspeed_llm.training.dry_run import dry_run
+
+            dry_run(run)
+            return 0
         logging = options.logging
         report = None
         if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class StepRecord:
             over all processes. skipped, nan: steps without an update, and those among them without a finite loss.
         memory: peak megabytes of this process (device memory; resident memory on a CPU).
         load_balancing_loss: of the last step, its coefficient aside; None where none is asked for.
+        preferences: means since the last record of `training.preference.FIGURES`; empty without preferences.
     """
 
     iteration: int
@@ -34,6 +35,7 @@ class StepRecord:
     skipped: int
     nan: int
     load_balancing_loss: float | None = None
+    preferences: dict[str, float] = field(default_factory=dict)
 
 
 def log_line(record: StepRecord, train_iters: int, global_batch_size: int, now: float, teraflops: float | None) -> str:
@@ -41,6 +43,7 @@ def log_line(record: StepRecord, train_iters: int, global_batch_size: int, now: 
     left = (train_iters - record.iteration) * record.milliseconds / 1000
     balance = record.load_balancing_loss
     balance_text = f" load_balancing_loss: {balance:.6E} |" if balance is not None else ""
+    preferences = "".join(f" {name}: {value:.6E} |" for name, value in record.preferences.items())
     throughput = f" throughput per GPU (TFLOP/s/GPU): {teraflops:.1f} |" if teraflops is not None else ""
     return (
         f" [{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}]"
@@ -52,6 +55,7 @@ def log_line(record: StepRecord, train_iters: int, global_batch_size: int, now: 
         f" global batch size: {global_batch_size:5d} |"
         f" lm loss: {record.loss:.6E} |"
         f"{balance_text}"
+        f"{preferences}"
         f" loss scale: {1.0:.1f} |"
         f" grad norm: {record.grad_norm:.3f} |"
         f" number of skipped iterations: {record.skipped:3d} |"
@@ -111,6 +115,7 @@ class Report:
             self.bar.write(line, file=sys.stdout)
             self.bar.update(record.iteration - self.bar.n)
         values = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in asdict(record).items()}
+        values |= values.pop("preferences")
         if record.load_balancing_loss is None:
             del values["load_balancing_loss"]
         self.records.append(values)
@@ -120,6 +125,8 @@ class Report:
             for tag, key in (("lm loss", "loss"), ("learning-rate", "learning_rate"), ("grad-norm", "grad_norm")):
                 self.writer.add_scalar(tag, getattr(record, key), record.iteration)
             self.writer.add_scalar("tokens-per-second", record.tokens_per_second, record.iteration)
+            for tag, value in record.preferences.items():
+                self.writer.add_scalar(tag, value, record.iteration)
 
     def validation(self, iteration: int, loss: float, name: str = "validation") -> None:
         """Print and store the loss of rows held out; `name` says for what they are."""

@@ -12,10 +12,13 @@ from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.arguments.rows import RowOptions
 from mindspeed_llm.checkpoint.recorded import tokenizer_folder
+from mindspeed_llm.data.dataset import PAIR_FIELDS, IndexedDataset
 from mindspeed_llm.data.division import PARTS, split_shares
 from mindspeed_llm.data.encoders import CHAT_TEMPLATE
 from mindspeed_llm.data.index_cache import IndexCache, wait_for
 from mindspeed_llm.data.on_the_fly import prepare_rows
+from mindspeed_llm.data.pairs import PairDataset
+from mindspeed_llm.data.plan import CHAT_FIELDS
 from mindspeed_llm.data.prefixes import Parts, open_parts
 from mindspeed_llm.data.report import check_data_agree, check_data_matches, report_path
 from mindspeed_llm.data.sources import parse_spec
@@ -79,7 +82,7 @@ def open_rows(options: PosttrainOptions, start: Start) -> Rows:
     tokenizer = done_by_each(lambda: load_tokenizer(folder) if folder else None)
 
     def opened() -> Parts:
-        parts = open_parts(data)
+        parts = open_parts(data, PairDataset if options.prefers else IndexedDataset)
         _check_made(options, parts, tokenizer)
         return parts
 
@@ -103,7 +106,7 @@ def _prepared(options: PosttrainOptions, tokenizer: str | None) -> str:
     wanted = preprocess_options(options, tokenizer)
     cache = cache_folder(options, raw_folder(options))
     with _logged():
-        prepared = prepare_rows(wanted, cache)
+        prepared = prepare_rows(wanted, cache, PAIR_FIELDS if options.prefers else CHAT_FIELDS)
     if not prepared.made:
         say(f"rows prepared by an earlier run: {prepared.prefix}, {prepared.report['rows']['written']:,} rows")
     return str(prepared.prefix.resolve())

@@ -43,4 +43,4 @@ class Schedule:
         """Give the optimizer the rate and decay of `step` (1-based); -> the rate."""
         self.scheduler.num_steps = step if step <= self.warmup else step - 1
         self.scheduler.step(increment=0)
-        return float(self.scheduler.optimizer.param_groups[0]["lr"])
+        return float(self.scheduler.get_lr({}))

@@ -21,7 +21,7 @@ from mindspeed_llm.data.sampler import EpochSampler, LengthGroupedSampler
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
-from mindspeed_llm.lora.sources import shared_hash
+from mindspeed_llm.lora.sources import load_adapter, shared_hash
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
@@ -30,12 +30,15 @@ from mindspeed_llm.training.checkpointing import Progress
 from mindspeed_llm.training.engine import Engine, create_engine
 from mindspeed_llm.training.export import Export, plan_export
 from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_multiple
-from mindspeed_llm.training.layout_rules import check_targets, length_parts, training_layout
+from mindspeed_llm.training.layout_rules import length_parts, training_layout
+from mindspeed_llm.training.planned import check_memory, job_of, lengths_of
+from mindspeed_llm.training.preference import Preference
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.retention import best_checkpoint, remove_leftovers
 from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
 from mindspeed_llm.training.schedule import Schedule
 from mindspeed_llm.training.start import Start, find_start
+from mindspeed_llm.training.together import done_by_one
 
 
 @dataclass
@@ -109,6 +112,7 @@ def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptio
 def prepare(options: PosttrainOptions, device: Device) -> Run:
     """Build the run; everything that can be refused is refused before the model is built."""
     start = find_start(options)
+    check_reference(options, start)
     if torch.distributed.get_rank() == 0:
         for name in remove_leftovers(Path(options.checkpoint.save or "")):
             say(f"removed {name}, which a killed run left in {options.checkpoint.save}")
@@ -119,7 +123,6 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     options = with_bounds_kept(options, rows.parts)
     engine = engine_options(options, model)
     layout = training_layout(options, start.base.table)
-    check_targets(start.settings, start.base.table)
     parallel.start(
         device,
         engine.tensor,
@@ -136,6 +139,11 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     feed, validation, test = feeds(options, rows, device, micro_batches)
     metadata = describe(options, start, layout, rows)
     train_iters = total_steps(options, len(feed.source), global_batch_size)
+    lengths = lengths_of(options, rows.parts)
+    world = torch.distributed.get_world_size()
+    job = job_of(options, model, start.settings, layout, world, lengths.longest, device.name != "cpu")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    done_by_one(lambda: check_memory(options, job, device, local), True)
     built = build_engine(options, start, engine, device)
     schedule = Schedule(built.optimizer, options.optimizer, train_iters)
     run = Run(
@@ -145,6 +153,22 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     if start.resume is not None:
         resume(run)
     return run
+
+
+def check_reference(options: PosttrainOptions, start: Start) -> None:
+    """Refuse preferences without an adapter: with it off, the base is what they are compared with; `UsageError`."""
+    if not options.prefers:
+        return
+    if start.settings is None:
+        raise UsageError(
+            "--stage dpo compares with the base model, which full tuning changes; tune an adapter with "
+            "--lora-target-modules"
+        )
+    if whole := start.settings.modules_to_save:
+        raise UsageError(
+            f"--stage dpo compares with the base model, and {' '.join(whole)} would be trained whole; leave "
+            "--lora-modules-to-save out"
+        )
 
 
 def seed_everything(seed: int) -> None:
@@ -182,7 +206,7 @@ def feeds(
     training, data = options.training, options.data
     multiple = length_multiple(data, length_parts(options))
     place = device.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
-    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer))
+    collate = collate_of(data, rows.pad_id, multiple, text_end(options, rows.tokenizer), options.prefers)
     ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     sizes = (training.micro_batch_size, *ranks, micro_batches)
     parts = rows.parts
@@ -249,17 +273,18 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
         load_live(live_tensors(chunk), start.base, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
     if start.settings is not None:
         lora = options.lora
-        inject(chunks, start.settings, lora.lora_fusion, options.training.seed, lora.use_fused_mlp)
+        fresh = start.adapter is None
+        inject(chunks, start.settings, lora.lora_fusion, options.training.seed, lora.use_fused_mlp, fresh)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
     if start.adapter is not None:
         for chunk in chunks:
-            tensors = start.adapter.tensors
-            load_live(live_tensors(chunk), tensors, tp_rank, engine.tensor, chunk.first_layer, experts=experts)
+            load_adapter(chunk, start.adapter, tp_rank, engine.tensor, experts)
     cut = options.parallel
     return create_engine(
-        chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather
-    )
+        chunks, options.optimizer, cut.use_distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather,
+        options.lora.loraplus_lr_ratio, Preference.of(options.preference) if options.prefers else None,
+    )  # fmt: skip
 
 
 def resume(run: Run) -> None:

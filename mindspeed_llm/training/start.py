@@ -17,7 +17,7 @@ from mindspeed_llm.checkpoint.open import (
     open_checkpoint,
 )
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.lora.config import continued, for_model, settings_from_options
+from mindspeed_llm.lora.config import check_given, continued, plain_targets, settings_from_options
 from mindspeed_llm.lora.sources import open_pair, shared_hash
 from mindspeed_llm.training.retention import LEFTOVER, iterations
 
@@ -58,12 +58,15 @@ def find_start(options: PosttrainOptions) -> Start:
         raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to start from")
     if lora.lora_load:
         base, adapter = open_pair(checkpoint.load, lora, options.model.model_type_hf)
-        adapter.require_plain_factors("training")
+        if obstacles := adapter.obstacles():
+            raise InputError(
+                f"{adapter.path}: training cannot go on from {obstacles[0]}; merge the adapter into its base instead"
+            )
         resume = None if options.training.finetune else adapter.checkpoint
-        start = Start(base, checkpoint.load, adapter, continued(adapter.settings, lora), resume)
+        start = Start(base, checkpoint.load, adapter, continued(adapter.live_settings, lora), resume)
     else:
         base = open_base(checkpoint.load, options.model.model_type_hf)
-        settings = for_model(settings_from_options(lora), base.config)
+        settings = settings_from_options(lora, base.table)
         start = Start(base, checkpoint.load, None, settings, _own_past(options, base, settings))
     return _checked_save(options, start, saved)
 
@@ -80,10 +83,11 @@ def _resumed(options: PosttrainOptions, checkpoint: TrainingCheckpoint) -> Start
         return Start(checkpoint.base(), options.checkpoint.load or str(checkpoint.folder), None, None, checkpoint)
     if not options.checkpoint.load:
         raise UsageError(f"--load is missing: the base of the adapter in {checkpoint.folder}")
-    adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, lora.lora_target_modules)
+    adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, plain_targets(lora))
     base = open_base(options.checkpoint.load, options.model.model_type_hf, with_adapter=True)
+    check_given(adapter.live_settings, lora, base.table, adapter.path)
     check_base(adapter, base, options.checkpoint.load, shared_hash)
-    return Start(base, options.checkpoint.load, adapter, continued(adapter.settings, lora), checkpoint)
+    return Start(base, options.checkpoint.load, adapter, continued(adapter.live_settings, lora), checkpoint)
 
 
 def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSettings | None) -> TrainingCheckpoint | None:
@@ -99,6 +103,8 @@ def _own_past(options: PosttrainOptions, base: BaseSource, settings: LoraSetting
 def _checked_save(options: PosttrainOptions, start: Start, saved: list[Path]) -> Start:
     """Refuse to mix a new run into a folder that holds another one's checkpoints."""
     folder = options.checkpoint.save
+    if not folder and options.planning.dry_run:
+        return start
     if not folder:
         raise UsageError("--save is missing: the folder for the run's checkpoints")
     path = Path(folder)

@@ -96,7 +96,7 @@ def test_a_value_that_looks_like_a_flag_is_given_with_an_equals_sign() -> None:
         (["--bf16=maybe"], ["--bf16 expects true|false", "'maybe'"]),
         (["--spec", "only_one"], ["--spec takes exactly 2 values, got 1"]),
         (["--lora-target-modules"], ["--lora-target-modules", "got none"]),
-        (["--lora-target-modules", "linear_qvk"], ["'linear_qvk'", "did you mean 'linear_qkv'"]),
+        (["--lora-init", "pisa"], ["'pisa'", "did you mean 'pissa'"]),
         (["train"], ["'train'"]),
         (["--bf16", "--fp32"], ["--bf16 and --fp32"]),
         (["--attention-dropout", "0.1"], ["--attention-dropout 0.1", "use 0"]),

@@ -32,6 +32,7 @@ FAMILY = (
     "ckpt_convert_qwen3_mcore2hf_lora",
     "data_convert_qwen3_instruction",
 )
+PREFERENCES = ("data_convert_qwen3_pairwise", "dpo_qwen3_8b_4K_lora_ptd")
 ARCHITECTURE = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "rotary_base"}
 
 
@@ -59,7 +60,18 @@ def recipe(name: str) -> Path:
 def test_the_forty_qwen3_recipes_have_upstreams_names() -> None:
     wanted = {kind.format(size) for kind in KINDS for size in SIZES} | set(FAMILY)
     assert len(wanted) == 40
-    assert {path.stem for path in (FOLDER / "qwen3").glob("*.sh")} == wanted
+    assert {path.stem for path in (FOLDER / "qwen3").glob("*.sh")} == wanted | set(PREFERENCES)
+
+
+def test_the_recipe_of_preferences_reads_what_the_recipe_of_pairs_writes(tmp_path: Path) -> None:
+    _, _, made = dry_run(recipe("data_convert_qwen3_pairwise"), cwd=tmp_path)
+    assert made.handler_name == "AlpacaStylePairwiseHandler"
+    _, _, options = dry_run(recipe("dpo_qwen3_8b_4K_lora_ptd"), cwd=tmp_path, DPO_BETA="0.3", DPO_LOSS_TYPE="ipo")
+    assert options.data.data_path == [made.output_prefix]
+    assert (options.training.stage, options.data.is_pairwise_dataset) == ("dpo", True)
+    preference = options.preference
+    assert (preference.dpo_beta, preference.dpo_loss_type, preference.pref_ftx) == (0.3, "ipo", 0.0)
+    assert options.lora.lora_fusion
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -49,8 +49,9 @@ def whole(name: str, shares: Sequence[numpy.ndarray], vocab: int = SIZES.vocab) 
     Shares of columns (qkv, gate and up, vocabulary) lie in rows and those of rows (proj, fc2) in columns; of an
     adapter's factors only the one on the split side is split. What is not split is the same, bit for bit, on all.
     """
-    replicated_factor = ".lora_B." if any(part in name for part in ROWS) else ".lora_A."
-    if any(part in name for part in ("norm", "router", "_down_proj", replicated_factor)):
+    row = any(part in name for part in ROWS)
+    replicated = (".lora_B.", ".lora_B_start.", ".lora_magnitude_vector.") if row else (".lora_A.", ".lora_A_start.")
+    if any(part in name for part in ("norm", "router", "_down_proj", *replicated)):
         for share in shares[1:]:
             assert numpy.array_equal(share, shares[0]), f"{name}: replicas differ over TP"
         return shares[0]

@@ -21,7 +21,7 @@ def gradients(
         for batches in global_batches:
             for chunk in engine.wrapped:
                 chunk.zero_grad_buffer()
-            loss, tokens = run_microbatches(engine, share(batches), forward_only=False)
+            loss, tokens, _ = run_microbatches(engine, share(batches), forward_only=False)
             finished = export_gradients(engine.optimizer, logical(engine, trainable=True))
             found.append((loss, tokens, arrays(finished)))
     return found

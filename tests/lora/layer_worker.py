@@ -184,3 +184,12 @@ def dropped_shares(rank: int, size: int, p: float) -> SimpleNamespace:
         own=[draw(p, rank).factors(like).numpy() for _ in range(2)],
         shared=[draw(p, 0).factors(like).numpy() for _ in range(2)],
     )
+
+
+def first_draw(rank: int, tensor: int, pipeline: int) -> int:
+    """What the host's generator gives first at this layout."""
+    parallel.start(device.select("cpu"), tensor, pipeline)
+    try:
+        return dropout.Dropout.draw(0.5, 0).seed
+    finally:
+        parallel.stop()

@@ -119,6 +119,12 @@ def test_masks_keep_the_right_share_scale_it_up_and_differ_by_call_and_rank() ->
         assert (a == b).all()
 
 
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (1, 1)])
+def test_seeds_agree_over_tensor_parallelism_and_differ_over_stages_and_replicas(tensor: int, pipeline: int) -> None:
+    first, second = pool(2).run("tests.lora.layer_worker:first_draw", tensor=tensor, pipeline=pipeline)
+    assert (first == second) == (tensor == 2)
+
+
 def change(layer: Layer, numbers: Arrays, dtype: str) -> numpy.ndarray:
     """What the adapter changes of the output."""
     without = {**numbers, "b": 0 * numbers["b"]}

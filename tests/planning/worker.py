@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as groups
+from torch.utils.flop_counter import FlopCounterMode
 
 from mindspeed_llm import device
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
@@ -13,6 +14,7 @@ from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.tracker import LiveMemory
 from mindspeed_llm.training.engine import Engine, create_engine, train_step
 from mindspeed_llm.training.live_tensors import tensors_by_class
+from tests.distributed.collectives import Collectives
 
 
 def options_of(job: Job) -> gpt.EngineOptions:
@@ -45,7 +47,7 @@ def build(job: Job) -> Engine:
         for parameter in chunk.parameters():
             torch.nn.init.uniform_(parameter, -0.05, 0.05)
     if job.lora is not None:
-        inject(chunks, job.lora, job.fused, seed=1)
+        inject(chunks, job.lora, job.fused, 1, job.fused_mlp)
         if job.recompute == "full":
             give_recompute_a_gradient(chunks)
     return create_engine(chunks, OptimizerOptions(lr=1e-4), job.distributed_optimizer, False, job.overlap_param_gather)
@@ -63,22 +65,50 @@ def batches(job: Job) -> list[dict[str, torch.Tensor]]:
     return made
 
 
+def process_groups() -> list[tuple[str, Any]]:
+    """Short names of the groups a step talks in."""
+    found = [
+        ("tensor", groups.get_tensor_model_parallel_group()),
+        ("pipeline", groups.get_pipeline_model_parallel_group()),
+        ("context", groups.get_context_parallel_group()),
+        ("data", groups.get_data_parallel_group()),
+        ("data", groups.get_data_parallel_group(with_context_parallel=True)),
+        ("expert", groups.get_expert_model_parallel_group()),
+    ]
+    if groups.get_pipeline_model_parallel_world_size() == 2:  # megatron-core sends one direction over all processes
+        found.append(("pipeline", torch.distributed.group.WORLD))
+    return [(name, group) for name, group in found if group.size() > 1]
+
+
+def sent_bytes(collectives: Collectives, sizes: dict[str, int]) -> dict[str, float]:
+    """Group -> bytes this rank sent, by the cost of each kind on a ring; messages to neighbours count whole."""
+    sent: dict[str, float] = {}
+    for (kind, group, nbytes), number in collectives.seen.items():
+        if group not in sizes or kind == "recv":
+            continue
+        ring = (sizes[group] - 1) / sizes[group]
+        factor = {"all_reduce": 2 * ring, "send": 1.0}.get(kind, ring)
+        sent[group] = sent.get(group, 0.0) + factor * nbytes * number
+    return sent
+
+
 def measure(rank: int, job: Job, tracker: type[LiveMemory] = LiveMemory) -> dict[str, Any]:
-    """Peaks of the second step (the first one makes the optimizer's state)."""
+    """Peaks and bytes sent of the second step (the first one makes the optimizer's state), operations of the third."""
     try:
         engine = build(job)
         train_step(engine, batches(job))
-        with tracker(tensors_by_class(engine)) as seen:
+        named = process_groups()
+        with tracker(tensors_by_class(engine)) as seen, Collectives(named) as collectives:
+            train_step(engine, batches(job))
+        with FlopCounterMode(display=False) as counted:
             train_step(engine, batches(job))
         for chunk in engine.wrapped:
             chunk.grad_accs.clear()  # a cycle through torch's graph, which Python's collector cannot see
-        place = groups.get_pipeline_model_parallel_rank(), groups.get_tensor_model_parallel_rank()
         return {
-            "peak": seen.peak,
-            "total": seen.total,
-            "at_total": seen.at_total,
-            "place": place,
-            "story": getattr(seen, "story", None),
+            "stage": groups.get_pipeline_model_parallel_rank(),
+            "peak": {**seen.peak, "total": seen.total},
+            "sent": sent_bytes(collectives, {name: group.size() for name, group in named}),
+            "flops": counted.get_total_flops(),
         }
     finally:
         parallel.stop()

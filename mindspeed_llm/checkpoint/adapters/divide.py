@@ -12,7 +12,7 @@ import torch
 from mindspeed_llm.checkpoint.adapters.expert_blocks import PARAMETERS, blocks_of, joined_parts
 from mindspeed_llm.checkpoint.adapters.settings import hf_module
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
-from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, Entry, WeightTable
+from mindspeed_llm.checkpoint.tables import EMBEDDING, MAGNITUDE, OUTPUT_LAYER, Entry, WeightTable
 from mindspeed_llm.errors import InputError
 from mindspeed_llm.models.families.base import Stacked
 
@@ -33,6 +33,7 @@ class Share:
         scaling: of the pair.
         entry: the logical weight (the first expert's).
         parameter: it is a parameter that holds all experts, gate above up.
+        lengths: it has DoRA's lengths of its rows.
     """
 
     hf: str
@@ -43,6 +44,7 @@ class Share:
     scaling: float
     entry: Entry
     parameter: bool = False
+    lengths: bool = False
 
     @property
     def alpha(self) -> float:
@@ -55,7 +57,12 @@ class Share:
         a, b = blocks_of(pairs) if self.parameter else pairs[0]
         if self.keys[0].endswith(".lora_embedding_A"):
             a, b = b.t(), a.t()
-        return [(self.keys[0], a.contiguous()), (self.keys[1], b.contiguous())]
+        found = [(self.keys[0], a.contiguous()), (self.keys[1], b.contiguous())]
+        if self.lengths:
+            rows = self.entry.hf_map().part_ranges(self.part)
+            values = lora.magnitudes[self.modules[0]].read(rows).to(b.dtype)
+            found.append((f"{self.hf}.{MAGNITUDE}", values.contiguous()))
+        return found
 
     def pair(self, lora: LoraSource, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [ranks, in] and B [rows of the part, ranks] of one logical module."""
@@ -99,9 +106,16 @@ def module_shares(lora: LoraSource, table: WeightTable, module: str, trimmed: di
     else:
         used = trimmed.get(module) or [every_rank(lora, module)] * len(entry.hf)
     scaling = lora.settings.scaling(module)
+    lengths = [False] * len(entry.hf)
+    if module in lora.magnitudes:  # a part has lengths of all its rows or of none; with them it is there, B zero or not
+        lengths = [
+            not bool(lora.magnitudes[module].read(entry.hf_map().part_ranges(part)).isnan().any())
+            for part in range(len(entry.hf))
+        ]
+        used = [ranks or every_rank(lora, module) * has for ranks, has in zip(used, lengths, strict=True)]
     shares = [
-        Share(hf_module(hf.name), factor_keys(hf_module(hf.name)), (module,), part, ranks, scaling, entry)
-        for part, (hf, ranks) in enumerate(zip(entry.hf, used, strict=True))
+        Share(hf_module(hf.name), factor_keys(hf_module(hf.name)), (module,), part, ranks, scaling, entry, False, has)
+        for part, (hf, ranks, has) in enumerate(zip(entry.hf, used, lengths, strict=True))
         if ranks
     ]
     if entry.name == EMBEDDING:

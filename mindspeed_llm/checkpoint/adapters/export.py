@@ -67,10 +67,13 @@ def write_peft(lora: LoraSource, folder: str | Path, base_path: str, base: BaseR
 
 def write_into(lora: LoraSource, folder: Path, base_path: str) -> dict[str, Any]:
     """Write the two files of an adapter into an existing folder; returns the config."""
-    if lora.magnitudes:
-        raise InputError(f"{lora.path}: DoRA is not exported; merge it into its base, or keep the PEFT folder")
     table = untied(lora.tensors.table)
     shares = divide(lora, table)
+    plain = [share for share in shares if not share.lengths or is_parameter(share, table)]
+    if lora.magnitudes and plain:
+        raise InputError(
+            f"{lora.path}: peft has no DoRA of {plain[0].hf} beside that of others; merge the adapter into its base"
+        )
     saved = saved_tensors(lora, shares, table)
     config = peft_config(lora, shares, saved, table, base_path)
     tensors = {
@@ -147,7 +150,7 @@ def peft_config(
         "lora_dropout": lora.settings.dropout,
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": bool(lora.magnitudes),
         "target_modules": sorted(targets),
         "target_parameters": sorted(f"{one.hf}{suffix(one)}" for one in parameters) or None,
         "rank_pattern": stacked_ranks | {pattern(name, parameters): rank for name, rank in rank_pattern.items()},

@@ -25,15 +25,15 @@ from mindspeed_llm.checkpoint.adapters.peft_folder import read_base_record, read
 from mindspeed_llm.checkpoint.adapters.replaced import token_tensors, whole_tensors
 from mindspeed_llm.checkpoint.adapters.settings import hf_module, settings_of
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
+from mindspeed_llm.checkpoint.adapters.stored import with_stored
 from mindspeed_llm.checkpoint.adapters.tied import Ends, resolve_tie
 from mindspeed_llm.checkpoint.formats.lazy import InMemory, LazyTensor, Readable, TensorSource
 from mindspeed_llm.checkpoint.kinds import AxisMap
 from mindspeed_llm.checkpoint.metadata import LoraSettings
-from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, Entry, WeightTable
+from mindspeed_llm.checkpoint.tables import EMBEDDING, MAGNITUDE, OUTPUT_LAYER, Entry, WeightTable
 from mindspeed_llm.errors import InputError
 
 FACTORS = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
-MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass
@@ -76,7 +76,7 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
     replaced.update(token_tensors(found, config, base, table, replaced))
     ends = Ends(joined, replaced)
     unties = base.config.tie_word_embeddings and resolve_tie(ends, config, table)
-    return LoraSource(
+    lora = LoraSource(
         AdapterTensors(folder, base.table, logical_tensors(ends.joined, ends.replaced, table)),
         import_settings(ends.joined, config, base.table),
         read_base_record(folder, config),
@@ -85,6 +85,7 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
         unties=unties,
         magnitudes={name: magnitudes(one) for name, one in modules.items() if one.magnitudes},
     )
+    return with_stored(lora)
 
 
 def check_targets(

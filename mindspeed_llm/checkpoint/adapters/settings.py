@@ -1,6 +1,7 @@
 """Which modules an adapter adapts: names of both worlds to logical modules, and settings as short as they can be."""
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -10,6 +11,8 @@ from mindspeed_llm.checkpoint.tables import Entry, WeightTable
 from mindspeed_llm.errors import UsageError, unknown
 
 ALL_LINEAR = "all-linear"
+EXPRESSION = re.compile(r"[\\^$*+?()\[\]{}|]")
+"""What makes a name a regular expression."""
 T = TypeVar("T", int, float)
 
 
@@ -31,26 +34,31 @@ def resolve_targets(names: Sequence[str], table: WeightTable, partly: bool = Fal
     """The modules that target names stand for, as `LoraSettings.target_modules` spells them.
 
     Args:
-        names: megatron-core's (`linear_qkv`), HF's (`q_proj`), whole names of either, or `all-linear`: all linear
-            layers within the decoder's layers, routers excepted.
+        names: megatron-core's (`linear_qkv`), HF's (`q_proj`), whole names of either, regular expressions of whole
+            names of either, or `all-linear`: all linear layers within the decoder's layers, routers excepted.
         partly: a name may stand for a part of a module's rows, as `q_proj` alone does.
 
     Raises:
         UsageError: a name matches nothing, or only a part of a module that is adapted as one.
     """
     modules = module_entries(table)
+    return short_targets(chosen_modules(names, modules, "--lora-target-modules", partly), modules)
+
+
+def chosen_modules(names: Sequence[str], modules: Mapping[str, Entry], flag: str, partly: bool = False) -> list[str]:
+    """The logical modules among `modules` that names given with `flag` stand for; see `resolve_targets`."""
     chosen: dict[str, set[int]] = {}
     for name in names:
         found = [
             (module, part)
             for module, entry in modules.items()
             for part, hf in enumerate(entry.hf)
-            if is_named(name, module, hf_module(hf.name))
+            if is_named(name, module, hf_module(hf.name), flag)
         ]
         if not found:
             known = {short_name(module) for module in modules} | {ALL_LINEAR}
             hf_names = {short_name(hf_module(hf.name)) for entry in modules.values() for hf in entry.hf}
-            raise unknown("--lora-target-modules entry", name, known | hf_names)
+            raise unknown(f"{flag} entry", name, sorted(known | hf_names))
         for module, part in found:
             chosen.setdefault(module, set()).add(part)
     for module, parts in chosen.items():
@@ -59,17 +67,26 @@ def resolve_targets(names: Sequence[str], table: WeightTable, partly: bool = Fal
             given = " ".join(short_name(hf_module(every[part].name)) for part in sorted(parts))
             whole = " ".join(short_name(hf_module(hf.name)) for hf in every)
             raise UsageError(
-                f"--lora-target-modules names {given}, but {whole} are one layer here ({short_name(module)}) and get"
+                f"{flag} names {given}, but {whole} are one layer here ({short_name(module)}) and get"
                 f" one adapter; name them all, or {short_name(module)}"
             )
-    return short_targets(chosen, modules)
+    return list(chosen)
 
 
-def is_named(name: str, module: str, hf: str) -> bool:
-    """Whether a target name stands for a logical module, or for the HF module `hf` that is a part of it."""
+def is_named(name: str, module: str, hf: str, flag: str = "--lora-target-modules") -> bool:
+    """Whether a target name stands for a logical module, or for the HF module `hf` that is a part of it.
+
+    Raises:
+        UsageError: it is meant as a regular expression, and is none.
+    """
     if name == ALL_LINEAR:
         return short_name(module).startswith("linear_")
-    return any(known == name or known.endswith(f".{name}") for known in (module, hf))
+    if not EXPRESSION.search(name):
+        return any(known == name or known.endswith(f".{name}") for known in (module, hf))
+    try:
+        return any(re.fullmatch(name, known) for known in (module, hf))
+    except re.error as error:
+        raise UsageError(f"{flag} {name}: not a regular expression ({error})") from error
 
 
 def short_targets(chosen: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:

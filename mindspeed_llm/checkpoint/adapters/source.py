@@ -8,7 +8,7 @@ from mindspeed_llm.checkpoint.formats.lazy import Readable, TensorSource
 from mindspeed_llm.checkpoint.formats.mcore import MegatronCheckpoint
 from mindspeed_llm.checkpoint.formats.torch_dist_run import DistCheckpoint
 from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings, Metadata
-from mindspeed_llm.checkpoint.tables import EMBEDDING, LORA_NAME, OUTPUT_LAYER
+from mindspeed_llm.checkpoint.tables import EMBEDDING, LORA_NAME, MAGNITUDE, OUTPUT_LAYER
 from mindspeed_llm.errors import InputError
 
 
@@ -24,6 +24,8 @@ class LoraSource:
         checkpoint: the opened Megatron folder, which may hold base weights and optimizer state too; None otherwise.
         unties: the base ties its output layer to the embedding, but with this adapter the two differ.
         magnitudes: DoRA's length of each output row, by logical module; NaN for rows that DoRA leaves alone.
+        stored: what training stores of it, where that is more than `tensors` show; None where it is not.
+        stored_settings: those of `stored`.
     """
 
     tensors: TensorSource
@@ -33,11 +35,23 @@ class LoraSource:
     checkpoint: MegatronCheckpoint | DistCheckpoint | None
     unties: bool = False
     magnitudes: Mapping[str, Readable] = field(default_factory=dict)
+    stored: TensorSource | None = None
+    stored_settings: LoraSettings | None = None
 
     @property
     def path(self) -> Path:
         """The adapter's folder, for errors."""
         return self.tensors.path
+
+    @property
+    def live(self) -> TensorSource:
+        """The LoRA tensors of a live model, which training goes on with."""
+        return self.stored or self.tensors
+
+    @property
+    def live_settings(self) -> LoraSettings:
+        """The settings that `live` fits."""
+        return self.stored_settings or self.settings
 
     def modules(self) -> list[str]:
         """The logical modules that have a pair of factors."""
@@ -49,21 +63,25 @@ class LoraSource:
         return [name for name in self.tensors.names() if not LORA_NAME.match(name)]
 
     def obstacles(self) -> list[str]:
-        """What a Megatron LoRA checkpoint, and training on from it, cannot hold; empty when it holds everything."""
+        """What training on from it, and a live model, cannot hold; empty when they hold everything."""
         ends = [module for module in self.modules() if f"{module}.weight" in (EMBEDDING, OUTPUT_LAYER)]
+        names = self.whole()
+        saved = [name for name in names if not self.unties and self.live_settings.saves(name.removesuffix(".weight"))]
+        held = {name.removesuffix(f".{MAGNITUDE}.weight") for name in self.live.names()}
         return [
-            *(f"the whole tensor {name}" for name in self.whole()),
+            *(f"the whole tensor {name}" for name in names if name not in saved),
             *(f"an adapter of {module}" for module in ends),
-            *(f"the DoRA magnitude of {module}" for module in self.magnitudes),
+            *(f"the DoRA magnitude of {module}" for module in self.magnitudes if module not in held),
         ]
 
     def require_plain_factors(self, what: str) -> None:
-        """`InputError` when the adapter is more than pairs of factors on linear layers.
+        """`InputError` when the adapter is more than factors of linear layers.
 
         Args:
             what: what needs that, for the error: "a Megatron LoRA checkpoint".
         """
-        found = self.obstacles()
+        whole = [f"the whole tensor {name}" for name in self.whole()]
+        found = list(dict.fromkeys([*whole, *self.obstacles()]))
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise InputError(

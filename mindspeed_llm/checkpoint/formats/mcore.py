@@ -23,7 +23,7 @@ from mindspeed_llm.checkpoint.formats.mcore_names import FileNames, local_shape,
 from mindspeed_llm.checkpoint.formats.run_folder import MODEL_KEY, read_ranks, resolve
 from mindspeed_llm.checkpoint.kinds import AxisMap, Ranges, whole_copies
 from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE, Layout, Rank, Slots, deal
-from mindspeed_llm.checkpoint.metadata import Metadata, read_metadata
+from mindspeed_llm.checkpoint.metadata import LoraSettings, Metadata, read_metadata
 from mindspeed_llm.checkpoint.tables import (
     EMBEDDING,
     LAYER_NUMBER,
@@ -337,11 +337,12 @@ class MegatronCheckpoint:
             )
         return ShardedSource(self, {name: self.tensors[name] for name in self.table.entries})
 
-    def lora(self) -> ShardedSource:
-        """The LoRA factors; `InputError` when there are none."""
+    def lora(self, settings: LoraSettings | None = None) -> ShardedSource:
+        """The LoRA factors, and what is trained whole by `settings`; `InputError` when there are no factors."""
         if not self.lora_names:
             raise InputError(f"{self.folder}: holds no LoRA weights; give the folder that LoRA training saved")
-        return ShardedSource(self, {name: self.tensors[name] for name in self.lora_names})
+        saved = [name for name in self.tensors if settings and settings.saves(name.removesuffix(".weight"))]
+        return ShardedSource(self, {name: self.tensors[name] for name in (*saved, *self.lora_names)})
 
     def section(self, *path: str) -> ShardedSource:
         """Other tensors kept per parameter, by the parameter's logical name, at any layout.

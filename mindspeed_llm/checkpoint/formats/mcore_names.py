@@ -22,6 +22,8 @@ from mindspeed_llm.checkpoint.tables import (
     EMBEDDING,
     LAYER_NUMBER,
     LORA_NAME,
+    LORA_TENSOR,
+    MAGNITUDE,
     OUTPUT_LAYER,
     WRAPPERS,
     Entry,
@@ -189,7 +191,7 @@ class FileNames:
         """(file key, whether every rank holds all of it whatever its kind says)."""
         key = LAYER_NUMBER.sub(lambda match: str(self.local[int(match[0])]), name)
         if is_lora(key):
-            return self.local_expert(re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", key)), False
+            return self.local_expert(re.sub(rf"\.({LORA_TENSOR})\.weight$", r".\1.default.weight", key)), False
         if name == OWN_EMBEDDING and not self.first:
             return EMBEDDING, False
         if name == FINAL_NORM and self.table.config.mtp_num_layers:
@@ -235,7 +237,7 @@ class FileNames:
             KeyError: its layer's number is beyond the chunk's.
         """
         name = WRAPPERS.sub("", key).replace(".base_layer.", ".")
-        name = re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name)
+        name = re.sub(rf"\.({LORA_TENSOR})\.default\.", r".\1.", name)
         name = LAYER_NUMBER.sub(lambda match: str(self.global_layer(int(match[0]), key)), name)
         name = EXPERT_NUMBER.sub(lambda match: str(int(match[0]) + self.experts.first), name)
         if name == FINAL_NORM.removeprefix("decoder."):
@@ -301,5 +303,8 @@ class FileNames:
 
 
 def lora_rank(name: str, shape: Sequence[int]) -> int:
-    """The rank of a LoRA factor, whole or a share."""
-    return shape[0] if LORA_NAME.match(name)["factor"] == "lora_A" else shape[1]
+    """The rank of a LoRA factor, whole or a share; 1 for DoRA's lengths, which have none."""
+    factor = LORA_NAME.match(name)["factor"]
+    if factor == MAGNITUDE:
+        return 1
+    return shape[0] if factor.startswith("lora_A") else shape[1]

@@ -87,7 +87,7 @@ class Adapter:
         for lora, weight, held in self.loras:
             if f"{module}.lora_A.weight" in held:
                 a, b = (lora.tensors.read(f"{module}.{factor}.weight").float() for factor in ("lora_A", "lora_B"))
-                yield a, b, weight * lora.settings.alpha_of(module) / lora.settings.rank(module)
+                yield a, b, weight * lora.settings.scaling(module)
 
     def delta(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> Delta | None:
         """The delta of (a box of) a logical tensor; None where it is not adapted."""

@@ -1,0 +1,52 @@
+"""PiSSA's start (Meng et al., arXiv 2404.02948): A and B of the largest singular vectors of W.
+
+    W = U S V^T      A = sqrt(S_r / s) V_r^T      B = U_r sqrt(S_r / s)      so that s B A is the best rank r part of W
+
+A layer's weight is taken whole as megatron-core joins it (q, k and v together, gate and up together), where peft
+takes its parts one by one. What A and B begin with is taken out of the base, see `checkpoint.adapters.stored`.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A [r, i] and B [o, r] in float32 with s B A the best approximation of rank r of `weight` [o, i].
+
+    The largest value of each row of A is positive, so that equal weights give equal factors.
+    """
+    u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+    roots = (s[:r] / scaling).sqrt()
+    a = v[:r] * roots[:, None]
+    signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
+    return a * signs, u[:, :r] * roots * signs.t()
+
+
+@torch.no_grad()
+def shared_factors(
+    weight: Tensor, r: int, scaling: float, split: int | None, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """This rank's A and B for its share of a weight; collective over `group`, whose first rank decomposes the whole.
+
+    Args:
+        weight: this rank's share.
+        split: dimension along which the ranks share the weight; None where each has it whole.
+    """
+    if split is None or group.size() == 1:
+        return principal_factors(weight, r, scaling)
+    shares = [torch.empty_like(weight) for _ in range(group.size())]
+    torch.distributed.all_gather(shares, weight.contiguous(), group=group)
+    whole = torch.cat(shares, split)
+    a = torch.empty(r, whole.size(1), device=weight.device)
+    b = torch.empty(whole.size(0), r, device=weight.device)
+    if group.rank() == 0:
+        found = principal_factors(whole, r, scaling)
+        a.copy_(found[0])
+        b.copy_(found[1])
+    for factor in (a, b):
+        torch.distributed.broadcast(factor, torch.distributed.get_global_rank(group, 0), group=group)
+    own = group.rank()
+    if split == 0:
+        return a, b.chunk(group.size())[own]
+    return a.chunk(group.size(), 1)[own], b

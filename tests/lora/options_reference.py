@@ -1,0 +1,196 @@
+"""What peft computes with each LoRA option, in float64, named and laid out as megatron-core's whole tensors."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+
+from mindspeed_llm.arguments.lora import LoraOptions
+from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays
+from tests.distributed.reference import ADAPTED, build_model, by_groups, forward, global_batches, in_double
+
+QKV, ALL = ["q_proj", "k_proj", "v_proj"], list(ADAPTED)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One use of options: in our words and in peft's.
+
+    Attributes:
+        name: of the test. ours: fields of `LoraOptions` beside rank, alpha and targets.
+        peft: fields of peft's LoraConfig beside them. targets: HF names, for both.
+        ratio: LoRA+'s, or None.
+    """
+
+    name: str
+    ours: dict[str, Any]
+    peft: dict[str, Any]
+    targets: tuple[str, ...] = ADAPTED
+    ratio: float | None = None
+    fresh: bool = False
+
+    def options(self) -> LoraOptions:
+        """As the command line gives them."""
+        return LoraOptions(
+            lora_r=SIZES.rank, lora_alpha=SIZES.alpha, lora_target_modules=list(self.targets), **self.ours
+        )
+
+
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option("dora", {"use_dora": True}, {"use_dora": True}),
+        Option(
+            "rslora-with-patterns",
+            {
+                "use_rslora": True,
+                "lora_rank_pattern": ["linear_qkv=5", r".*layers\.1\.mlp\.down_proj=2"],
+                "lora_alpha_pattern": ["linear_fc1=9", "down_proj=3.5"],
+            },
+            {
+                "use_rslora": True,
+                "rank_pattern": {**dict.fromkeys(QKV, 5), r"layers\.1\.mlp\.down_proj": 2},
+                "alpha_pattern": {"gate_proj": 9, "up_proj": 9, "down_proj": 3.5},
+            },
+        ),
+        Option(
+            "some-layers-of-all-linear",
+            {"lora_layers": [1, 3], "lora_exclude_modules": ["o_proj"]},
+            {"layers_to_transform": [1, 3], "exclude_modules": ["o_proj"], "target_modules": ALL},
+            ("all-linear",),
+        ),
+        Option(
+            "dora-and-whole-modules",
+            {"use_dora": True, "lora_modules_to_save": ["embed_tokens", "lm_head", "input_layernorm"]},
+            {"use_dora": True, "modules_to_save": ["embed_tokens", "lm_head", "input_layernorm"]},
+        ),
+        Option("loraplus", {"loraplus_lr_ratio": 8.0}, {}, ratio=8.0),
+        Option(
+            "pissa",
+            {"lora_init": "pissa"},
+            {"init_lora_weights": "pissa"},
+            ("o_proj", "down_proj"),
+            fresh=True,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Attributes as in `tests.distributed.reference.Reference`."""
+
+    adapter: Arrays
+    logits: tuple[Any, ...]
+    gradients: Arrays
+    losses: tuple[float, ...]
+    trained: Arrays = field(default_factory=dict)
+
+
+def adapted(option: Option) -> torch.nn.Module:
+    """peft's model with values of its own in every adapter; a fused layer's parts share one A."""
+    model = in_double(build_model(False)).float()  # peft decomposes float32 weights only
+    common = {"r": SIZES.rank, "lora_alpha": SIZES.alpha, "target_modules": list(option.targets)}
+    peft = get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False).double()
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+            elif "lora_" in name and not option.fresh:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            if parameter.requires_grad:
+                parameter.copy_(parameter.float())
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for leader, *followers in (
+                (attention.q_proj, attention.k_proj, attention.v_proj),
+                (mlp.gate_proj, mlp.up_proj),
+            ):
+                for follower in followers if hasattr(leader, "lora_A") else ():
+                    follower.lora_A.default.weight = leader.lora_A.default.weight
+            for module in (attention.o_proj, mlp.down_proj) if option.fresh else ():
+                flip(module.lora_A.default.weight, module.lora_B.default.weight)
+    return peft
+
+
+def flip(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Choose the free sign of every singular vector: the largest value of A's row is positive."""
+    signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
+    a.mul_(signs)
+    b.mul_(signs.t())
+
+
+def take(model: torch.nn.Module, gradients: bool) -> Arrays:
+    """Every trainable tensor, or its gradient, by our names."""
+    found: dict[str, torch.Tensor] = {}
+
+    def value(parameter: torch.nn.Parameter) -> torch.Tensor:
+        return (parameter.grad if gradients else parameter).detach().clone()
+
+    def whole(name: str, module: torch.nn.Module) -> None:
+        copy = getattr(module, "modules_to_save", None)
+        if copy is not None:
+            found[name] = value(copy.default.weight)
+
+    def factors(name: str, parts: list[torch.nn.Module], join: Any) -> None:
+        if not hasattr(parts[0], "lora_A"):
+            return
+        found[f"{name}.lora_A.weight"] = value(parts[0].lora_A.default.weight)
+        found[f"{name}.lora_B.weight"] = join(*(value(part.lora_B.default.weight) for part in parts))
+        if "default" in parts[0].lora_magnitude_vector:
+            lengths = (value(part.lora_magnitude_vector.default.weight) for part in parts)
+            found[f"{name}.lora_magnitude_vector.weight"] = join(*lengths)
+
+    for number, layer in enumerate(model.model.layers):
+        name, attention, mlp = f"decoder.layers.{number}", layer.self_attn, layer.mlp
+        factors(f"{name}.self_attention.linear_qkv", [attention.q_proj, attention.k_proj, attention.v_proj], by_groups)
+        factors(f"{name}.self_attention.linear_proj", [attention.o_proj], lambda one: one)
+        factors(f"{name}.mlp.linear_fc1", [mlp.gate_proj, mlp.up_proj], lambda *both: torch.cat(both))
+        factors(f"{name}.mlp.linear_fc2", [mlp.down_proj], lambda one: one)
+        whole(f"{name}.input_layernorm.weight", layer.input_layernorm)
+    whole("embedding.word_embeddings.weight", model.model.embed_tokens)
+    whole("output_layer.weight", model.lm_head)
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def optimizer_of(peft: torch.nn.Module, ratio: float | None) -> torch.optim.Optimizer:
+    """AdamW that decays matrices alone; peft's LoRA+ with a ratio."""
+    if ratio is not None:
+        kwargs = {"lr": LEARNING_RATE, "loraplus_lr_ratio": ratio, "loraplus_weight_decay": WEIGHT_DECAY}
+        return create_loraplus_optimizer(peft, torch.optim.AdamW, **kwargs)
+    parameters = [p for p in peft.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE)
+
+
+@cache
+def truth(name: str) -> Truth:
+    """Two steps of peft's model with an option: the first's logits and gradients, both losses."""
+    peft = adapted(OPTIONS[name])
+    model: Any = peft.get_base_model()
+    adapter = {key: value.astype("float32") for key, value in take(model, False).items()}
+    optimizer = optimizer_of(peft, OPTIONS[name].ratio)
+    logits, losses, gradients = [], [], {}
+    steps = global_batches(True)[:2]
+    for number, step in enumerate(steps):
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for batch in step:
+            out, total, count = forward(peft, batch)
+            loss = loss + total / count / len(step)
+            if number == 0:
+                logits.append(out.detach().transpose(0, 1)[torch.as_tensor(batch["real"]).t()].numpy())
+        loss.backward()
+        if number == 0:
+            gradients = take(model, True)
+        torch.nn.utils.clip_grad_norm_([p for p in peft.parameters() if p.requires_grad], CLIP)
+        losses.append(float(loss.detach()))
+        optimizer.step()
+    return Truth(adapter, tuple(logits), gradients, tuple(losses))

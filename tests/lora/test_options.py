@@ -1,0 +1,70 @@
+"""Every LoRA option trains as peft trains with the same option: logits, losses, every gradient, at every layout."""
+
+from dataclasses import replace
+
+import numpy
+import pytest
+
+from tests.distributed.cases import Case
+from tests.distributed.compare import assert_close, gathered
+from tests.distributed.pool import pool
+from tests.distributed.reference import global_batches, saved_model
+from tests.distributed.worker_result import Result
+from tests.lora.options_reference import OPTIONS, truth
+
+pytestmark = pytest.mark.distributed
+LAYOUTS = (
+    Case(steps=2, fused=False),
+    Case(steps=2, world=2, tensor=2),
+    Case(steps=2, world=2, tensor=2, sequence_parallel=True, fused=False),
+    Case(steps=2, world=2, pipeline=2),
+)
+
+
+def trained(name: str, case: Case) -> list[tuple[Result, dict]]:
+    task = {"case": case, "folder": saved_model(False), "option": OPTIONS[name], "adapter": truth(name).adapter}
+    return pool(case.world).run("tests.lora.options_worker:trained", steps=global_batches(True)[:2], **task)
+
+
+def assert_like_peft(name: str, case: Case) -> None:
+    expected, reports = truth(name), trained(name, case)
+    results = [result for result, _ in reports]
+    if OPTIONS[name].fresh:
+        begun = gathered([replace(result, trained=before) for result, before in reports], "trained", case)
+        for key, value in expected.adapter.items():
+            assert_close(begun[key], value, f"first value of {key}")
+    for result in results:
+        assert_close(numpy.array(result.losses), numpy.array(expected.losses), "losses")
+        if result.pp == case.pipeline - 1:
+            for number, value in enumerate(expected.logits):
+                assert_close(result.logits[number], value, f"logits of micro-batch {number}")
+        assert result.frozen_changed == []
+    gradients = gathered(results, "gradients", case)
+    assert set(gradients) == set(expected.gradients), set(gradients) ^ set(expected.gradients)
+    for key, value in expected.gradients.items():
+        assert_close(gradients[key], value, f"gradient of {key}")
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_with_an_option_equals_peft(name: str, case: Case) -> None:
+    assert_like_peft(name, case)
+
+
+SP = {"steps": 2, "world": 2, "tensor": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("dora", Case(**SP, fault="local-norms")),
+        ("dora", Case(**SP, fault="unmarked-lengths")),
+        ("rslora-with-patterns", Case(steps=2, fault="plain-scaling")),
+        ("pissa", Case(steps=2, fault="kept-base")),
+        ("dora-and-whole-modules", Case(steps=2, fault="frozen-copy")),
+    ],
+    ids=str,
+)
+def test_a_planted_fault_is_noticed(name: str, case: Case) -> None:
+    with pytest.raises(AssertionError, match="differs by|mlp|embedding"):
+        assert_like_peft(name, case)

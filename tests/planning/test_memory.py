@@ -1,0 +1,91 @@
+"""Predicted memory equals the measured peak of live tensors, class by class and rank by rank, within 15 %."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from mindspeed_llm.planning import activations, memory
+from mindspeed_llm.planning.job import Job
+from tests.distributed.pool import pool
+from tests.planning.compare import wrong
+from tests.planning.jobs import SP, UNIFORM, WHOLE_HEAD, job
+
+MEASURE = "tests.planning.worker:measure"
+JOBS = {
+    "one process": job(),
+    "modular": job(fused=False),
+    "whole fused MLP": job(fused_mlp=True),
+    "bf16": job(dtype="bfloat16"),
+    "selective recompute": job(recompute="selective", vocab=2048),
+    "full recompute": job(layers=4, vocab=2048, **UNIFORM),
+    "block recompute": job(layers=4, vocab=2048, **{**UNIFORM, "recompute_method": "block", "recompute_layers": 2}),
+    "half labelled, many rows": job(length=768, trained=0.5),
+    "full tuning": job(lora=False, vocab=2048),
+    "full tuning bf16, untied": job(lora=False, vocab=2048, tied=False, dtype="bfloat16"),
+    "output layer trained whole, float32 factors, bf16": job(
+        tied=False, vocab=8000, dtype="bfloat16", fused=False, lora_settings=WHOLE_HEAD
+    ),
+    "TP2": job(tp=2),
+    "TP2 SP": job(**SP),
+    "TP2 SP, modular": job(fused=False, **SP),
+    "TP2 SP, whole fused MLP": job(fused_mlp=True, **SP),
+    "TP2 SP, bf16, long": job(dtype="bfloat16", length=512, vocab=8000, **SP),
+    "TP2 SP, full tuning": job(lora=False, vocab=2048, **SP),
+    "PP2": job(pp=2, micro_batches=4),
+    "PP2, recompute": job(layers=4, pp=2, micro_batches=4, vocab=2048, **UNIFORM),
+    "PP2, full tuning": job(pp=2, micro_batches=2, lora=False, vocab=2048),
+    "PP2 VPP2": job(layers=4, pp=2, chunk=1, micro_batches=4, vocab=8000),
+    "DP2, distributed optimizer": job(cards=2, distributed_optimizer=True),
+    "DP2, distributed optimizer, full tuning, bf16": job(
+        cards=2, distributed_optimizer=True, lora=False, vocab=2048, dtype="bfloat16"
+    ),
+    "CP2": job(context=2),
+    "EP2": job(experts=True, cards=2, ep=2, etp=1),
+}
+
+
+@cache
+def measured(name: str) -> list[dict[str, Any]]:
+    """By rank."""
+    return pool(JOBS[name].cards).run(MEASURE, job=JOBS[name])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", JOBS)
+def test_every_class_is_predicted_within_15_percent_on_every_rank(name: str) -> None:
+    assert not wrong(JOBS[name], measured(name))
+
+
+def none_of(*args: Any) -> int:
+    return 0
+
+
+FAULTS: dict[str, tuple[str, Any, str, Callable[..., Any], str]] = {
+    "norms' inputs and outputs": ("one process", activations, "residual", none_of, "activations"),
+    "attention": ("one process", activations, "attention", none_of, "activations"),
+    "the MLP": ("one process", activations, "dense_mlp", lambda *a: activations.Part(0, 0), "activations"),
+    "the head": ("one process", activations, "head", none_of, "activations"),
+    "what is recomputed": ("full recompute", memory, "recomputed", none_of, "activations"),
+    "the optimizer": ("full tuning", memory, "optimizer", lambda *a: (0, 0), "optimizer"),
+    "received states": ("PP2", memory, "received", none_of, "communication"),
+    "micro-batches in flight": ("PP2", memory, "chunk_passes", lambda *a: [0], "activations"),
+    "gathered sequences": ("TP2 SP", memory, "communication", none_of, "communication"),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_forgotten_part_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, module, function, planted, kind = FAULTS[what]
+    monkeypatch.setattr(module, function, planted)
+    assert any(kind in found for found in wrong(JOBS[name], measured(name)).values())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("change", [{"lora": None}, {"layout": job(layers=2, tp=2).layout}, {"dtype": "bfloat16"}])
+def test_the_prediction_of_another_job_does_not_pass(change: dict[str, Any]) -> None:
+    other: Job = replace(JOBS["one process"], **change)
+    assert wrong(other, measured("one process"))
