@@ -10,6 +10,7 @@
 # Environment:
 #   DRY_RUN=1          print the command and stop
 #   RESUME=1           training continues from the newest complete checkpoint in CKPT_SAVE_DIR
+#   MAX_RESTARTS=3     with RESUME=1: how often a launch starts its processes anew after one of them has died
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE    as torchrun takes them
 #   MINDSPEED_LLM_DEVICE=cpu|cuda|npu                          instead of what the machine has
 #   PYTHON             the interpreter (default: .venv of this repository, else python3)

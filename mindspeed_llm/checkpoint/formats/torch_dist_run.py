@@ -15,7 +15,7 @@ from mindspeed_llm.checkpoint.formats.torch_dist_shards import STATE_KEYS, STATE
 from mindspeed_llm.checkpoint.formats.torch_file import read_torch_file
 from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.layout import Layout, Rank
-from mindspeed_llm.checkpoint.metadata import FILE, Metadata, read_metadata
+from mindspeed_llm.checkpoint.metadata import FILE, LoraSettings, Metadata, read_metadata
 from mindspeed_llm.checkpoint.tables import WeightTable, is_lora
 from mindspeed_llm.checkpoint.upstream_args import check_recorded
 from mindspeed_llm.errors import InputError
@@ -133,11 +133,12 @@ class DistCheckpoint:
             )
         return TorchDistSource(self.folder)
 
-    def lora(self) -> DistTensors:
-        """The LoRA factors; `InputError` when there are none."""
+    def lora(self, settings: LoraSettings | None = None) -> DistTensors:
+        """The LoRA factors, and what is trained whole by `settings`; `InputError` when there are no factors."""
         if not self.lora_names:
             raise InputError(f"{self.folder}: holds no LoRA weights; give the folder that LoRA training saved")
-        return DistTensors(self, {name: self.tensors[name] for name in self.lora_names})
+        saved = [name for name in self.tensors if settings and settings.saves(name.removesuffix(".weight"))]
+        return DistTensors(self, {name: self.tensors[name] for name in (*saved, *self.lora_names)})
 
     def section(self, *path: str) -> DistTensors:
         """`section("optimizer", "exp_avg")`: a field of the optimizer's state, by the parameter's logical name."""

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.metadata import Metadata as Index
 
 from mindspeed_llm.checkpoint.formats.blocks import write_values
+from mindspeed_llm.checkpoint.formats.mcore_names import lora_rank
 from mindspeed_llm.checkpoint.formats.torch_dist_file import METADATA
 from mindspeed_llm.checkpoint.formats.torch_dist_names import Form, extra_state_keys, form_of, other_names, spell
 from mindspeed_llm.checkpoint.formats.torch_dist_writer import (
@@ -94,7 +95,7 @@ def boxes(
     padded = value.shape[0] * parts if name in (EMBEDDING, OUTPUT_LAYER) else None
     axis = table.shard_map(name, parts, padded)
     if is_lora(name):
-        shape = table.shape(name, value.shape[0] if ".lora_A." in name else value.shape[1])
+        shape = table.shape(name, lora_rank(name, value.shape))
         keys, axes, place = (name,), (), ()
     else:
         entry = table.entry(name)
