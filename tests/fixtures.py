@@ -297,9 +297,9 @@ def mcore_model(tensor: int, pipeline: int, dtype: str = "float32") -> Path:
 
 
 def records(save: Path) -> list[dict[str, Any]]:
-    """The loss history beside a run made with `training`."""
-    text = (save.parent / f"{save.name}_logs" / f"{save.name}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    """The steps in the history beside a run made with `training`."""
+    text = (save.parent / f"{save.name}_logs" / save.name / "logging.jsonl").read_text()
+    return [one for one in map(json.loads, text.splitlines()) if "loss" in one]
 
 
 def losses(save: Path) -> list[float]:

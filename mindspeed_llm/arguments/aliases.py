@@ -47,6 +47,7 @@ ALIASES_BY_SCRIPT: dict[str, dict[str, str]] = {
     "posttrain_gpt.py": {
         "data_cache_path": "data_cache_dir",
         "group_by_length": "length_grouping",
+        "wandb_project": "report_project",
         "dataloader_num_workers": "num_workers",
         # preferences, as ms-swift and TRL, and as LLaMA-Factory name them
         "rlhf_type": "stage",

@@ -87,6 +87,10 @@ class EpochSampler:
             for micro in range(self.num_microbatches)
         ]
 
+    def global_batch(self, consumed_samples: int) -> list[int]:
+        """All ranks' rows of the next global batch: micro-batch after micro-batch, within one the ranks in turn."""
+        return [self._row(consumed_samples + k) for k in range(self.global_batch_size)]
+
     def epoch(self, consumed_samples: int) -> float:
         """How often the data have been gone through after that many samples."""
         return consumed_samples / self.num_samples

@@ -23,7 +23,7 @@ MOST_CHARACTERS = 4_000_000
 ENOUGH_WORDS = 20_000  # of a table from which on its new words are judged
 NEW_SHARE = 0.4  # of a text's characters in new words: beyond it the library is faster
 FEW_ROWS = 0.2  # of a batch that the table has or learns: below it the next batches are left to the library
-LONG_NUMBER = 5  # characters, a space among them
+LONG_NUMBER = 4  # characters, a space among them
 TOGETHER = 100  # new words in one text for the library
 BETWEEN = "\ufdd0"  # in no word
 PAUSE = 15  # batches left to the library after one of mostly new words
@@ -88,7 +88,8 @@ class WordTable:
         for word in learnt:
             if len(word) > LONG_NUMBER and word[-1].isdigit():
                 table.pop(word, None)
-        self.characters += sum(map(len, learnt))
+            else:
+                self.characters += len(word)
         if len(table) > MOST_WORDS or self.characters > MOST_CHARACTERS:
             self.table, self.characters = dict(self.fixed), 0
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from mindspeed_llm.device.profiler import Profiler
 
 # megatron-core fields that keep it to plain torch: no TransformerEngine, apex or vendor kernel is needed.
 PLAIN_TORCH = {
@@ -35,6 +38,7 @@ class Device:
         synchronize: wait until submitted work is done.
         attention: attention over [b, heads, s, d] tensors, with `kernels.sdpa`'s arguments.
         rms_norm: class of the norm layers: (config, hidden_size, eps) -> module.
+        profiler: trace file -> what records into it.
     """
 
     name: str
@@ -49,4 +53,5 @@ class Device:
     synchronize: Callable[[], None]
     attention: Callable[..., torch.Tensor]
     rms_norm: type[torch.nn.Module]
+    profiler: Callable[[Path], Profiler]
     engine_config: dict[str, Any] = field(default_factory=dict)

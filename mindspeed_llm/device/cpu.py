@@ -9,6 +9,7 @@ import torch
 
 from mindspeed_llm.device import adapter, cpu_kernels, gloo, patches
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
+from mindspeed_llm.device.profiler import TorchProfiler
 
 MISSING = "a CPU is always there"
 CPU = torch.device("cpu")
@@ -147,5 +148,6 @@ def create() -> Device:
         synchronize=lambda: None,
         attention=cpu_kernels.attention,
         rms_norm=cpu_kernels.RMSNorm,
+        profiler=TorchProfiler,
         engine_config=dict(PLAIN_TORCH),
     )

@@ -1,5 +1,6 @@
 """CUDA GPUs: nccl, megatron-core as it is."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from mindspeed_llm.device import kernels
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
+from mindspeed_llm.device.profiler import TorchProfiler
 from mindspeed_llm.device.segments import Segments, flash_segments, flash_serves
 
 MISSING = "torch sees no CUDA GPU (torch.cuda.is_available() is False)"
@@ -52,5 +54,6 @@ def create() -> Device:
         synchronize=torch.cuda.synchronize,
         attention=attention,
         rms_norm=kernels.RMSNorm,
+        profiler=partial(TorchProfiler, accelerator=True),
         engine_config=dict(PLAIN_TORCH),
     )

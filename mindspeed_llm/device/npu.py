@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mindspeed_llm.device import kernels
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
+from mindspeed_llm.device.profiler import Profiler
 from mindspeed_llm.device.segments import Segments
 from mindspeed_llm.errors import InputError
 
@@ -83,6 +85,20 @@ def attention(
     return kernels.sdpa(query, key, value, **features)
 
 
+def _profiler(path: Path) -> Profiler:
+    """torch_npu's profiler, which writes a folder per process (trace, operators, kernels) beside where `path` would be.
+
+    Its activities have names of their own; torch's know no NPU.
+    """
+    own = import_module("torch_npu").profiler
+    folder = path.with_suffix("")
+    return own.profile(
+        activities=[own.ProfilerActivity.CPU, own.ProfilerActivity.NPU],
+        record_shapes=True,
+        on_trace_ready=own.tensorboard_trace_handler(str(folder)),
+    )
+
+
 def create() -> Device:
     """Load MindSpeed's adaptor for megatron-core and describe the NPU.
 
@@ -108,5 +124,6 @@ def create() -> Device:
         synchronize=torch.npu.synchronize,
         attention=attention,
         rms_norm=kernels.RMSNorm,
+        profiler=_profiler,
         engine_config=dict(PLAIN_TORCH),
     )

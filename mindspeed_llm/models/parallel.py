@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
@@ -144,6 +145,8 @@ def stop() -> None:
     for group in forgotten:
         if isinstance(group, torch.distributed.ProcessGroup):
             torch.distributed.destroy_process_group(group)
+    # megatron-core keeps the weight of the balance of experts per process; the next engine's may have another shape
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     gc.collect()  # a group's threads end with the last reference to it
 
 

@@ -173,7 +173,7 @@ def communication(job: Job, pp_rank: int) -> int:
     Pipeline: hidden states received. Sequence parallelism: the whole sequence of hidden states, gathered for one layer
     or the head at a time (in full tuning megatron-core keeps the buffer of one and has that of another), and in the
     modular form the adapter's narrow tensor. CP: keys and values of all ranks.
-    Experts: pairs from other ranks.
+    Experts: the pairs sent to this rank, and those that come back.
     """
     model, e = job.model, job.element
     hidden = activations.tokens_between(job) * model.hidden_size * e
@@ -184,6 +184,8 @@ def communication(job: Job, pp_rank: int) -> int:
         gathers.append(2 * whole if job.lora is None else whole)
     if job.context > 1:
         gathers.append(job.tokens * job.context * 2 * model.num_query_groups * model.kv_channels / job.layout.tp * e)
+    if job.layout.ep > 1:
+        gathers.append(2 * activations.expert_pairs(job) * model.hidden_size * e)
     tensors = received(job, pp_rank)
     in_passes = tensors - (1 if pp_rank == 0 and job.layout.pp > 1 else 0)  # the next gradient comes between passes
     return round(max(tensors * hidden, in_passes * hidden + max(gathers)))

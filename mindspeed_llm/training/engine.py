@@ -6,7 +6,7 @@ A step from top to bottom: `train_step` -> megatron-core's schedule -> `_forward
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,12 +73,14 @@ class Engine:
         wrapped: the same chunks in megatron-core's DistributedDataParallel; empty for inference.
         optimizer: megatron-core's optimizer, or None for inference.
         preference: what is learnt from pairs; None to learn the labelled tokens themselves.
+        reports: of the last training step on the last pipeline stage, what `sum_loss` reports of each micro-batch.
     """
 
     chunks: list[CausalLM]
     wrapped: list[DistributedDataParallel]
     optimizer: Any
     preference: Preference | None = None
+    reports: list[Tensor] = field(default_factory=list)
 
     @property
     def config(self) -> Any:
@@ -242,6 +244,8 @@ def run_microbatches(
         batches = with_reference(models, batches)
     step = partial(_forward_step, preference=engine.preference)
     reports = pipeline.run(models, step, batches, forward_only)
+    if not forward_only:
+        engine.reports = reports
     if per_token is None:
         per_token = engine.config.calculate_per_token_loss
     names = () if engine.preference is None else ("tokens", *FIGURES)
@@ -288,7 +292,7 @@ def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
     engine.optimizer.zero_grad()
     loss, count, figures = run_microbatches(engine, batches, forward_only=False)
     tokens = round(figures.pop("tokens", count))
-    updated, grad_norm = _update(engine.optimizer)
+    updated, grad_norm = _update(engine.optimizer, math.isfinite(loss) or not count)
     return StepResult(loss, tokens, grad_norm, updated, seen_balance(engine, len(batches)), figures or None)
 
 
@@ -301,16 +305,16 @@ def gradient_norm(optimizer: Any) -> float:
     return math.hypot(*(float(one.get_grad_norm()) for one in inner_optimizers(optimizer)))
 
 
-def _update(optimizer: Any) -> tuple[bool, float]:
+def _update(optimizer: Any, finite: bool) -> tuple[bool, float]:
     """Clip and apply the gradients; -> (applied, norm before clipping).
 
-    megatron-core would apply non-finite gradients; here such a step changes nothing. The norm is the same on every
-    rank, so all decide alike.
+    megatron-core would apply non-finite gradients; here such a step changes nothing, nor does one whose loss is not
+    `finite`. Loss and norm are the same on every rank, so all decide alike.
     """
     optimizer.prepare_grads()
     limit = optimizer.config.clip_grad
     norm = gradient_norm(optimizer)
-    if not math.isfinite(norm):
+    if not (finite and math.isfinite(norm)):
         return False, norm
     for one in inner_optimizers(optimizer) if limit > 0.0 else ():
         if one.get_parameters():

@@ -3,8 +3,6 @@
 import math
 import os
 import signal
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 
@@ -13,12 +11,13 @@ from megatron.core import parallel_state
 
 from mindspeed_llm.arguments.parser import to_dict
 from mindspeed_llm.lora.config import described
-from mindspeed_llm.training.engine import Batch, StepResult, evaluate, train_step
-from mindspeed_llm.training.flops import step_flops
-from mindspeed_llm.training.report import MEGABYTE, Report, StepRecord, say
+from mindspeed_llm.training import advice
+from mindspeed_llm.training.engine import StepResult, evaluate, train_step
+from mindspeed_llm.training.report import Report, say
 from mindspeed_llm.training.retention import BEST, validated
 from mindspeed_llm.training.saving import Saver
 from mindspeed_llm.training.setup import Run, count_cut_rows, finished
+from mindspeed_llm.training.watch import Watch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -42,11 +41,11 @@ class StopRequest:
             # None: installed by foreign code outside Python, which the default stands in for
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
-    def agreed(self, device: torch.device, writing: bool) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and whether any is writing; the same answers on every rank."""
-        flags = torch.tensor([float(self.asked), float(writing)], device=device)
+    def agreed(self, device: torch.device, *seen: bool) -> tuple[bool, ...]:
+        """Whether any rank was asked to stop, and for each of `seen` whether it holds on any; alike on every rank."""
+        flags = torch.tensor([float(self.asked), *map(float, seen)], device=device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        return bool(flags[0].item()), bool(flags[1].item())
+        return tuple(map(bool, flags.tolist()))
 
 
 def train(run: Run, report: Report | None) -> bool:
@@ -55,39 +54,41 @@ def train(run: Run, report: Report | None) -> bool:
     Args:
         report: on the rank that prints, else None.
     """
-    place = run.feed.device
-    if report is not None:
-        report.begin(run.progress.iteration)
-    window, saver, stopping = _Window(run), Saver(run), False
+    place, saver = run.feed.device, Saver(run)
+    applied = stopping = broken = False
     saver.put_right()
     ended = bool(finished(run))
     if ended and run.first_rank:
         say(f"{run.start.resume.folder} {finished(run)}")
-    with StopRequest() as stop:
+    with Watch(run, report) as watch, StopRequest() as stop:
         while not ended:
+            watch.begins()
             batches = run.feed.batches(run.progress.consumed_samples)
+            watch.has_rows(batches)
             rate = run.schedule.set(run.progress.iteration + 1)
             result = train_step(run.engine, batches)
             advance(run, result)
-            window.add(result, batches)
+            odd = watch.ends(result, rate)
             iteration = run.progress.iteration
-            if iteration % run.options.logging.log_interval == 0 or iteration == run.train_iters:
-                window.flush(report, rate)
+            applied = applied or result.updated
+            watch.check()
             loss = validate(run, report)
             gained = count_validation(run, loss)
-            stopping, writing = stop.agreed(place, saver.writing)
+            stopping, writing, odd = stop.agreed(place, saver.writing, odd)
             saver.progressed(writing)
-            ended = stopping or bool(finished(run))
+            told, broken = watch.explain() if odd else "", watch.too_many()
+            ended = stopping or bool(finished(run)) or broken
             every = run.options.checkpoint.save_interval
-            if ended or gained or (every and iteration % every == 0):
+            if (ended and (applied or not broken)) or gained or (every and iteration % every == 0):
                 saver.save(loss, last=ended)
-            window.resume()
+                applied = False
+            watch.resumes()
         saver.finish()
+        if broken:
+            raise watch.end_of_run(told)
     for feed in (run.feed, run.validation, run.test):
         if feed is not None:
             feed.close()
-    if report is not None:
-        report.end()
     if run.first_rank:
         for line in closing(run):
             say(line)
@@ -124,77 +125,6 @@ def advance(run: Run, result: StepResult) -> None:
         skipped=done.skipped + (not result.updated),
         nan=done.nan + (not math.isfinite(result.loss)),
     )
-
-
-class _Window:
-    """Steps since the last log line: their time, tokens and losses."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.losses: list[float] = []
-        self.figures: list[dict[str, float]] = []
-        self.tokens, self.flops, self.grad_norm = 0, 0.0, 0.0
-        self.balance: float | None = None
-        self.first = True
-        self.began = self.paused = time.perf_counter()
-
-    def add(self, result: StepResult, batches: list[Batch]) -> None:
-        """Count one step; tokens read by this replica stand for all of them."""
-        kind = self.run.start.settings is not None, self.run.options.prefers
-        for batch in batches:
-            rows, length = batch["tokens"].shape
-            self.tokens += rows * length
-            lengths = batch["packed"].segments.lengths if "packed" in batch else (length,) * rows
-            self.flops += sum(step_flops(self.run.metadata.model, one, one, *kind) for one in lengths)
-        self.losses.append(result.loss)
-        self.figures.append(result.figures or {})
-        self.paused = time.perf_counter()
-        self.grad_norm, self.balance = result.grad_norm, result.balance
-
-    def flush(self, report: Report | None, rate: float) -> None:
-        """Print the steps as one line and begin anew."""
-        self.run.device.synchronize()
-        seconds = time.perf_counter() - self.began
-        replicas = parallel_state.get_data_parallel_world_size()
-        done, layout = self.run.progress, self.run.metadata.layout
-        if report is not None:
-            finite = [loss for loss in self.losses if math.isfinite(loss)]
-            record = StepRecord(
-                iteration=done.iteration,
-                consumed_samples=done.consumed_samples,
-                milliseconds=seconds * 1000 / len(self.losses),
-                learning_rate=rate,
-                loss=sum(finite) / len(finite) if finite else math.nan,
-                grad_norm=self.grad_norm,
-                tokens_per_second=self.tokens * replicas / seconds,
-                memory=self.run.device.memory()[1] / MEGABYTE,
-                skipped=done.skipped,
-                nan=done.nan,
-                load_balancing_loss=self.balance,
-                preferences=mean_figures(self.figures),
-            )
-            context = parallel_state.get_context_parallel_world_size()
-            throughput = self.flops / seconds / (layout.tp * layout.pp * context) / 1e12
-            report.step(record, throughput if self.run.options.logging.log_throughput else None)
-            if self.first:
-                now, peak = (value / MEGABYTE for value in self.run.device.memory())
-                rank = torch.distributed.get_rank()
-                say(
-                    f"[Rank {rank}] (after {done.iteration} iterations) memory (MB) | allocated: {now:.1f} | "
-                    f"max allocated: {peak:.1f} | reserved: {now:.1f} | max reserved: {peak:.1f}"
-                )
-        self.first = False
-        self.losses, self.figures, self.tokens, self.flops = [], [], 0, 0.0
-        self.began = self.paused = time.perf_counter()
-
-    def resume(self) -> None:
-        """Leave the time since the last step, which validated and saved, out."""
-        self.began += time.perf_counter() - self.paused
-
-
-def mean_figures(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over steps of what was told of preferences; empty where nothing was."""
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]} if steps else {}
 
 
 def validate(run: Run, report: Report | None) -> float | None:
@@ -262,6 +192,16 @@ def changed_order(run: Run) -> list[str]:
     ]
 
 
+def wasted(run: Run) -> list[str]:
+    """Warnings about hardware that will mostly wait or compute padding."""
+    layout, sampler, data = run.metadata.layout, run.feed.sampler, run.options.data
+    replicas = parallel_state.get_data_parallel_world_size()
+    lines = advice.pipeline_advice(layout.pp, layout.vp, sampler.num_microbatches, sampler.micro_batch_size, replicas)
+    if data.no_pad_to_seq_lengths or data.lays_out_flat or run.options.prefers:
+        return lines
+    return lines + advice.padding_advice(run.feed.source.lengths, data.seq_length)
+
+
 def preference_lines(run: Run) -> list[str]:
     """What is learnt from pairs, and from which reference; nothing in other stages."""
     chosen = run.options.preference
@@ -279,8 +219,8 @@ def preference_lines(run: Run) -> list[str]:
     return lines
 
 
-def announce(run: Run) -> None:
-    """What is about to happen, in a few lines; on rank 0."""
+def announcement(run: Run) -> list[str]:
+    """What is about to happen, in a few lines."""
     world = torch.distributed.get_world_size()
     layout, settings = run.metadata.layout, run.start.settings
     parameters = sum(p.numel() for chunk in run.engine.chunks for p in chunk.parameters() if p.requires_grad)
@@ -307,5 +247,4 @@ def announce(run: Run) -> None:
     if cut := count_cut_rows(run):
         length = run.options.data.seq_length
         lines.append(f"warning: {cut} of {len(source)} rows are longer than --seq-length {length} and are cut")
-    for line in lines:
-        say(line)
+    return lines + wasted(run)

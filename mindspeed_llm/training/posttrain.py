@@ -1,6 +1,5 @@
 """`posttrain_gpt.py`: parse, choose the device, build the run, train, say what comes next."""
 
-import os
 import shlex
 from typing import Any
 
@@ -23,29 +22,24 @@ def main(argv: list[str]) -> int:
     # megatron-core sees the device only when imported after this choice
     from mindspeed_llm.models import parallel
     from mindspeed_llm.training import loop
-    from mindspeed_llm.training.report import Report, say
+    from mindspeed_llm.training.report import say
     from mindspeed_llm.training.setup import prepare
     from mindspeed_llm.training.versions import with_version
+    from mindspeed_llm.training.watch import open_report
 
     parallel.connect(chosen, options.device.distributed_timeout_minutes)
     try:
         options = with_version(options)
         run = prepare(options, chosen)
-        if run.first_rank:
-            loop.announce(run)
+        lines = loop.announcement(run)
+        for line in lines if run.first_rank else ():
+            say(line)
         if options.planning.dry_run:
             from mindspeed_llm.training.dry_run import dry_run
 
             dry_run(run)
             return 0
-        logging = options.logging
-        report = None
-        if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
-            name = os.path.basename(os.path.normpath(options.checkpoint.save or "run"))
-            report = Report(
-                logging.log_dir, name, run.train_iters, run.global_batch_size, logging.tensorboard_dir, logging.progress
-            )
-        complete = loop.train(run, report)
+        complete = loop.train(run, open_report(run, lines))
         if run.first_rank:
             say(next_command(run) if complete else resume_command(options, argv))
     finally:

@@ -113,8 +113,8 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     """Build the run; everything that can be refused is refused before the model is built."""
     start = find_start(options)
     check_reference(options, start)
-    if torch.distributed.get_rank() == 0:
-        for name in remove_leftovers(Path(options.checkpoint.save or "")):
+    if torch.distributed.get_rank() == 0 and options.checkpoint.save and not options.planning.dry_run:
+        for name in remove_leftovers(Path(options.checkpoint.save)):
             say(f"removed {name}, which a killed run left in {options.checkpoint.save}")
     export = plan_export(options, start)
     model = start.base.config

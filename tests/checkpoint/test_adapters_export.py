@@ -26,7 +26,7 @@ LINEAR = (
     "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2",
     "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj",
 )  # fmt: skip
-NOT_EXPORTED = ("dora", "dora of some", "parameters")
+NOT_EXPORTED = ("parameters",)
 FOLDED = ("patterns",)
 """Shapes whose q, k and v or gate and up have scalings at ratios that are no powers of two."""
 

@@ -19,7 +19,7 @@ from tests.distributed.cases import CLIP, MOE_EPSILON, SIZES, Arrays
 from tests.distributed.reference import ADAPTED, build_model, by_our_names, in_double, optimizer_of, saved_model
 from tests.fixtures import write_tokenizer
 
-STEPS = 3
+STEPS = 2
 # Two pairs in each micro-batch: (tokens of the prompt, of the chosen answer, of the rejected one).
 PAIRS = (((3, 4, 7), (5, 2, 1)), ((1, 9, 3), (6, 6, 6)), ((2, 1, 11), (4, 3, 2)), ((7, 5, 8), (2, 10, 4)))
 

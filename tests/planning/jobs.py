@@ -62,7 +62,7 @@ def job(
     cards: int | None = None,
     lora: bool = True,
     lora_settings: LoraSettings = LORA,
-    vocab: int = 32000,
+    vocab: int = 4000,
     tied: bool = True,
     experts: bool = False,
     ep: int = 1,

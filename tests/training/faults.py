@@ -211,3 +211,105 @@ def orders_kept_on_disk(folder: str) -> Iterator[None]:
         recorded(folder),
     ):
         yield
+
+
+@contextlib.contextmanager
+def counted_flops(file: str) -> Iterator[None]:
+    """FLOPs of the first step as torch's own counter sees them, by operation, as JSON in `file`."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    from mindspeed_llm.training import loop
+
+    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    known = {kernel: forward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+
+    def make(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def stepped(*args: Any) -> Any:
+            if os.path.exists(file):
+                return train_step(*args)
+            with FlopCounterMode(display=False, custom_mapping=known) as counter:
+                result = train_step(*args)
+            found = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+            with open(file, "w", encoding="utf-8") as stream:
+                json.dump(found, stream)
+            return result
+
+        return stepped
+
+    with replaced(loop, "train_step", make):
+        yield
+
+
+@contextlib.contextmanager
+def _parameter_changed(which: str, step: int, rank: int) -> Iterator[None]:
+    """One element of the first parameter whose name ends with `which` is changed on one rank behind a step's end."""
+    from mindspeed_llm.training import loop
+
+    seen = [0]
+
+    def make(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def stepped(engine: Any, batches: Any) -> Any:
+            result = train_step(engine, batches)
+            seen[0] += 1
+            if seen[0] == step and int(os.environ["RANK"]) == rank:
+                named = [(n, p) for chunk in engine.chunks for n, p in chunk.named_parameters()]
+                next(p for n, p in named if n.endswith(which)).data.view(-1)[0] += 0.001
+            return result
+
+        return stepped
+
+    with replaced(loop, "train_step", make):
+        yield
+
+
+def adapter_changed_on_rank_1() -> Any:
+    """A replica's adapter drifts away in step 2."""
+    return _parameter_changed("linear_fc1.lora_B.default.weight", 2, 1)
+
+
+def base_changed_on_rank_0() -> Any:
+    """The frozen base is written to in step 2."""
+    return _parameter_changed("linear_fc2.base_layer.weight", 2, 0)
+
+
+@contextlib.contextmanager
+def other_rows_on_rank_1() -> Iterator[None]:
+    """Rank 1 reads another token than the ranks of the same replica, from its first step on."""
+    from mindspeed_llm.training.feed import Feed
+
+    def make(batches: Callable[..., Any]) -> Callable[..., Any]:
+        def altered(self: Any, consumed: int) -> Any:
+            found = batches(self, consumed)
+            if int(os.environ["RANK"]) == 1:
+                found[0]["tokens"][0, 0] += 1
+            return found
+
+        return altered
+
+    with replaced(Feed, "batches", make):
+        yield
+
+
+@contextlib.contextmanager
+def gradients_blow_up(steps: tuple[int, ...]) -> Iterator[None]:
+    """The gradients of these steps are infinite although their losses are finite."""
+    from mindspeed_llm.training import engine
+
+    seen = [0]
+
+    def make(norm: Callable[..., float]) -> Callable[..., float]:
+        def infinite(optimizer: Any) -> float:
+            seen[0] += 1
+            return float("inf") if seen[0] in steps else norm(optimizer)
+
+        return infinite
+
+    with replaced(engine, "gradient_norm", make):
+        yield

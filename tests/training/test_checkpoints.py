@@ -167,5 +167,5 @@ def test_the_time_of_saving_is_told_and_is_not_the_steps(tmp_path: Path) -> None
     out = run(1, *training(tmp_path / "run", *more, steps=4), around=faults.slow_rank_files)
     waits = re.findall(r"training waited ([\d.]+) s", out)
     assert len(waits) == 4 and all(float(wait) > 0.4 for wait in waits)
-    lines = (tmp_path / "logs" / "run.jsonl").read_text().splitlines()
+    lines = (tmp_path / "logs" / "run" / "logging.jsonl").read_text().splitlines()
     assert min(json.loads(line)["milliseconds"] for line in lines[1:]) < 400

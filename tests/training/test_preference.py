@@ -149,6 +149,14 @@ def test_a_run_follows_trls_own_loop(flags: tuple, settings: dict[str, Any], tmp
     assert len({record["rewards/margins"] for record in ours}) == STEPS
 
 
+@once
+def alone(objective: tuple = ()) -> Path:
+    """A run of one process."""
+    save = scratch() / f"dpo_alone_{len(objective)}"
+    run(save, *objective)
+    return save
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("size", "flags"),
@@ -162,13 +170,12 @@ def test_a_run_follows_trls_own_loop(flags: tuple, settings: dict[str, Any], tmp
     ids=["padding-free", "sequence-parallel", "interleaved", "data-parallel", "context-parallel"],
 )
 def test_every_layout_trains_as_one_process(size: int, flags: tuple, tmp_path: Path) -> None:
-    objective = ("--pref-ftx", 0.2) if "--pref-ftx" in flags else ()
-    run(tmp_path / "alone", *objective)
+    single = alone(("--pref-ftx", 0.2) if "--pref-ftx" in flags else ())
     run(tmp_path / "layout", *flags, size=size)
     for name in ("loss", *METRICS):
-        alone, layout = ([record[name] for record in records(tmp_path / run)] for run in ("alone", "layout"))
-        assert layout == pytest.approx(alone, rel=1e-5, abs=1e-5 * numpy.abs(alone).max()), name
-    close(weights(tmp_path / "layout"), weights(tmp_path / "alone"), 1e-4)
+        expected, found = ([record[name] for record in records(save)] for save in (single, tmp_path / "layout"))
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5 * numpy.abs(expected).max()), name
+    close(weights(tmp_path / "layout"), weights(single), 1e-4)
 
 
 def test_raw_pairs_are_prepared_within_training_and_validated_pair_by_pair(tmp_path: Path) -> None:
@@ -181,11 +188,10 @@ def test_raw_pairs_are_prepared_within_training_and_validated_pair_by_pair(tmp_p
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    run(tmp_path / "whole")
     run(tmp_path / "parts", "--save-interval", 2, "--lr-decay-iters", STEPS, steps=2)
     run(tmp_path / "parts", "--auto-resume")
-    assert records(tmp_path / "parts")[-1]["loss"] == records(tmp_path / "whole")[-1]["loss"]
-    same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert records(tmp_path / "parts")[-1]["loss"] == records(alone())[-1]["loss"]
+    same(weights(tmp_path / "parts"), weights(alone()))
 
 
 def test_an_untrained_adapter_is_the_reference_itself(tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ def test_a_run_prints_one_line_a_step_and_keeps_the_same_numbers(tmp_path: Path)
     validation = re.findall(r"validation loss at iteration (\d) \| lm loss value: (\S+) \| lm loss PPL: (\S+) \|", out)
     assert [int(step) for step, _, _ in validation] == [2, 4, 6]
     assert all(float(ppl) == pytest.approx(math.exp(float(loss)), rel=1e-5) for _, loss, ppl in validation)
+    picture = tmp_path / "run_logs" / "run" / "loss.png"
+    assert f"loss curve: {picture}" in out
+    content = picture.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", content[16:24]) == (880, 550)
+    from matplotlib.image import imread
+
+    assert len({tuple(pixel) for row in imread(picture)[::5, ::5] for pixel in row.tolist()}) > 10
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(tmp_path / "board")).Reload()
@@ -74,25 +81,14 @@ def test_a_run_prints_one_line_a_step_and_keeps_the_same_numbers(tmp_path: Path)
     assert [e.step for e in board.Scalars("lm loss validation")] == [2, 4, 6]
 
 
-def test_the_loss_curve_is_a_picture_with_something_on_it(tmp_path: Path) -> None:
-    out = run(tmp_path / "run")
-    picture = tmp_path / "run_logs" / "run.png"
-    assert f"loss curve: {picture}" in out
-    content = picture.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", content[16:24]) == (880, 550)
-    from matplotlib.image import imread
-
-    assert len({tuple(pixel) for row in imread(picture)[::5, ::5] for pixel in row.tolist()}) > 10
-
-
 def test_lines_come_every_log_interval_and_at_the_end_with_the_mean_loss(tmp_path: Path) -> None:
-    run(tmp_path / "each")
-    run(tmp_path / "some", "--log-interval", 4)
-    each, some = records(tmp_path / "each"), records(tmp_path / "some")
-    assert [r["iteration"] for r in some] == [4, 6]
-    assert some[0]["loss"] == pytest.approx(sum(r["loss"] for r in each[:4]) / 4, rel=1e-12)
-    assert some[1]["loss"] == pytest.approx(sum(r["loss"] for r in each[4:]) / 2, rel=1e-12)
-    assert [r["consumed_samples"] for r in some] == [16, 24]
+    out = run(tmp_path / "some", "--log-interval", 4)
+    each, some = losses(tmp_path / "some"), logged(out)
+    assert len(each) == 6  # the history has every step
+    assert [re.findall(r"iteration +(\d+)/|samples: +(\d+) \|", line) for line in some] == [
+        [("4", ""), ("", "16")], [("6", ""), ("", "24")]]  # fmt: skip
+    for line, part in zip(some, (each[:4], each[4:]), strict=True):
+        assert f"lm loss: {sum(part) / len(part):.6E} |" in line
 
 
 def broken_model(folder: Path, token: int) -> Path:
@@ -129,7 +125,7 @@ def test_a_step_with_a_nan_is_printed_counted_skipped_and_changes_nothing(tmp_pa
     # counted across a resumption too
     again = training(tmp_path / "run", "--load", tmp_path / "hf", "--lora-load", tmp_path / "run", steps=8)
     assert "skipped iterations:   1 | number of nan iterations:   1" in done(launch(1, "posttrain_gpt.py", again)).out
-    history = (tmp_path / "run_logs" / "run.jsonl").read_text()
+    history = (tmp_path / "run_logs" / "run" / "logging.jsonl").read_text()
     assert [json.loads(line)["nan"] for line in history.splitlines()] == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
@@ -141,4 +137,4 @@ def test_the_start_and_the_end_are_told_once_over_all_processes(tmp_path: Path) 
                         ("loss curve", 1), ("lm loss", 1)):  # fmt: skip
         assert text in both[where] and text not in both[1 - where], text
     assert f"TP2 PP1 DP1 on 2 processes; base {hf_model()}" in both[0]
-    assert f"  successfully saved checkpoint from iteration       6 to {tmp_path / 'run'}\n" in both[0]
+    assert f"  successfully saved checkpoint from iteration       6 to {tmp_path / 'run'}: " in both[0]

@@ -85,7 +85,19 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
         unties=unties,
         magnitudes={name: magnitudes(one) for name, one in modules.items() if one.magnitudes},
     )
-    return with_stored(lora)
+    return with_stored(lora, saved_modules(lora, config))
+
+
+def saved_modules(lora: LoraSource, config: PeftConfig) -> tuple[str, ...]:
+    """The logical modules that modules_to_save trained whole; tables of which single tokens were trained are none."""
+    if config.trainable_token_indices:
+        return ()
+    weights = [name for name in lora.whole() if name.endswith(".weight")]
+    entries = lora.tensors.table.entries
+    parts = {name: entries[name].hf for name in weights if name in entries}
+    return tuple(
+        hf_module(name) for name, hf in parts.items() if all(config.saves(hf_module(part.name)) for part in hf)
+    )
 
 
 def check_targets(

@@ -15,7 +15,7 @@ def describe_servers(config: Mapping[str, Any]) -> str:
     """One line on an adapter_config.json: its ranks, and vLLM's and SGLang's documented requirements."""
     highest = max([config["r"], *config["rank_pattern"].values()])
     what = f"PEFT adapter of rank {highest} for peft and transformers"
-    against = ["no DoRA"] if config["use_dora"] else []
+    against = ["no DoRA"] if config.get("use_dora") else []
     if config["modules_to_save"]:
         against.append(f"no modules_to_save ({', '.join(config['modules_to_save'])})")
     if config["rank_pattern"] or config["alpha_pattern"]:

@@ -64,12 +64,14 @@ def joined_pair(lora: LoraSource, module: str, started: bool) -> Joined:
     return join(axis, rows, placed)
 
 
-def with_stored(lora: LoraSource) -> LoraSource:
+def with_stored(lora: LoraSource, saved: tuple[str, ...]) -> LoraSource:
     """An adapter of other origin with what training needs to go on from it, as far as training can.
 
-    DoRA's lengths become tensors where every row of every module has one; modules that are replaced whole are named.
+    DoRA's lengths become tensors where every row of every module has one.
+
+    Args:
+        saved: logical modules that were trained whole.
     """
-    saved = tuple(name.removesuffix(".weight") for name in lora.whole() if name.endswith(".weight"))
     whole_rows = bool(lora.magnitudes) and all(not torch.isnan(one.read()).any() for one in lora.magnitudes.values())
     dora = whole_rows and set(lora.magnitudes) == set(lora.modules())
     if not saved and not dora:
