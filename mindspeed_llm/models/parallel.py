@@ -30,10 +30,26 @@ def connect(device: Device, timeout_minutes: int = 30) -> None:
         torch.distributed.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     try:
-        torch.distributed.init_process_group(device.backend, timeout=timeout)
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        torch.distributed.init_process_group(
+            device.backend, store=of_this_attempt(store), rank=rank, world_size=size, timeout=timeout
+        )
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(f"cannot meet at {address} ({error}); set MASTER_PORT to a free port") from error
+
+
+def of_this_attempt(store: torch.distributed.Store) -> torch.distributed.Store:
+    """The launcher's store without what an earlier attempt of a restarted job left in it.
+
+    torchrun on one node with a fixed port (torch 2.13) keeps its store over restarts: the addresses of the dead
+    processes are still there, under the same keys, and the new ones would try to reach them. Several nodes count
+    their attempts apart, so that the count cannot name a store they share.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return torch.distributed.PrefixStore(f"attempt_{attempt}", store)
 
 
 def start(
