@@ -19,7 +19,7 @@ class LoggingOptions:
     )
     tensorboard_dir: str | None = option(None, help="Folder for TensorBoard events; left out, none are written.")
     report_to: list[str] = option(
-        [], help="Services that get every log line's numbers besides the files of --log-dir.", choices=SERVICES
+        ["none"], help="Services that get every log line's numbers besides the files of --log-dir.", choices=SERVICES
     )
     report_project: str = option("mindspeed-llm", help="Project under which W&B and SwanLab file the run.")
     progress: bool = option(True, help="Show a progress bar where standard error is a terminal.")

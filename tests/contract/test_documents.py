@@ -22,7 +22,7 @@ REPOSITORY_PATH = re.compile(
     r"^(?:\./)?((?:mindspeed_llm|examples|docs|tests|scripts|configs|benchmarks)/[\w./-]+|[\w-]+\.(?:py|sh|md|toml))$"
 )
 FOREIGN = {"--help", "--config", "--typo", "--fix", "--flag", "--name", "--option", "--nproc_per_node", "--nnodes"}
-FOREIGN |= {"--node_rank", "--master_addr", "--master_port", "--no-such-flag"}
+FOREIGN |= {"--node_rank", "--master_addr", "--master_port", "--max-restarts", "--no-such-flag"}
 """Flags of other tools, and the placeholders with which documents explain how flags are written."""
 
 
