@@ -142,14 +142,23 @@ def _data(reports: Mapping[str, Mapping[str, Any] | None]) -> str:
             rows.append(f"<tr><td>{name}<td colspan=6>made by another program, without a report")
             continue
         counts = report["rows"]
+        if not isinstance(counts, Mapping):  # a part of a divided data set: the whole one's report tells the rest
+            rows.append(f"<tr><td>{name}<td>{counts:,}<td colspan=5>a part of a divided data set")
+            continue
         cells = (
             f"{counts['written']:,}", f"{counts['dropped']:,}", f"{counts['left_out']:,}",
-            f"{report['cut']['count']:,}", f"{report['tokens']:,}", html.escape(str(report["template"]["name"])),
+            f"{report['cut']['count']:,}", f"{report['tokens']:,}", _template(report),
         )  # fmt: skip
         rows.append(f"<tr><td>{name}" + "".join(f"<td>{cell}" for cell in cells))
         notes += [f"{prefix}: {one}" for one in report["warnings"]]
     listed = "".join(f"<div class=warn>{html.escape(one)}</div>" for one in notes)
     return f"<h2>Data</h2><table>{head}{''.join(rows)}</table>{listed}"
+
+
+def _template(report: Mapping[str, Any]) -> str:
+    """Name of the template; a report may hold none."""
+    found = report.get("template")
+    return html.escape(str(found["name"] if isinstance(found, Mapping) else found or "-"))
 
 
 def _settings(story: Story) -> str:

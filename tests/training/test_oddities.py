@@ -114,7 +114,7 @@ def test_a_thinned_curve_keeps_its_peaks_and_its_order() -> None:
 def test_the_page_stands_alone_and_escapes_what_it_shows() -> None:
     records = [record(n, loss=3 - n / 10).to_json() for n in range(1, 9)]
     records[3]["loss"] = None
-    data = {"data/<x>": None}
+    data = {"data/<x>": None, "data/y_train": {"rows": 1234}}
     story = Story("run", ["LoRA <b>"], {"--lr": 0.1}, data, 4.0, ["step 4: the loss is nan; rows: 3 of a&b"], [4])
     text = page(records, [(4, 2.5), (8, 2.2)], story, 20)
     for wanted in (
