@@ -135,11 +135,9 @@ class IndexedFile:
             if not file.is_file():
                 raise InputError(f"{file} is missing; both {data.name} and {index.name} belong together")
         self.dtype, self.lengths, self.offsets, self.documents = _read_index(index)
-        expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
-        ends = int((self.offsets + self.lengths.astype("<i8") * self.dtype.itemsize).max(initial=0))
-        size = data.stat().st_size
-        if max(expected, ends) > size:
-            raise InputError(f"{data} holds {size} bytes, its index expects {max(expected, ends)}: it is truncated")
+        expected, size = _expected_bytes(index, len(self.lengths), self.dtype.itemsize), data.stat().st_size
+        if expected > size:
+            raise InputError(f"{data} holds {size} bytes, its index expects {expected}: it is truncated")
         # numpy cannot map an empty file
         self.tokens = np.memmap(data, dtype=np.uint8, mode="r") if size else np.zeros(0, dtype=np.uint8)
 
@@ -151,6 +149,18 @@ class IndexedFile:
         if not 0 <= number < len(self.lengths):
             raise IndexError(f"sequence {number} of {len(self.lengths)} in {self.prefix}")
         return np.frombuffer(self.tokens, self.dtype, int(self.lengths[number]), int(self.offsets[number]))
+
+
+def _expected_bytes(index: Path, sequences: int, width: int) -> int:
+    """Bytes of data that an index speaks of, read a part at a time: what is mapped and looked at counts as memory."""
+    total = end = 0
+    for begin in range(0, sequences, INDEX_BLOCK):
+        count = min(INDEX_BLOCK, sequences - begin)
+        lengths = np.fromfile(index, "<i4", count, offset=HEADER.size + 4 * begin).astype(np.int64) * width
+        offsets = np.fromfile(index, "<i8", count, offset=HEADER.size + 4 * sequences + 8 * begin)
+        total += int(lengths.sum())
+        end = max(end, int((offsets + lengths).max()))
+    return max(total, end)
 
 
 def _read_index(index: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
