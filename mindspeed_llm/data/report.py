@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_llm.data.encode import IGNORE_INDEX
-from mindspeed_llm.data.tokenize_rows import Chunk, Place
+from mindspeed_llm.data.tokenize_rows import WITHOUT_TEMPLATE, Chunk, Place
 from mindspeed_llm.errors import InputError
 
 FORMAT = 1  # version of the report's layout
@@ -258,7 +258,8 @@ def check_data_matches(
 def check_data_agree(reports: Mapping[str, Mapping[str, Any] | None]) -> None:
     """Refuse data sets of one run that were made with different tokenizers or templates.
 
-    Thinking modes may differ: a model learns from such a mixture to answer in each.
+    Thinking modes may differ: a model learns from such a mixture to answer in each. Running text and rows that their
+    handler lays out have no template, and go with any.
 
     Args:
         reports: of each data set, by its name; those without a report are let pass.
@@ -267,19 +268,18 @@ def check_data_agree(reports: Mapping[str, Mapping[str, Any] | None]) -> None:
         InputError: naming two that differ and in what.
     """
     known = [(name, report) for name, report in reports.items() if report is not None]
-    for name, report in known[1:]:
-        first_name, first = known[0]
-        for what, one, other in (
-            ("tokenizer", first.get("tokenizer", {}).get("sha256"), report.get("tokenizer", {}).get("sha256")),
-            ("template", first.get("template", {}).get("name"), report.get("template", {}).get("name")),
-            (
-                "content of the template",
-                first.get("template", {}).get("sha256"),
-                report.get("template", {}).get("sha256"),
-            ),
-        ):
-            if one != other:
-                raise InputError(
-                    f"{first_name} and {name} were made with different settings ({what}: {str(one)[:12]} and "
-                    f"{str(other)[:12]}), and a model learns one; preprocess again with the same"
-                )
+    _same("tokenizer", [(name, report.get("tokenizer", {}).get("sha256")) for name, report in known])
+    templates = [(name, report.get("template", {})) for name, report in known]
+    laid_out = [(name, template) for name, template in templates if template.get("name") != WITHOUT_TEMPLATE]
+    _same("template", [(name, template.get("name")) for name, template in laid_out])
+    _same("content of the template", [(name, template.get("sha256")) for name, template in laid_out])
+
+
+def _same(what: str, values: Sequence[tuple[str, str | None]]) -> None:
+    """Raise InputError where data sets differ in something."""
+    for name, value in values[1:]:
+        if value != values[0][1]:
+            raise InputError(
+                f"{values[0][0]} and {name} were made with different settings ({what}: {str(values[0][1])[:12]} and "
+                f"{str(value)[:12]}), and a model learns one; preprocess again with the same"
+            )

@@ -18,6 +18,7 @@ from mindspeed_llm.data.tokenizer import load_tokenizer
 from mindspeed_llm.errors import UsageError
 
 JSON_KEY_HANDLERS = ("GeneralPretrainHandler", "SharegptPretrainHandler")
+WITHOUT_TEMPLATE = "empty"  # template of handlers that lay rows out themselves
 EXCERPT = 80  # characters of a dropped row that are reported
 
 
@@ -111,7 +112,7 @@ def tools(job: Job) -> tuple[Handler, Encoder]:
     """The handler and encoder of a job, made once per process."""
     handler = get_handler(job.handler, json.loads(job.map_keys), job.reading)
     marks = answer_marks(handler)
-    template = "hf" if marks else job.template if needs_template(handler) else "empty"
+    template = "hf" if marks else job.template if needs_template(handler) else WITHOUT_TEMPLATE
     if template is None:
         raise UsageError(f"--handler-name {job.handler} needs --prompt-type, e.g. qwen3 (or hf)")
     if job.template is not None and not needs_template(handler) and not (marks and job.template == "hf"):

@@ -157,6 +157,9 @@ def test_data_sets_of_one_run_must_come_from_one_tokenizer_and_one_text_of_one_t
         return {"tokenizer": {"sha256": tokenizer}, "template": template, "enable_thinking": thinking}
 
     check_data_agree({"x": report(), "y": None, "z": report(), "w": report(thinking="true")})
+    check_data_agree(
+        {"text": report(name="empty", text="e"), "x": report(), "more text": report(name="empty", text="e")}
+    )
     for other, what in (
         (report("2"), "tokenizer"),
         (report(name="qwen"), "template"),
