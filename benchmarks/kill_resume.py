@@ -239,7 +239,7 @@ def result(save: Path) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(save)
     found: dict[str, Any] = {"iteration": int(checkpoint.first["iteration"])}
-    for line in (save.parent / f"{save.name}.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (save.parent / save.name / "logging.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         found[f"loss {record['iteration']}"] = record["loss"]
     sources = {"weights": checkpoint.lora()}

@@ -44,7 +44,7 @@ def test_a_lora_checkpoint_holds_the_adapter_and_its_optimizer_state_by_paramete
     assert checkpoint.first["optimizer"]["step"] == 12 and checkpoint.first["iteration"] == 12
     assert set(checkpoint.first) == {
         "args", "checkpoint_version", "iteration", "consumed_train_samples", "skipped_iterations", "nan_iterations",
-        "model", "optimizer", "rng_state",
+        "validation", "model", "optimizer", "rng_state",
     }  # fmt: skip
     lora = checkpoint.lora()
     assert all(torch.equal(lora.read(n), checkpoint.section("optimizer", "master").read(n)) for n in lora.names())

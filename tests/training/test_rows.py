@@ -84,7 +84,11 @@ def test_the_validation_loss_is_transformers_loss_on_the_rows_kept_back(tmp_path
     from transformers import Qwen3ForCausalLM
 
     out = run(tmp_path / "run", "--split", "59,41,0", "--eval-interval", 3, "--lr", 0, "--min-lr", 0, *SHORT)
-    found = [float(line.split("value: ")[1].split()[0]) for line in out.splitlines() if "validation loss" in line]
+    found = [
+        float(line.split("value: ")[1].split()[0])
+        for line in out.splitlines()
+        if "validation loss" in line and "value: " in line
+    ]
     train, kept, _ = split_dataset(IndexedDataset(data()), "59,41,0")
     assert f"{len(train)} training rows" in out and len(found) == 2 and found[0] == found[1]
     assert len(train) + len(kept) == 29 and len(kept) > 3 and not set(train.rows.tolist()) & set(kept.rows.tolist())
