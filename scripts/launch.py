@@ -42,7 +42,8 @@ def cause(failures: dict[int, Any]) -> tuple[int, Any]:
     """
     return min(
         ((one.global_rank(), one) if hasattr(one, "global_rank") else (rank, one) for rank, one in failures.items()),
-        key=lambda pair: (pair[1].exitcode in (1, -signal.SIGTERM), pair[1].timestamp, pair[0]),
+        # status 1 may be a lost connection, and SIGTERM is how the launcher itself ends the others
+        key=lambda pair: ({1: 1, -signal.SIGTERM: 2}.get(pair[1].exitcode, 0), pair[1].timestamp, pair[0]),
     )
 
 
