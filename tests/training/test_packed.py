@@ -32,8 +32,9 @@ def alike(one: Path, other: Path) -> None:
     ids=["alone", "sequence-parallel", "pipeline", "data-parallel"],
 )
 def test_a_padding_free_run_equals_a_padded_one(size: int, layout: tuple, tmp_path: Path) -> None:
-    run(tmp_path / "padded", *LONG, *layout, size=size)
-    run(tmp_path / "flat", *LONG, "--padding_free", "true", *layout, size=size)
+    # Adam divides by the gradient's own size: with its usual epsilon it would show the rounding of the smallest ones
+    run(tmp_path / "padded", *LONG, "--adam-eps", 1e-4, *layout, size=size)
+    run(tmp_path / "flat", *LONG, "--adam-eps", 1e-4, "--padding_free", "true", *layout, size=size)
     alike(tmp_path / "flat", tmp_path / "padded")
     flat, padded = (records(tmp_path / name) for name in ("flat", "padded"))
     assert [one["consumed_samples"] for one in flat] == [one["consumed_samples"] for one in padded]
