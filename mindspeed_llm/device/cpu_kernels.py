@@ -114,21 +114,13 @@ class _SegmentAttention(torch.autograd.Function):
         return *grads, None, None
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    dropout: float = 0.0,
-    window: int | None = None,
-    segments: Segments | None = None,
-    **features: Any,
-) -> Tensor:
-    """`kernels.sdpa`, with plain attention in bfloat16 segments by the kernels that are fastest for their lengths."""
-    plain = window is None and not dropout and not any(one is not None for one in features.values())
-    if segments is not None and causal and plain and query.dtype == torch.bfloat16 and query.size(-1) == value.size(-1):
-        return _SegmentAttention.apply(query, key, value, segments.lengths, scale)
-    features |= {"causal": causal, "scale": scale, "dropout": dropout, "window": window, "segments": segments}
-    return kernels.sdpa(query, key, value, **features)
+def short_segments(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+) -> Tensor | None:
+    """bfloat16 segments by the kernels that are fastest for their lengths; see `kernels.SegmentKernel`."""
+    if window is not None or query.dtype != torch.bfloat16:
+        return None
+    return _SegmentAttention.apply(query, key, value, segments.lengths, scale)
+
+
+attention = kernels.attention_with(short_segments)

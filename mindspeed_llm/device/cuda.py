@@ -1,15 +1,13 @@
 """CUDA GPUs: nccl, megatron-core as it is."""
 
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from mindspeed_llm.device import kernels
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
 from mindspeed_llm.device.profiler import TorchProfiler
-from mindspeed_llm.device.segments import Segments, flash_segments, flash_serves
+from mindspeed_llm.device.segments import flash_segments
 
 MISSING = "torch sees no CUDA GPU (torch.cuda.is_available() is False)"
 
@@ -17,26 +15,6 @@ MISSING = "torch sees no CUDA GPU (torch.cuda.is_available() is False)"
 def available() -> bool:
     """Whether torch sees a CUDA GPU."""
     return torch.cuda.is_available()
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    dropout: float = 0.0,
-    window: int | None = None,
-    segments: Segments | None = None,
-    **features: Any,
-) -> Tensor:
-    """`kernels.sdpa`, with all segments in one flash call where that kernel serves."""
-    limits = (features.get("softcap"), features.get("sinks"), dropout)
-    if segments is not None and causal and flash_serves(query, value, *limits):
-        return flash_segments(query, key, value, segments, scale, window)
-    features |= {"causal": causal, "scale": scale, "dropout": dropout, "window": window, "segments": segments}
-    return kernels.sdpa(query, key, value, **features)
 
 
 def create() -> Device:
@@ -52,7 +30,7 @@ def create() -> Device:
         set_rng_state=torch.cuda.set_rng_state,
         manual_seed=torch.cuda.manual_seed,
         synchronize=torch.cuda.synchronize,
-        attention=attention,
+        attention=kernels.attention_with(flash_segments),
         rms_norm=kernels.RMSNorm,
         profiler=partial(TorchProfiler, accelerator=True),
         engine_config=dict(PLAIN_TORCH),

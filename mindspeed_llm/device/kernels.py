@@ -3,6 +3,7 @@
 Shapes: b batch, n query heads, g key-value heads, q query positions, k key positions, d head dimension.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,6 +70,25 @@ def sdpa(
         else:
             parts.append(masked_sdpa(*block, scale, dropout))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+SegmentKernel = Callable[[Tensor, Tensor, Tensor, Segments, float, int | None], Tensor | None]
+"""(query, key, value, segments, scale, window) -> causal attention of each segment, or None for what it does not do."""
+
+
+def attention_with(kernel: SegmentKernel) -> Callable[..., Tensor]:
+    """`sdpa`, with a device's own kernel for causal segments; neither cap, sinks nor dropout are asked of it."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **features: Any) -> Tensor:
+        segments, plain = features.get("segments"), features["causal"] and not features.get("dropout")
+        plain = plain and features.get("softcap") is None and features.get("sinks") is None
+        if segments is not None and plain and query.size(-1) == value.size(-1):
+            found = kernel(query, key, value, segments, features["scale"], features.get("window"))
+            if found is not None:
+                return found
+        return sdpa(query, key, value, **features)
+
+    return attention
 
 
 def plain_sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, dropout: float) -> Tensor:

@@ -3,7 +3,6 @@
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +33,8 @@ EVERYTHING = 2**31 - 1
 
 def fusion_segments(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
-) -> Tensor:
-    """All segments in one call of CANN's fusion attention, causal.
+) -> Tensor | None:
+    """All segments in one call of CANN's fusion attention, causal; see `kernels.SegmentKernel`.
 
     Layout TND: tokens of all segments, heads, head dimension; `actual_seq_qlen` holds where each segment ends.
 
@@ -43,8 +42,10 @@ def fusion_segments(
         query: [1, n, t, d]; key, value: [1, g, t, d].
 
     Returns:
-        [1, n, t, d], in memory order [t, n, d].
+        [1, n, t, d], in memory order [t, n, d]; None for float32, which the operator does not take.
     """
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return None
     operator = import_module("torch_npu").npu_fusion_attention
     ends = torch.tensor(segments.lengths).cumsum(0).tolist()
     mask = torch.ones(MASK, MASK, dtype=torch.bool, device=query.device).triu(1)  # True is hidden
@@ -62,27 +63,6 @@ def fusion_segments(
         sparse_mode=CAUSAL if window is None else BAND,
     )[0]
     return out.transpose(0, 1)[None]
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    dropout: float = 0.0,
-    window: int | None = None,
-    segments: Segments | None = None,
-    **features: Any,
-) -> Tensor:
-    """`kernels.sdpa`, with all segments in one fusion call where that operator serves (no cap, no sinks, 16-bit)."""
-    plain = features.get("softcap") is None and features.get("sinks") is None and not dropout
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if segments is not None and causal and plain and half and query.size(-1) == value.size(-1):
-        return fusion_segments(query, key, value, segments, scale, window)
-    features |= {"causal": causal, "scale": scale, "dropout": dropout, "window": window, "segments": segments}
-    return kernels.sdpa(query, key, value, **features)
 
 
 def _profiler(path: Path) -> Profiler:
@@ -122,7 +102,7 @@ def create() -> Device:
         set_rng_state=torch.npu.set_rng_state,
         manual_seed=torch.npu.manual_seed,
         synchronize=torch.npu.synchronize,
-        attention=attention,
+        attention=kernels.attention_with(fusion_segments),
         rms_norm=kernels.RMSNorm,
         profiler=_profiler,
         engine_config=dict(PLAIN_TORCH),

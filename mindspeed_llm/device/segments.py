@@ -60,23 +60,13 @@ def each_segment(
     )
 
 
-def flash_serves(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, dropout: float) -> bool:
-    """Whether torch's variable-length flash kernel computes this attention."""
-    return (
-        varlen_attn is not None
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.size(-1) == value.size(-1) <= FLASH_HEAD
-        and query.size(-1) % 8 == 0
-        and softcap is None
-        and sinks is None
-        and not dropout
-    )
-
-
 def flash_segments(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
-) -> Tensor:
-    """All segments in one call of torch's variable-length flash kernel, causal; shapes as in `each_segment`."""
+) -> Tensor | None:
+    """All segments in one call of torch's variable-length flash kernel; see `kernels.SegmentKernel`."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if varlen_attn is None or not half or query.size(-1) > FLASH_HEAD or query.size(-1) % 8:
+        return None
     flat = (one[0].transpose(0, 1) for one in (query, key, value))  # [t, heads, d]
     out = varlen_attn(
         *flat,

@@ -12,12 +12,12 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from mindspeed_llm.checkpoint.formats.contents import Contents
 from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, assemble, listed
 from mindspeed_llm.checkpoint.formats.mcore_names import FileNames, local_shape, lora_rank
 from mindspeed_llm.checkpoint.formats.run_folder import MODEL_KEY, read_ranks, resolve
@@ -95,7 +95,7 @@ class ShardedSource:
         return assemble(parts, axis, rows, columns)
 
 
-class MegatronCheckpoint:
+class MegatronCheckpoint(Contents):
     """One iteration folder, opened: headers are read, tensors are not."""
 
     def __init__(
@@ -317,32 +317,13 @@ class MegatronCheckpoint:
         stored = self.tensors.get(EMBEDDING)
         return None if stored is None else stored.parts[0].shape[0] * self.layout.tp
 
-    @property
-    def lora_names(self) -> list[str]:
-        """Logical names of the LoRA factors in this checkpoint."""
-        return [name for name in self.tensors if is_lora(name)]
-
-    @cached_property
-    def missing_base(self) -> list[str]:
-        """Base tensors of the table that this checkpoint does not hold."""
-        return [name for name in self.table.entries if name not in self.tensors]
-
     def base(self) -> ShardedSource:
         """The base weights; `InputError` when some are missing."""
-        if self.missing_base:
-            kind = "a LoRA adapter without its base" if self.lora_names else "an incomplete model"
-            raise InputError(
-                f"{self.folder}: {kind}: {len(self.missing_base)} tensors are missing, first {self.missing_base[0]};"
-                " give the base model's folder instead"
-            )
-        return ShardedSource(self, {name: self.tensors[name] for name in self.table.entries})
+        return ShardedSource(self, {name: self.tensors[name] for name in self.base_names()})
 
     def lora(self, settings: LoraSettings | None = None) -> ShardedSource:
         """The LoRA factors, and what is trained whole by `settings`; `InputError` when there are no factors."""
-        if not self.lora_names:
-            raise InputError(f"{self.folder}: holds no LoRA weights; give the folder that LoRA training saved")
-        saved = [name for name in self.tensors if settings and settings.saves(name.removesuffix(".weight"))]
-        return ShardedSource(self, {name: self.tensors[name] for name in (*saved, *self.lora_names)})
+        return ShardedSource(self, {name: self.tensors[name] for name in self.adapter_names(settings)})
 
     def section(self, *path: str) -> ShardedSource:
         """Other tensors kept per parameter, by the parameter's logical name, at any layout.

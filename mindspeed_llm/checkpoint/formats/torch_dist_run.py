@@ -1,12 +1,12 @@
 """A training checkpoint in `torch_dist` form, opened with the interface of `mcore.MegatronCheckpoint`."""
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mindspeed_llm.checkpoint.formats.contents import Contents
 from mindspeed_llm.checkpoint.formats.mcore_names import lora_rank
 from mindspeed_llm.checkpoint.formats.torch_dist import COMMON, TorchDistSource, check_backend, checkpoint_folder
 from mindspeed_llm.checkpoint.formats.torch_dist_file import ChunkedTensor, StoredTensor, read_index
@@ -61,7 +61,7 @@ class DistTensors:
         return self.chunked(name).read(rows, columns)
 
 
-class DistCheckpoint:
+class DistCheckpoint(Contents):
     """One iteration folder that training wrote as `torch_dist`: the index is read, tensors are not."""
 
     def __init__(self, path: str | Path) -> None:
@@ -113,32 +113,14 @@ class DistCheckpoint:
                 found[key] = ChunkedTensor(one.shape, one.dtype, (), one.chunks)
         return found
 
-    @property
-    def lora_names(self) -> list[str]:
-        """Logical names of the LoRA factors in this checkpoint."""
-        return [name for name in self.tensors if is_lora(name)]
-
-    @cached_property
-    def missing_base(self) -> list[str]:
-        """Base tensors of the table that this checkpoint does not hold."""
-        return [name for name in self.table.entries if name not in self.tensors]
-
     def base(self) -> TorchDistSource:
         """The base weights; `InputError` when some are missing."""
-        if self.missing_base:
-            kind = "a LoRA adapter without its base" if self.lora_names else "an incomplete model"
-            raise InputError(
-                f"{self.folder}: {kind}: {len(self.missing_base)} tensors are missing, first {self.missing_base[0]};"
-                " give the base model's folder instead"
-            )
+        self.base_names()
         return TorchDistSource(self.folder)
 
     def lora(self, settings: LoraSettings | None = None) -> DistTensors:
         """The LoRA factors, and what is trained whole by `settings`; `InputError` when there are no factors."""
-        if not self.lora_names:
-            raise InputError(f"{self.folder}: holds no LoRA weights; give the folder that LoRA training saved")
-        saved = [name for name in self.tensors if settings and settings.saves(name.removesuffix(".weight"))]
-        return DistTensors(self, {name: self.tensors[name] for name in (*saved, *self.lora_names)})
+        return DistTensors(self, {name: self.tensors[name] for name in self.adapter_names(settings)})
 
     def section(self, *path: str) -> DistTensors:
         """`section("optimizer", "exp_avg")`: a field of the optimizer's state, by the parameter's logical name."""
