@@ -26,7 +26,7 @@ def tables(page: str = "lora.md") -> tuple[Table, Table]:
         cells = [cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")]
         if line.startswith("|---"):
             found.append({})
-        elif line.startswith("|") and found and re.match(r"[a-z_]+( \(\w+\))?$", cells[0]) and cells[0] != "case":
+        elif line.startswith("|") and found and re.match(r"(?!case|what)[a-z_]+( \(\w+\))?$", cells[0]):
             found[-1][cells[0]] = cells[1:]
     return found[1], found[2]
 

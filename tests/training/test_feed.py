@@ -131,7 +131,7 @@ def test_parts_made_by_preprocessing_are_found_validated_whole_and_tested_at_the
     own = (named[0], prefix.with_name(f"{prefix.name}_train"), named[1], prefix.with_name(f"{prefix.name}_valid"))
     alone = run(tmp_path / "own", "--data-path", None, *own, "--lr", 0, "--min-lr", 0, steps=3, size=1)
     value = [line.split("value: ")[1].split()[0] for text in (out, alone) for line in text.splitlines()
-             if "validation loss" in line]  # fmt: skip
+             if "validation loss at" in line]  # fmt: skip
     assert float(value[0]) == pytest.approx(float(value[2]), rel=1e-5), "whatever the layout"
     words = training(tmp_path / "no", "--data-path", prefix, "--split", "90,10,0")
     refused(launch(1, "posttrain_gpt.py", words), 2, "is divided already")
