@@ -20,7 +20,7 @@ def forward(batch: Batch, model: Any) -> Tensor:
 
 
 def own(batch: Batch, *names: str) -> list[Tensor | None]:
-    """This process's positions, under context parallelism, of entries [b, s] of a micro-batch; None of what it lacks."""
+    """This process's positions, under context parallelism, of entries [b, s] of a micro-batch; None if absent."""
     cut = batch["packed"].cut if "packed" in batch else None
     group = parallel_state.get_context_parallel_group()
     return [own_positions(batch.get(name), 1, group, cut) for name in names]
