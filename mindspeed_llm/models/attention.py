@@ -12,9 +12,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from mindspeed_llm.device.base import Device
+from mindspeed_llm.device.rowwise import rotate
 from mindspeed_llm.models import context
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.rope import rotate
 
 
 class RotarySelfAttention(SelfAttention):

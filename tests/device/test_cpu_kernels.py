@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_llm.device import cpu_kernels, kernels
+from mindspeed_llm.device import cpu_attention, cpu_kernels, kernels
 from mindspeed_llm.device.segments import Segments
 
-LENGTHS = (cpu_kernels.SHORT + 30, 1, 40, 7)
+LENGTHS = (cpu_attention.SHORT + 30, 1, 40, 7)
 
 
 def draw(*shape: int, seed: int = 2) -> Tensor:
@@ -66,7 +66,7 @@ def test_bfloat16_segments_of_all_lengths_are_as_close_to_the_truth_as_torchs_ke
         return [out, *torch.autograd.grad(out, leaves, weights.bfloat16().to(dtype))]
 
     truth = run(kernels.sdpa, torch.float64)
-    found, torchs = (run(one, torch.bfloat16) for one in (cpu_kernels.attention, kernels.sdpa))
+    found, torchs = (run(one, torch.bfloat16) for one in (cpu_attention.attention, kernels.sdpa))
     for ours, theirs, wanted in zip(found, torchs, truth, strict=True):
         assert ours.dtype == torch.bfloat16
         error, allowed = ((one.double() - wanted).norm() / wanted.norm() for one in (ours, theirs))
