@@ -259,6 +259,22 @@ def check_given(settings: LoraSettings, options: LoraOptions, table: WeightTable
         raise UsageError(f"{' and '.join(wrong)} contradicts the saved adapter in {where}; leave it out")
 
 
+def check_reference(prefers: bool, settings: LoraSettings | None) -> None:
+    """Refuse preferences without an adapter: with it off, the base is what they are compared with; `UsageError`."""
+    if not prefers:
+        return
+    if settings is None:
+        raise UsageError(
+            "--stage dpo compares with the base model, which full tuning changes; tune an adapter with "
+            "--lora-target-modules"
+        )
+    if whole := settings.modules_to_save:
+        raise UsageError(
+            f"--stage dpo compares with the base model, and {' '.join(whole)} would be trained whole; leave "
+            "--lora-modules-to-save out"
+        )
+
+
 def described(settings: LoraSettings, fused: bool, base_dtype: str) -> str:
     """One line for people on what is trained, and in which form.
 

@@ -171,7 +171,7 @@ class LatentAttention(Attention):
         k_rotated = self.shared_by_heads(k_rotated).unsqueeze(2)  # [s, b, 1, r]
         offset = 0 if inference_context is None else inference_context.sequence_len_offset
         whole = q.size(0) * self.config.context_parallel_size
-        positions = whole if packed_seq_params is None else packed_seq_params.position_lengths
+        positions = whole if packed_seq_params is None else packed_seq_params
         table = self.rotary_pos_emb(positions, offset)[:, 0]  # [s, 2, r]
         q_plain, q_rotated = q.split([model.qk_head_dim, rotated], dim=-1)
         q_rotated, k_rotated = (rotate(one, table, model.rotary_interleaved) for one in (q_rotated, k_rotated))

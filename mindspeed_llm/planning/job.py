@@ -25,6 +25,8 @@ class Job:
         recompute_layers: layers of a group (uniform), or recomputed layers of a chunk (block).
         distributed_optimizer: its state is spread over data parallelism. overlap_param_gather: parameters are gathered
             while the next forward pass runs.
+        pairs: rows are the two answers of pairs (DPO), and a pass without gradients, adapters off, comes before the
+            step's own.
         micro_batch: rows of a micro-batch. micro_batches: of a step, on one replica.
         length: tokens of a row, padding included, over all CP ranks: the longest for memory, the mean for time.
         trained: share of the tokens that have a label.
@@ -45,6 +47,7 @@ class Job:
     recompute_layers: int | None = None
     distributed_optimizer: bool = False
     overlap_param_gather: bool = False
+    pairs: bool = False
     micro_batch: int = 1
     micro_batches: int = 1
     length: int = 1

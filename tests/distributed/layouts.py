@@ -105,7 +105,6 @@ REFUSED = (
     ("a PP or VPP that does not divide the layers", "tests/training/test_bad_input.py"),
     ("under VPP, micro-batches that PP does not divide", "tests/training/test_bad_input.py"),
     ("a fixed `--seq-length` that TP with SP, or twice CP, does not divide", "tests/training/test_experts.py"),
-    ("CP with rows laid out behind one another (`--padding-free`, `--neat-pack`)", "tests/training/test_experts.py"),
     ("CP in inference and evaluation", "tests/training/test_experts.py"),
 )
 HEAD = """# Layouts: what is trained exactly, what is refused
@@ -125,7 +124,8 @@ NOTES = """
 ## Notes
 
 - **Context parallelism** gathers keys and values; every process has an early and a late piece of the sequence. Windows,
-  sinks and latent attention work as without. Lengths are padded to a multiple of twice CP.
+  sinks and latent attention work as without. Lengths are padded to a multiple of twice CP. Packed rows are cut each for
+  itself where they are longer than 1,024 tokens or than a process's piece; what is left over, as one sequence.
 - **Experts** are computed one after another. An expert's adapter has its own A and B; under ETP they are cut as the
   expert is. The factor that is whole on every part is completed over ETP once a step.
 - **Routers** are frozen with adapters and trained with all weights. The correction of DeepSeek-V3 and GLM-4 MoE stays.

@@ -86,6 +86,23 @@ CONTEXT = (
     replace(PADDED, world=4, distributed_optimizer=True, overlap=True),
     replace(PADDED, lora=False, recompute="full"),
 )
+CUT = Case(world=2, context=2, packed=True)
+PACKED_CONTEXT = (
+    CUT,
+    replace(CUT, fused=False, per_token=True),
+    replace(CUT, fused_mlp=True, recompute="full"),
+    replace(CUT, lora=False, steps=1),
+    replace(CUT, world=4, tensor=2),
+    replace(CUT, world=4, fused=False, **SP),
+    replace(CUT, world=4, recompute="selective", **SP),
+    replace(CUT, world=4, context=4),
+    replace(CUT, world=4),
+    replace(CUT, world=4, fused=False, distributed_optimizer=True, overlap=True),
+    replace(CUT, world=4, **VPP),
+    moe(world=2, context=2, packed=True, balance=0.3, expert=2),
+    replace(MOE, model="deepseek-v3", world=2, context=2, packed=True, steps=2),
+    replace(MOE, model="gpt-oss", world=2, context=2, packed=True, steps=2),
+)
 FUSED = (
     moe(fused=True),
     moe(world=4, fused=True, expert=2, **SP),
@@ -97,7 +114,7 @@ FUSED = (
     replace(PADDED, fused_mlp=True),
     replace(PADDED, fused_mlp=True, world=4, **SP),
 )
-EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT, *FUSED, *PACKED)
+EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT, *FUSED, *PACKED, *PACKED_CONTEXT)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)

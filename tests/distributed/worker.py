@@ -26,8 +26,8 @@ from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.models import gpt, parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.context import own_positions
 from mindspeed_llm.training import engine as engine_module
+from mindspeed_llm.training import pipeline
 from mindspeed_llm.training.engine import (
     Engine,
     create_engine,
@@ -211,9 +211,8 @@ def real_logits(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> list[nu
     """Logits [m, v] of every micro-batch's real positions, on the last stage; through the pipeline's own schedule."""
 
     def step(iterator: Any, model: Any) -> Any:
-        group = groups.get_context_parallel_group()
         batch = next(iterator)
-        tokens, real = (own_positions(batch[name], 1, group) for name in ("tokens", "real"))
+        tokens, real = pipeline.own(batch, "tokens", "real")
         labels = torch.where(real, 0, IGNORE)
         out = model(tokens, None, None, labels=labels, packed_seq_params=batch.get("packed"))
         return out, lambda out, **kwargs: out

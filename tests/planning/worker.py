@@ -16,6 +16,7 @@ from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.tracker import LiveMemory
 from mindspeed_llm.training.engine import Engine, create_engine, train_step
 from mindspeed_llm.training.live_tensors import tensors_by_class
+from mindspeed_llm.training.preference import Preference
 from tests.distributed.collectives import Collectives
 
 
@@ -52,7 +53,9 @@ def build(job: Job) -> Engine:
         inject(chunks, job.lora, job.fused, 1, job.fused_mlp)
         if job.recompute == "full":
             give_recompute_a_gradient(chunks)
-    return create_engine(chunks, OptimizerOptions(lr=1e-4), job.distributed_optimizer, False, job.overlap_param_gather)
+    preference = Preference() if job.pairs else None
+    overlap = False, job.overlap_param_gather
+    return create_engine(chunks, OptimizerOptions(lr=1e-4), job.distributed_optimizer, *overlap, preference=preference)
 
 
 def batches(job: Job) -> list[dict[str, torch.Tensor]]:
@@ -64,6 +67,9 @@ def batches(job: Job) -> list[dict[str, torch.Tensor]]:
         labels = tokens.roll(-1, 1)
         labels[:, : round(job.length * (1 - job.trained))] = -100
         made.append({"tokens": tokens, "labels": labels})
+        if job.pairs:
+            numbers = torch.arange(job.micro_batch)[:, None].expand(tokens.shape).contiguous()
+            made[-1] |= {"pairs": job.micro_batch // 2, "sequences": numbers}
     return made
 
 
