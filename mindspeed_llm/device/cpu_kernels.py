@@ -53,7 +53,8 @@ class _Norm(torch.autograd.Function):
         flat, wide = x.reshape(-1, x.size(-1)), weight.float()
         out = torch.empty_like(flat, memory_format=torch.contiguous_format)
         length = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = length.square_().div_(flat.size(1)).add_(eps).rsqrt_()
+        # one value per row, in float64: rounded to float32, a root and its square double the gradients' rounding
+        inverse = length.double().square_().div_(flat.size(1)).add_(eps).rsqrt_().float()
         for rows in _blocks(*flat.shape):
             out[rows] = torch.mul(flat[rows].float(), inverse[rows]).mul_(wide)
         ctx.save_for_backward(flat, weight, inverse)

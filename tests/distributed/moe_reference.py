@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests.distributed import reference as dense
 from tests.distributed.cases import CLIP, SIZES, STEPS, Arrays, Case, Sizes
+from tests.distributed.double import in_double
 from tests.distributed.reference import IGNORE, MicroBatch, Reference
 from tests.models.tiny_moe import ATTENTION, LATENT, QWEN_MOE, SHARED_MOE, SIGMOID_MOE, Tiny, build, tiny
 
@@ -280,15 +281,15 @@ def losses_on_routers(model: Any, logits: list[torch.Tensor], batch: MicroBatch,
 
 @cache
 def moe_reference(case: Case) -> Reference:
-    """Train the reference in float64, as far as transformers does not cast; see `reference.reference`.
+    """Train the reference in float64; see `reference.reference`.
 
     Args:
         case: of its fields only what changes the numbers: model, lora, per_token, and the losses on routers.
     """
-    base = build_model(case.model).double()
+    base = in_double(build_model(case.model))
     model: Any = add_adapter(base) if case.lora else base
     named = adapter_by_name if case.lora else weights_by_name
-    model.double()
+    in_double(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adapter = named(base, False) if case.lora else {}
     optimizer, steps = dense.optimizer_of(parameters, case.epsilon), global_batches()

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tests.distributed.cases import Case
-from tests.distributed.compare import assert_exact, gathered, reference_of, results
+from tests.distributed.compare import assert_close, assert_exact, gathered, reference_of, results
+from tests.distributed.pool import pool
 
 SP = {"tensor": 2, "sequence_parallel": True}
 VPP = {"pipeline": 2, "virtual_layers": 1}
@@ -92,10 +93,17 @@ FUSED = (
     moe(world=2, fused=True, expert=2, expert_tensor=1, recompute="full", **SP),
     moe(world=4, fused=True, expert=2, distributed_optimizer=True, overlap=True),
     moe(model="qwen3-moe-late", world=2, fused=True, fused_mlp=True, **SP),
+    moe(world=2, fused=True, expert_tensor=2, **SP),
     moe(model="deepseek-v3", world=2, fused=True, expert=2, expert_tensor=1, **SP),
+    moe(model="deepseek-v3", world=2, fused=True, fused_mlp=True, steps=2, **SP),
     moe(model="gpt-oss", world=2, fused=True, **SP),
     replace(PADDED, fused_mlp=True),
     replace(PADDED, fused_mlp=True, world=4, **SP),
+)
+IN_DOUBLE = (
+    replace(PADDED, per_token=True, fused=False),
+    moe(world=2, fused=True, expert_tensor=2, **SP),
+    moe(model="deepseek-v3", world=2, fused=True, fused_mlp=True, **SP),
 )
 EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT, *FUSED, *PACKED)
 
@@ -106,3 +114,14 @@ def test_logits_losses_norms_and_every_gradient_equal_the_reference(case: Case) 
     assert_exact(case, reports)
     assert [report.frozen_changed for report in reports] == [[]] * case.world
     assert set(gathered(reports, "trained", case)) == set(reference_of(case).trained)
+
+
+@pytest.mark.parametrize("case", IN_DOUBLE, ids=str)
+def test_in_float64_nothing_is_left_of_the_difference_but_the_rounding_of_float32_buffers(case: Case) -> None:
+    truth = reference_of(case)
+    arguments = {"case": case, "folder": truth.folder, "adapter": truth.adapter, "step": truth.steps[0]}
+    reports = pool(case.world).run("tests.distributed.double_worker:gradients", **arguments)
+    found = gathered(reports, "gradients", case)
+    assert set(found) == set(truth.gradients)
+    for name, value in truth.gradients.items():
+        assert_close(found[name], value, f"gradient of {name}", 5e-7)
