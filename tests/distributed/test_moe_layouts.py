@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tests.distributed.cases import Case
-from tests.distributed.compare import assert_close, assert_exact, gathered, reference_of, results
+from tests.distributed.compare import TOLERANCE, assert_close, assert_exact, gathered, reference_of, results
+from tests.distributed.moe_reference import MODELS, first_gradients_in_float32
 from tests.distributed.pool import pool
 
 SP = {"tensor": 2, "sequence_parallel": True}
@@ -125,3 +126,10 @@ def test_in_float64_nothing_is_left_of_the_difference_but_the_rounding_of_float3
     assert set(found) == set(truth.gradients)
     for name, value in truth.gradients.items():
         assert_close(found[name], value, f"gradient of {name}", 5e-7)
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_a_models_gradients_are_such_that_float32_can_tell_them_to_half_of_the_tolerance(model: str) -> None:
+    truth = reference_of(Case(model=model)).gradients
+    for name, value in first_gradients_in_float32(model).items():
+        assert_close(value, truth[name], name, TOLERANCE / 2)
