@@ -146,6 +146,7 @@ def engine_options(case: Case) -> gpt.EngineOptions:
         moe_aux_loss=case.balance,
         moe_aux_loss_type="seq_aux_loss" if case.balance_rows else "aux_loss",
         moe_z_loss=case.z_loss or None,
+        grouped_experts=case.grouped,
         **RECOMPUTE[case.recompute],
     )
 
