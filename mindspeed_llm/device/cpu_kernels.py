@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_llm.device import kernels
+from mindspeed_llm.device import grouped, kernels
 from mindspeed_llm.device.segments import Segments
 
 BLOCK = 1 << 16
@@ -19,6 +19,8 @@ BLOCK = 1 << 16
 SHORT = 320
 """Tokens of a segment up to which the float32 kernel's backward pass is faster than the bfloat16 one's, which costs as
 much per token at 32 tokens as at 768 (measured: 37 ms per 1,024 tokens of 16 heads on one core, against 6 to 22)."""
+FILLED = 16
+"""Rows to whose multiple a group of a 16-bit product is filled up."""
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # glibc's M_... constants
 KEPT = 1 << 26
 """Bytes the heap grows by at a time."""
@@ -35,6 +37,17 @@ def keep_freed_memory() -> None:
         return
     for name, value in ((MMAP_THRESHOLD, 2**31 - 1), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, KEPT)):
         settle(name, value)
+
+
+class GroupedProducts(grouped.GroupedProducts):
+    """`grouped.GroupedProducts` for a library that compiles 16-bit products anew for every shape it has not kept.
+
+    Experts get other numbers of rows in every step, and compiling (about 0.3 ms) takes longer than a small product.
+    """
+
+    def row_multiple(self, dtype: torch.dtype) -> int:
+        """Few shapes for 16-bit types; see `grouped.GroupedProducts.row_multiple`."""
+        return 1 if dtype in (torch.float32, torch.float64) else FILLED
 
 
 def _blocks(rows: int, width: int) -> Iterator[slice]:

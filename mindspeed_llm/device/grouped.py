@@ -20,6 +20,10 @@ class GroupedProducts:
     On a CPU this is as fast as torch's own grouped product, which does the same (benchmarks/notes.md).
     """
 
+    def row_multiple(self, dtype: torch.dtype) -> int:
+        """To which multiple of rows groups should be filled up with zeros, for speed."""
+        return 1
+
     def products(
         self, rows: Tensor, factors: Sequence[Tensor], sizes: Sequence[int], add_to: Tensor | None = None
     ) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: n token-expert pairs sorted by expert, h hidden, f an expert's width, i 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -106,9 +107,18 @@ class GroupedExperts(SequentialMLP):
         """([n, h] sorted by expert, pairs of each expert [e], routing weights [n]) -> ([n, h], no bias left to add)."""
         if self.together is None:
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
-        sizes, (first, second) = tokens_per_expert.tolist(), self.together
-        probs = permuted_probs.unsqueeze(-1)
-        hidden = first(permuted_local_hidden_states, sizes)
+        rows, probs, sizes = permuted_local_hidden_states, permuted_probs.unsqueeze(-1), tokens_per_expert.tolist()
+        multiple = self.grouped.row_multiple(rows.dtype)
+        if multiple == 1:
+            return self.compute(rows, probs, sizes), None
+        places, sizes = filled_up(sizes, multiple, rows.device)
+        rows, probs = (one.new_zeros(sum(sizes), one.size(1)).index_copy(0, places, one) for one in (rows, probs))
+        return self.compute(rows, probs, sizes).index_select(0, places), None
+
+    def compute(self, rows: Tensor, probs: Tensor, sizes: Sequence[int]) -> Tensor:
+        """All experts' MLPs: rows [n, h] and routing weights [n, 1] -> [n, h]."""
+        first, second = self.together
+        hidden = first(rows, sizes)
         biases = first.biases()
         if biases is not None:
             hidden = hidden + each_rows(biases, sizes)
@@ -116,7 +126,7 @@ class GroupedExperts(SequentialMLP):
         biases = second.biases()
         if biases is not None:
             out = out + (each_rows(biases, sizes) * probs).to(out.dtype)
-        return out, None
+        return out
 
     def activate(self, hidden: Tensor, probs: Tensor) -> Tensor:
         """Gate and up [n, 2 f/t], routing weights [n, 1] -> the activated product times the weights [n, f/t]."""
@@ -132,3 +142,11 @@ def each_rows(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """A vector [o] for every expert, repeated for each of its rows: [n, o]."""
     counts = torch.tensor(sizes, device=values[0].device)
     return torch.stack(list(values)).repeat_interleave(counts, 0, output_size=sum(sizes))
+
+
+def filled_up(sizes: Sequence[int], multiple: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Groups with room for a multiple of rows each: (where the rows go [n], sizes with that room)."""
+    roomy = [-(-size // multiple) * multiple for size in sizes]
+    shifts = [0, *accumulate(room - size for room, size in zip(roomy, sizes, strict=True))][:-1]
+    shift = torch.tensor(shifts).repeat_interleave(torch.tensor(sizes))
+    return (torch.arange(sum(sizes)) + shift).to(device), roomy
