@@ -24,6 +24,9 @@ class GroupedProducts:
         """To which multiple of rows groups should be filled up with zeros, for speed."""
         return 1
 
+    def lay_out(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Move the factors of all groups, of one shape, to where products are fastest; here they stay."""
+
     def products(
         self, rows: Tensor, factors: Sequence[Tensor], sizes: Sequence[int], add_to: Tensor | None = None
     ) -> Tensor:
@@ -63,6 +66,14 @@ class KernelProducts(GroupedProducts):
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
 
+    def lay_out(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """One behind the other in one storage, so that the kernel takes them as they lie."""
+        first = parameters[0]
+        whole = torch.empty(len(parameters), *first.shape, dtype=first.dtype, device=first.device)
+        for place, parameter in zip(whole, parameters, strict=True):
+            place.copy_(parameter.data)
+            parameter.data = place
+
     def products(
         self, rows: Tensor, factors: Sequence[Tensor], sizes: Sequence[int], add_to: Tensor | None = None
     ) -> Tensor:
@@ -82,7 +93,7 @@ def takes(operand: Tensor) -> bool:
 
 
 def stacked(factors: Sequence[Tensor]) -> Tensor:
-    """[g, i, o] of matrices: a view where they lie at equal distances in one storage (`lay_together`), else a copy."""
+    """[g, i, o] of matrices: a view where they lie at equal distances in one storage (`lay_out`), else a copy."""
     first = factors[0]
     storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
     step = factors[1].storage_offset() - start if len(factors) > 1 else first.numel()
@@ -95,14 +106,6 @@ def stacked(factors: Sequence[Tensor]) -> Tensor:
     if not together:
         return torch.stack(list(factors))
     return first.as_strided((len(factors), *first.shape), (step, *first.stride()), start)
-
-
-def lay_together(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Move parameters of one shape into one storage, one behind the other, so that kernels take them as they lie."""
-    whole = torch.empty(len(parameters), *parameters[0].shape, dtype=parameters[0].dtype, device=parameters[0].device)
-    for place, parameter in zip(whole, parameters, strict=True):
-        place.copy_(parameter.data)
-        parameter.data = place
 
 
 def torch_kernel(rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 
-from mindspeed_llm.device.grouped import GroupedProducts, lay_together
+from mindspeed_llm.device.grouped import GroupedProducts
 
 LAYERS = ("linear_fc1", "linear_fc2")
 
@@ -93,7 +93,7 @@ class GroupedExperts(SequentialMLP):
         super().__init__(*args, **kwargs)
         self.grouped = grouped
         for name in LAYERS:
-            lay_together([layer.weight for layer in self.layers(name)])
+            grouped.lay_out([layer.weight for layer in self.layers(name)])
         first, second = (GroupedLinear(self.layers(name), grouped) for name in LAYERS)
         self.together = first, second
 

@@ -83,7 +83,7 @@ class EngineOptions:
     moe_aux_loss: float = 0.0
     moe_aux_loss_type: str = "aux_loss"
     moe_z_loss: float | None = None
-    grouped_experts: bool = False
+    grouped_experts: bool = True
 
     def virtual_stages(self, num_layers: int) -> int | None:
         """Model chunks per pipeline stage, or None without interleaving."""

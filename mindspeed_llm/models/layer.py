@@ -85,7 +85,7 @@ def mlp_spec(model: ModelConfig) -> ModuleSpec:
     )
 
 
-def layer_spec(model: ModelConfig, layer: int, device: Device, grouped_experts: bool = False) -> ModuleSpec:
+def layer_spec(model: ModelConfig, layer: int, device: Device, grouped_experts: bool = True) -> ModuleSpec:
     """Decoder layer number `layer` (global, from 0); its experts computed together, or one after another."""
     grouped = device.grouped if grouped_experts else None
     attention = latent_attention_spec if model.multi_latent_attention else attention_spec

@@ -106,6 +106,7 @@ def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptio
         moe_aux_loss=aux_loss_coefficient(options, model),
         moe_aux_loss_type=options.experts.moe_router_load_balancing_type,
         moe_z_loss=options.experts.moe_z_loss_coeff,
+        grouped_experts=options.experts.moe_grouped_gemm,
     )
 
 

@@ -24,7 +24,7 @@ EXPERTS = (
     MOE,
     moe(world=2, expert=2),
     moe(world=2),
-    moe(world=2, **SP),
+    moe(world=2, apart=True, **SP),
     moe(world=2, expert_tensor=1, **SP),
     moe(world=2, expert=2, expert_tensor=1, **SP),
     moe(world=2, pipeline=2),
@@ -74,7 +74,7 @@ FULL = tuple(
     replace(case, lora=False, balance=0.3)
     for case in (
         MOE,
-        moe(world=2, expert=2),
+        moe(world=2, expert=2, apart=True),
         moe(world=2, expert_tensor=1, **SP),
         moe(world=4, expert=2, expert_tensor=1, distributed_optimizer=True, **SP),
     )
@@ -91,13 +91,15 @@ CONTEXT = (
 FUSED = (
     moe(fused=True),
     moe(world=4, fused=True, expert=2, **SP),
-    moe(world=2, fused=True, expert=2, expert_tensor=1, recompute="full", **SP),
+    moe(world=2, fused=True, expert=2, expert_tensor=1, recompute="full", apart=True, **SP),
+    moe(world=2, fused=True, recompute="full", **SP),
     moe(world=4, fused=True, expert=2, distributed_optimizer=True, overlap=True),
     moe(model="qwen3-moe-late", world=2, fused=True, fused_mlp=True, **SP),
     moe(world=2, fused=True, expert_tensor=2, **SP),
     moe(model="deepseek-v3", world=2, fused=True, expert=2, expert_tensor=1, **SP),
     moe(model="deepseek-v3", world=2, fused=True, fused_mlp=True, steps=2, **SP),
     moe(model="gpt-oss", world=2, fused=True, **SP),
+    moe(model="gpt-oss", world=2, fused=True, apart=True, expert=2, steps=2),
     replace(PADDED, fused_mlp=True),
     replace(PADDED, fused_mlp=True, world=4, **SP),
 )
