@@ -49,7 +49,7 @@ DRAWS = {
     "glm4-moe": (4, 0.8),
     "deepseek-v3": (9, 0.4),
     "deepseek-v2": (5, 0.4),
-    "qwen2-moe": (8, 0.8),
+    "qwen2-moe": (18, 0.8),
     "gpt-oss": (9, 0.4),
 }
 """Seed of a model's values and factor of its layers' matrices. The gradients of an expert that few tokens reach can all

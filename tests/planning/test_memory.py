@@ -47,6 +47,7 @@ JOBS = {
     ),
     "CP2": job(context=2),
     "EP2": job(experts=True, cards=2, ep=2, etp=1),
+    "EP2, experts apart": job(experts=True, cards=2, ep=2, etp=1, experts_apart=True),
 }
 
 
