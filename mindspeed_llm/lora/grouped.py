@@ -103,15 +103,10 @@ class GroupedLora:
         return self.base.biases()
 
 
-def group_adapters(chunk: nn.Module) -> list[str]:
-    """Let experts that are computed together compute their adapters together.
-
-    Returns:
-        The layers whose experts now run one after another, because they are not all adapted alike.
-    """
-    apart = []
-    for name, experts in chunk.named_modules():
-        if not isinstance(experts, GroupedExperts):
+def group_adapters(chunk: nn.Module) -> None:
+    """Let experts that are computed together compute their adapters together, where they are all adapted alike."""
+    for experts in chunk.modules():
+        if not isinstance(experts, GroupedExperts) or experts.together is None:
             continue
         layers = [experts.layers(part) for part in LAYERS]
         adapted = [any(isinstance(layer, ParallelLora) for layer in each) for each in layers]
@@ -121,5 +116,3 @@ def group_adapters(chunk: nn.Module) -> list[str]:
             experts.together = first, second
         else:
             experts.together = None
-            apart.append(name)
-    return apart

@@ -7,6 +7,8 @@ import numpy
 import pytest
 
 from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.checkpoint.open import open_base
+from mindspeed_llm.lora.config import unlike_layers
 from tests.distributed.cases import SIZES, Arrays, Case
 from tests.distributed.compare import assert_close, reference_of
 from tests.distributed.pool import pool
@@ -56,6 +58,11 @@ def test_experts_that_are_not_adapted_alike_run_one_after_another() -> None:
     odd = "decoder.layers.2.mlp.experts.local_experts.5.linear_fc1"
     together, apart = seen(FORMS[:2], rank_pattern={odd: SIZES.rank + 2})
     assert together.together == LAYERS - 1
+    targets = ("linear_qkv", "linear_fc1")
+    model = open_base(reference_of(MODULAR).folder).config
+    assert unlike_layers(LoraSettings(3, 7.0, targets), model) == []
+    assert unlike_layers(LoraSettings(3, 7.0, targets, rank_pattern={odd: 5}), model) == [2]
+    assert unlike_layers(LoraSettings(3, 7.0, (*targets, odd.replace("fc1", "fc2"))), model) == [2]
     assert_alike(together.gradients, apart.gradients)
 
 
