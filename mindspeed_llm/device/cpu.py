@@ -149,5 +149,6 @@ def create() -> Device:
         attention=cpu_attention.attention,
         rms_norm=cpu_kernels.RMSNorm,
         profiler=TorchProfiler,
+        grouped=cpu_kernels.GroupedProducts(),
         engine_config=dict(PLAIN_TORCH),
     )

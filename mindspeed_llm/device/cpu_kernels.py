@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_llm.device import kernels, native
+from mindspeed_llm.device import grouped, kernels, native
 
 BLOCK = 1 << 16
 """Elements of one float32 temporary of a norm: 256 KiB, so that its few temporaries stay in a core's cache."""
+FILLED = 16
+"""Rows to whose multiple a group of a 16-bit product is filled up."""
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # glibc's M_... constants
 KEPT = 1 << 26
 """Bytes the heap grows by at a time."""
@@ -30,6 +32,17 @@ def keep_freed_memory() -> None:
         return
     for name, value in ((MMAP_THRESHOLD, 2**31 - 1), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, KEPT)):
         settle(name, value)
+
+
+class GroupedProducts(grouped.GroupedProducts):
+    """`grouped.GroupedProducts` for a library that compiles 16-bit products anew for every shape it has not kept.
+
+    Experts get other numbers of rows in every step, and compiling (about 0.3 ms) takes longer than a small product.
+    """
+
+    def row_multiple(self, dtype: torch.dtype) -> int:
+        """Few shapes for 16-bit types; see `grouped.GroupedProducts.row_multiple`."""
+        return 1 if dtype in (torch.float32, torch.float64) else FILLED
 
 
 def _blocks(rows: int, width: int) -> Iterator[slice]:
@@ -53,7 +66,8 @@ class _Norm(torch.autograd.Function):
             ctx.save_for_backward(flat, weight, inverse)
             return out.view(x.shape)
         length = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = length.square_().div_(flat.size(1)).add_(eps).rsqrt_()
+        # one value per row, in float64: rounded to float32, a root and its square double the gradients' rounding
+        inverse = length.double().square_().div_(flat.size(1)).add_(eps).rsqrt_().float()
         for rows in _blocks(*flat.shape):
             out[rows] = torch.mul(flat[rows].float(), inverse[rows]).mul_(wide)
         ctx.save_for_backward(flat, weight, inverse)

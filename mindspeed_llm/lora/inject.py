@@ -12,6 +12,7 @@ from torch import nn
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, is_lora, logical_name
 from mindspeed_llm.lora.fused_mlp import AdaptedMlp
+from mindspeed_llm.lora.grouped import group_adapters
 from mindspeed_llm.lora.layers import CUSTOM_MODULES, ParallelLora, RowParallelLora, is_lora_parameter, uniform_init
 from mindspeed_llm.lora.pissa import shared_factors
 from mindspeed_llm.models import parallel
@@ -47,6 +48,7 @@ def inject(
         for name, layer in adapters_by_name(chunk).items():
             layer.adopt(settings, name)
             layer.use_fused = fused
+        group_adapters(chunk)
         set_trainable(chunk, settings)
         for mlp in gated_mlps(chunk) if fused_mlp else ():
             mlp.whole = AdaptedMlp(mlp.linear_fc1, mlp.linear_fc2) if AdaptedMlp.fits(mlp) else None

@@ -156,7 +156,10 @@ def expert_pairs(job: Job) -> float:
 
 
 def experts(job: Job, layer: int) -> Part:
-    """Router (float32 scores), pairs [P h] as experts get them, gate and up, activation, factor, product, weighted."""
+    """Router (float32 scores), pairs [P h] as experts get them, gate and up, activation, product, weighted.
+
+    Apart, megatron-core's activation also keeps a copy of the other factor.
+    """
     model, e = job.model, job.element
     pairs, width = expert_pairs(job), model.moe_ffn_hidden_size / job.layout.etp
     unit = pairs * width * e
@@ -167,7 +170,7 @@ def experts(job: Job, layer: int) -> Part:
         names = ("linear_fc1", "linear_fc2")
         modules = [f"decoder.layers.{layer}.mlp.experts.local_experts.0.{name}" for name in names]
         low = sum(pairs * job.lora.rank(name) * e for name in modules if job.lora.adapts(name))
-    kept = router + (pairs * model.hidden_size * e if adapted else 0) + 6 * unit + low
+    kept = router + (pairs * model.hidden_size * e if adapted else 0) + (6 if job.experts_apart else 5) * unit + low
     shared = job.tokens * model.moe_shared_ffn_hidden_size / job.layout.tp * e
     return Part(kept + 5 * shared, 2 * unit + 2 * pairs * model.hidden_size * e)
 

@@ -47,6 +47,16 @@ def test_in_bfloat16_the_norm_is_rounded_once() -> None:
         assert ours.dtype == torch.bfloat16 and torch.equal(ours, truth.bfloat16())
 
 
+def test_in_float32_the_norm_is_as_near_to_the_truth_as_torchs() -> None:
+    x, weight, weights = (one.float() for one in (draw(4000, 64), 1 + 0.3 * draw(64, seed=3), draw(4000, 64, seed=4)))
+    found = norm_and_gradients(x, weight, weights, torch.float32)[0]
+    truth, torchs = (
+        torch.nn.functional.rms_norm(x.to(dtype), (64,), weight.to(dtype), 0.1)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert (found - truth).norm() < 1.02 * (torchs - truth).norm()
+
+
 def test_a_frozen_norm_gives_only_the_gradient_of_its_input() -> None:
     config = SimpleNamespace(sequence_parallel=False, params_dtype=torch.float32, layernorm_zero_centered_gamma=False)
     norm = cpu_kernels.RMSNorm(config, 8).requires_grad_(False)

@@ -32,6 +32,7 @@ def options_of(job: Job) -> gpt.EngineOptions:
         sequence_parallel=job.sequence_parallel,
         dtype=gpt.DTYPES[job.dtype],
         variable_seq_lengths=False,
+        grouped_experts=not job.experts_apart,
         recompute_granularity=job.recompute,
         recompute_method=job.recompute_method,
         recompute_num_layers=job.recompute_layers,
