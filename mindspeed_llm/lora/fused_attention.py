@@ -27,45 +27,52 @@ from mindspeed_llm.lora.overlap import Chunks, Pending, all_gather, all_reduce, 
 
 
 class Passage:
-    """Rows of all chunks through one product; gathered where ranks hold their own, whose product then comes first."""
+    """Rows of all chunks through one product; gathered where ranks hold their own, whose product then comes first.
+
+    A chunk's tensors are let go when it is taken.
+    """
 
     def __init__(self, own: Sequence[Tensor], product: Product, group: ProcessGroup, split: bool) -> None:
         """Args: own: this rank's rows of every chunk, in the order in which they are needed."""
-        self.own, self.product, self.rank, self.split = own, product, group.rank(), split
-        self.made: list[tuple[Tensor, Tensor]] = []
-        self.rows = list(own)
+        self.product, self.rank, self.split = product, group.rank(), split
+        self.own: list[Tensor | None] = list(own)
+        self.made: list[tuple[Tensor, Tensor] | None] = []
+        self.rows: list[Tensor | None] = list(own)
         self.pending: list[Pending] = []
         if split:
             self.rows = [x.new_empty(x.size(0) * group.size(), x.size(1)) for x in own]
             self.pending = [all_gather(rows, x, group) for rows, x in zip(self.rows, own, strict=True)]
 
-    def _compute(self, number: int, rows: slice, x: Tensor) -> None:
+    def _compute(self, out: Tensor, low: Tensor, rows: slice, x: Tensor) -> None:
+        """Fill `rows` of both results from the rows x."""
         if rows.start == rows.stop:
             return
-        out, low = self.made[number]
         low[rows] = self.product.low(x)
         self.product.base(x, out[rows])
         self.product.add(out[rows], low[rows], out[rows], rows)
 
+    def _begin(self) -> None:
+        """Make room for all results, and compute those of the rank's own rows if others are on their way."""
+        width, rank = self.product.width, self.product.rank
+        for x, rows in zip(self.own, self.rows, strict=True):
+            out, low = x.new_empty(rows.size(0), width), x.new_empty(rows.size(0), rank)
+            if self.split:
+                self._compute(out, low, slice(self.rank * x.size(0), (self.rank + 1) * x.size(0)), x)
+            self.made.append((out, low))
+
     def take(self, number: int) -> tuple[Tensor, Tensor]:
         """(result [., o], low [., r]) of a chunk of all ranks."""
         if not self.made:
-            self.made = [(x.new_empty(x.size(0), self.product.width), x.new_empty(x.size(0), self.product.rank))
-                         for x in self.rows]  # fmt: skip
-            for each, x in enumerate(self.own if self.split else ()):
-                start = self.rank * x.size(0)
-                self._compute(each, slice(start, start + x.size(0)), x)
-        rows = self.rows[number]
+            self._begin()
+        (out, low), rows, parts = self.made[number], self.rows[number], [slice(0, self.rows[number].size(0))]
         if self.split:
             self.pending[number].wait()
             size = self.own[number].size(0)
-            others = slice(0, self.rank * size), slice((self.rank + 1) * size, rows.size(0))
-        else:
-            others = (slice(0, rows.size(0)),)
-        for part in others:
-            self._compute(number, part, rows[part])
-        self.rows[number] = rows[:0]
-        return self.made[number]
+            parts = [slice(0, self.rank * size), slice((self.rank + 1) * size, rows.size(0))]
+        for part in parts:
+            self._compute(out, low, part, rows[part])
+        self.made[number] = self.rows[number] = self.own[number] = None
+        return out, low
 
 
 class Flight:

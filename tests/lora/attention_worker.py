@@ -54,12 +54,15 @@ class Trace:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.own: list[overlap.Pending] = []
+        self.sent: dict[str, int] = {}  # bytes of the undivided tensors by kind
 
     def issued(self, function: Any) -> Any:
         """A collective that is noted."""
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             self.events.append("issue")
+            whole = max(one.nbytes for one in args if isinstance(one, torch.Tensor))
+            self.sent[function.__name__] = self.sent.get(function.__name__, 0) + whole
             self.own.append(function(*args, **kwargs))
             return self.own[-1]
 
@@ -127,4 +130,4 @@ def measured(engine: Any, form: Form) -> SimpleNamespace:
         if parameter.requires_grad
     }
     whole = [attention.whole is not None for attention in attentions(engine.chunks[0])]
-    return SimpleNamespace(loss=told.loss, gradients=grads, events=trace.events, whole=whole)
+    return SimpleNamespace(loss=told.loss, gradients=grads, events=trace.events, sent=trace.sent, whole=whole)

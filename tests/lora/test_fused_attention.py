@@ -51,8 +51,20 @@ def test_loss_and_gradients_equal_the_modular_forms(form: Form) -> None:
 def test_every_chunk_is_sent_before_the_one_before_it_is_waited_for(split: bool) -> None:
     for seen in run(Form(split)):
         assert seen.events.count("issue") == seen.events.count("wait") == 2 * 3 * (4 if split else 2)
-        in_flight = [seen.events[:end].count("issue") - seen.events[:end].count("wait") for end in range(24)]
+        in_flight = [
+            seen.events[:end].count("issue") - seen.events[:end].count("wait") for end in range(len(seen.events))
+        ]
         assert max(in_flight) >= 3
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_bytes_are_those_of_the_separate_layers(split: bool) -> None:
+    tokens, hidden, rank, size = 30, 24, 3, 4
+    forward, second, first = hidden + rank, hidden + rank, rank  # below the first adapter no gradient is asked for
+    sums = tokens * size * (2 * forward + second + first)
+    gathers = tokens * size * (2 * hidden + 2 * hidden)
+    expected = {"reduce_scatter": sums, "all_gather": gathers} if split else {"all_reduce": sums}
+    assert [seen.sent for seen in run(Form(split))] == [expected] * 2
 
 
 def test_sums_read_before_they_arrive_are_noticed() -> None:
