@@ -5,8 +5,8 @@
 The model of `train_step.py`, and rows with the lengths of Alpaca: one to two sentences of instruction, with 0.4
 probability up to three of input, one to twelve of answer, from a pool of twenty. All sides read the same folder and
 rows, train 8 rows per optimizer step (TRL: packs of as many tokens) with the same learning rates and per-token loss,
-and save at the end; loading is not timed. They take turns of `--steps` steps. `--clock cpu` counts a process's own
-processor time over its two threads instead of the wall's, for a machine that is not idle.
+and save at the end; loading is not timed. They take turns of `--steps` steps. On a machine that is not
+idle, `--clock cpu` counts each process's own processor time, with one thread: two would burn it waiting for each other.
 
 | side | what |
 |---|---|
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pairs import REPO, Worker, append, machine
+from pairs import REPO, THREADS, Worker, append, machine
 
 sys.path.insert(0, str(REPO))
 
@@ -80,7 +80,8 @@ def write_rows(rows: list[tuple[list[int], int]], prefix: Path) -> None:
 def run(folder: Path, dtype: str, steps: int, clock: str) -> dict[str, dict[str, Any]]:
     """One epoch of every side in turns; -> by side its seconds in all and per slice, losses and peak memory."""
     words = [__file__, "--serve", str(folder), dtype, clock]
-    workers = {side: Worker([*words, side], folder / f"{side}.log") for side in SIDES}
+    threads = THREADS if clock == "wall" else 1
+    workers = {side: Worker([*words, side], folder / f"{side}.log", threads) for side in SIDES}
     found: dict[str, dict[str, Any]] = {side: {"slices": []} for side in SIDES}
     turn, waiting = 0, list(SIDES)
     while waiting:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pairs import READY, THREADS, channel
+from pairs import READY, channel
 from train_step import ALPHA, PEER_TARGETS, RANK, TARGETS
 
 RATE = 1e-3
@@ -29,14 +29,14 @@ class Slices:
     """
 
     def __init__(self, clock: str) -> None:
-        """Args: clock: "wall", or "cpu" for the process's own processor time over its threads."""
+        """Args: clock: "wall", or "cpu" for the process's own processor time."""
         self.requests, self.answer = channel()
         self.wall = clock == "wall"
         self.left, self.done, self.began = 0, 0, 0.0
 
     def now(self) -> float:
         """Seconds."""
-        return time.perf_counter() if self.wall else time.process_time() / THREADS
+        return time.perf_counter() if self.wall else time.process_time()
 
     def begin(self) -> None:
         """The loop is about to start: wait for the first request."""

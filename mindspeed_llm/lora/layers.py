@@ -39,7 +39,7 @@ from mindspeed_llm.checkpoint.tables import MAGNITUDE
 from mindspeed_llm.lora import fused
 from mindspeed_llm.lora.dora import Magnitude, row_norms, with_lengths
 from mindspeed_llm.lora.dropout import Dropout
-from mindspeed_llm.lora.overlap import least_chunk
+from mindspeed_llm.lora.overlap import CHUNK_BYTES
 from mindspeed_llm.models.expert_marks import mark_expert_parameter
 from mindspeed_llm.models.linear import ReplicatedLinear
 
@@ -58,7 +58,7 @@ class ParallelLora(nn.Module, LoraLayer):
     """
 
     use_fused = False
-    chunk_bytes: int
+    chunk_bytes = CHUNK_BYTES
     leg: Callable[[Tensor], Tensor] | None = None
     kind: str
     split_factor: int | None = None  # which of A (0) and B (1) is cut over the ranks
@@ -67,7 +67,6 @@ class ParallelLora(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.group = base_layer.tp_group
-        self.chunk_bytes = least_chunk(base_layer.weight)
         self.of_expert = getattr(base_layer, "is_expert", False)
         self.sequence_parallel = base_layer.sequence_parallel and not self.of_expert
         self._active_adapter = adapter_name

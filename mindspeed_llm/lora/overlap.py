@@ -17,15 +17,8 @@ from torch.distributed import ProcessGroup
 
 CHUNK_BYTES = 1 << 20
 """Least bytes of a chunk: below about this size latency, not bandwidth, is what a message costs."""
-CPU_CHUNK_BYTES = 1 << 18
-"""The same between processes on CPUs, whose links have a fraction of the bandwidth at a like latency."""
 MOST_CHUNKS = 4
 """Of one tensor: what stays exposed is about one chunk, and each further one makes the products smaller."""
-
-
-def least_chunk(tensor: Tensor) -> int:
-    """Least bytes of a chunk where `tensor` lies."""
-    return CPU_CHUNK_BYTES if tensor.is_cpu else CHUNK_BYTES
 
 
 @dataclass(frozen=True)
