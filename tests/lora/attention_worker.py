@@ -7,18 +7,19 @@ from unittest import mock
 
 import numpy
 import torch
+from megatron.core import parallel_state
 
 from mindspeed_llm import device
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.lora import fused_attention, overlap
-from mindspeed_llm.lora.fused_attention import Flight
+from mindspeed_llm.lora.fused_attention import AdaptedAttention, Flight
 from mindspeed_llm.lora.inject import attentions, give_recompute_a_gradient, inject
 from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
-from mindspeed_llm.training.engine import create_engine, run_microbatches
+from mindspeed_llm.training.engine import create_engine, finish_parameter_sync, run_microbatches, train_step
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 Kept = dict[str, numpy.ndarray]
@@ -43,9 +44,11 @@ class Form:
     fault: str | None = None
 
 
-def early(self: Flight, chunk: int) -> torch.Tensor:
-    """Sums that are read before they are there: the fault that the tests have to see."""
-    return self.sent.pop(chunk)[1]
+def swapped(self: Flight, chunk: int) -> torch.Tensor:
+    """Another chunk's sums: the fault that the tests have to see."""
+    pending, sums, _ = self.sent.pop(max(self.sent) if chunk == min(self.sent) else min(self.sent))
+    pending.wait()
+    return sums
 
 
 class Trace:
@@ -80,24 +83,69 @@ def gradients(rank: int, form: Form, model: ModelConfig) -> SimpleNamespace:
     """Loss and every gradient of one micro-batch of sequences of unequal content, and what was communicated when."""
     parallel.start(device.select("cpu"), 2)
     try:
-        dtype, recompute = DTYPES[form.dtype], {}
-        if form.recompute:
-            recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        options = EngineOptions(tensor=2, sequence_parallel=form.sequence_parallel, dtype=dtype, **recompute)
-        chunks = build_chunks(model, options, device.select("cpu"))
-        inject(chunks, LoraSettings(3, 7.0, TARGETS, form.dropout), form.fused, 1)
-        if form.recompute:
-            give_recompute_a_gradient(chunks)
-        fill(chunks[0], rank, form.sequence_parallel)
-        for layer in lora_layers(chunks[0]) if form.chunks else ():
-            layer.chunk_bytes = 1
+        chunks = build(form, model)
         engine = create_engine(chunks, OptimizerOptions())
         return measured(engine, form)
     finally:
         parallel.stop()
 
 
-def fill(chunk: torch.nn.Module, rank: int, sequence_parallel: bool) -> None:
+def trained(rank: int, form: Form, model: ModelConfig, steps: int) -> SimpleNamespace:
+    """The adapters after some steps over two replicas, their parameters gathered while the forward pass runs.
+
+    Also how often an attention read factors that were still on their way.
+    """
+    parallel.start(device.select("cpu"), 2)
+    try:
+        chunks = build(form, model)
+        engine = create_engine(chunks, OptimizerOptions(lr=1e-2, adam_eps=1e-2), True, True, True)
+        if form.fault == "unhooked":
+            for attention in attentions(chunks[0]):
+                attention._forward_pre_hooks.clear()
+        groups, late, call = engine.wrapped[0].param_to_bucket_group, [], AdaptedAttention.__call__
+
+        def watched(self: AdaptedAttention, *args: Any) -> Any:
+            used = {groups[p] for one in (self.qkv, self.proj) for p in one.parameters() if p in groups}
+            late.append(not all(one.param_gather_dispatched and one.param_gather_handle is None for one in used))
+            return call(self, *args)
+
+        with mock.patch.object(AdaptedAttention, "__call__", watched):
+            for number in range(steps):
+                train_step(engine, [rows(form, 10 * number + parallel_state.get_data_parallel_rank())])
+        finish_parameter_sync(engine)
+        named = chunks[0].named_parameters()
+        kept = {name: parameter.detach().numpy().copy() for name, parameter in named if parameter.requires_grad}
+        for chunk in engine.wrapped:
+            chunk.grad_accs.clear()  # a cycle through torch's graph, which Python's collector cannot see
+        return SimpleNamespace(adapters=kept, late=sum(late), calls=len(late))
+    finally:
+        parallel.stop()
+
+
+def build(form: Form, model: ModelConfig) -> list[Any]:
+    """The adapted chunk with all its parameters drawn."""
+    recompute: dict[str, Any] = {}
+    if form.recompute:
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    dtype = DTYPES[form.dtype]
+    options = EngineOptions(tensor=2, sequence_parallel=form.sequence_parallel, dtype=dtype, **recompute)
+    chunks = build_chunks(model, options, device.select("cpu"))
+    inject(chunks, LoraSettings(3, 7.0, TARGETS, form.dropout), form.fused, 1)
+    if form.recompute:
+        give_recompute_a_gradient(chunks)
+    fill(chunks[0], parallel_state.get_tensor_model_parallel_rank())
+    for layer in lora_layers(chunks[0]) if form.chunks else ():
+        layer.chunk_bytes = 1
+    return chunks
+
+
+def rows(form: Form, seed: int) -> dict[str, torch.Tensor]:
+    """A micro-batch."""
+    tokens = torch.randint(0, 64, (form.sequences, 10), generator=torch.Generator().manual_seed(seed))
+    return {"tokens": tokens, "labels": torch.cat([tokens[:, 1:], torch.full((form.sequences, 1), -100)], 1)}
+
+
+def fill(chunk: torch.nn.Module, rank: int) -> None:
     """All parameters drawn anew: what both ranks hold alike, what is split by rank."""
     for number, (name, parameter) in enumerate(sorted(chunk.named_parameters())):
         split = getattr(parameter, "tensor_model_parallel", False)
@@ -109,19 +157,16 @@ def fill(chunk: torch.nn.Module, rank: int, sequence_parallel: bool) -> None:
 
 def measured(engine: Any, form: Form) -> SimpleNamespace:
     """One step's gradients."""
-    generator = torch.Generator().manual_seed(4)
-    tokens = torch.randint(0, 64, (form.sequences, 10), generator=generator)
-    labels = torch.cat([tokens[:, 1:], torch.full((form.sequences, 1), -100)], 1)
     trace = Trace()
     with mock.patch.object(overlap.Pending, "wait", lambda pending: trace.waited(pending)):
         names = ("all_reduce", "reduce_scatter", "all_gather")
         patches = [mock.patch.object(fused_attention, n, trace.issued(getattr(fused_attention, n))) for n in names]
-        if form.fault == "early":
-            patches.append(mock.patch.object(Flight, "receive", early))
+        if form.fault == "swapped":
+            patches.append(mock.patch.object(Flight, "receive", swapped))
         for patch in patches:
             patch.start()
         torch.manual_seed(0)
-        told = run_microbatches(engine, [{"tokens": tokens, "labels": labels}], forward_only=False)
+        told = run_microbatches(engine, [rows(form, 4)], forward_only=False)
         for patch in patches:
             patch.stop()
     grads: Kept = {

@@ -67,8 +67,8 @@ def test_bytes_are_those_of_the_separate_layers(split: bool) -> None:
     assert [seen.sent for seen in run(Form(split))] == [expected] * 2
 
 
-def test_sums_read_before_they_arrive_are_noticed() -> None:
-    modular, wrong = run(Form(True, fused=False))[0], run(Form(True, fault="early"))[0]
+def test_sums_of_another_chunk_are_noticed() -> None:
+    modular, wrong = run(Form(True, fused=False))[0], run(Form(True, fault="swapped"))[0]
     worst = max(
         numpy.abs(wrong.gradients[name] - value).max() / numpy.abs(value).max()
         for name, value in modular.gradients.items()
@@ -90,3 +90,14 @@ def test_bf16_gradients_are_as_close_to_fp32_as_the_modular_forms(split: bool) -
         return max(float(numpy.abs(found[n] - v).max() / numpy.abs(v).max()) for n, v in exact.items())
 
     assert error(Form(split, dtype="bfloat16")) <= 1.5 * error(Form(split, fused=False, dtype="bfloat16"))
+
+
+def test_parameters_gathered_during_the_forward_pass_are_there_in_time() -> None:
+    def ranks(form: Form) -> list:
+        return pool(4).run("tests.lora.attention_worker:trained", form=form, model=MODEL, steps=3)
+
+    modular, chunked = ranks(Form(True, fused=False))[0], ranks(Form(True))[0]
+    assert (modular.calls, chunked.calls, chunked.late) == (0, 6, 0)
+    for name, value in chunked.adapters.items():
+        assert_close(value, modular.adapters[name], name)
+    assert ranks(Form(True, fault="unhooked"))[0].late > 0
