@@ -1,4 +1,4 @@
-"""The processes of `gpu_lora.py`: checks on a small model, our training step, and that of transformers + peft."""
+"""The processes of the accelerator benchmark: checks on a small model, our training step, and a peer's."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""The sides of `sft_epoch.py`: our own training loop, transformers' Trainer in two settings, and TRL's SFTTrainer.
+"""The sides of the epoch benchmark: our own training loop, transformers' Trainer in two settings, TRL's SFTTrainer.
 
 Each trains an adapter for one epoch in a process of its own and stops where its next slice of steps begins. Nothing
 inside a loop is replaced: ours waits where it asks its feed for rows, the peers in a callback.
