@@ -1,11 +1,12 @@
 """CCLoRA against our own modular LoRA on a slow link: TP2, and TP2 with sequence parallelism.
 
     python benchmarks/cc_lora.py [--layout tp sp] [--share 0 0.2 0.35 0.5] [--dtype float32 bfloat16] [--pairs 7]
-        [--clock wall] [--chunk-kib N]
+        [--clock wall] [--chunk-kib N] [--write]
 
 Two processes with one thread each train the same model. The link is emulated above gloo by a process group whose Work
 ends `latency + bytes / bandwidth` after it was issued, or after the message before it on the same link, if that ends
-later. Bandwidth is set so that communication takes the asked-for share c of the modular form's step:
+later: a rank has one link, and its messages follow one another. Waiting for it sleeps. Bandwidth is set so that
+communication takes the asked-for share c of the modular form's step:
 
     c = 1 - T(modular, no emulation) / T(modular, emulated)
 
@@ -19,7 +20,6 @@ waited for the link. Both ranks are then taken to be equally fast, and gloo's ow
 
 import argparse
 import os
-import platform
 import socket
 import statistics
 import sys
@@ -27,10 +27,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
+from pairs import REPO, append, machine
+
 sys.path.insert(0, str(REPO))
 
 LATENCY = 100e-6
@@ -174,7 +174,7 @@ def build(form: str, sequence_parallel: bool, dtype: str, chunk_bytes: int | Non
 
     from mindspeed_llm import device
     from mindspeed_llm.arguments.optimizer import OptimizerOptions
-    from mindspeed_llm.lora.config import create_settings
+    from mindspeed_llm.checkpoint.metadata import LoraSettings
     from mindspeed_llm.lora.inject import inject
     from mindspeed_llm.lora.layers import lora_layers
     from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
@@ -186,7 +186,7 @@ def build(form: str, sequence_parallel: bool, dtype: str, chunk_bytes: int | Non
     with torch.no_grad():
         for name, parameter in chunks[0].named_parameters():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, 0.02, generator=generator)
-    inject(chunks, create_settings(RANK, ALPHA, TARGETS), form != "modular", 1, form == "fused MLP")
+    inject(chunks, LoraSettings(RANK, ALPHA, tuple(TARGETS)), form != "modular", 1, form == "fused MLP")
     for layer in lora_layers(chunks[0]) if chunk_bytes else ():
         layer.chunk_bytes = chunk_bytes
     engine = create_engine(chunks, OptimizerOptions(lr=1e-4, weight_decay=0.0))
@@ -241,8 +241,9 @@ def calibrate(steps: dict[str, Step], link: Link, share: float, pairs: int) -> N
 
 def report(
     layout: str, dtype: str, share: float, link: Link, timings: Timings, quick: float, losses: dict[str, float]
-) -> None:
-    """Print one line per fused form."""
+) -> list[str]:
+    """Print one line per fused form; -> the lines."""
+    lines = []
     emulated = statistics.median(timings.seconds["modular"])
     found = max(0.0, 1 - quick / emulated) if share else 0.0
     target = 1 / (1 - 0.6 * found) if share else 0.97
@@ -250,13 +251,14 @@ def report(
     for form in FORMS[1:]:
         ratios = sorted(timings.ratios(form))
         best = statistics.median(ratios)
-        print(
+        lines.append(
             f"| {layout} | {dtype} | {found:.2f} | {link_said} | {form} | {emulated:.3f} | "
             f"{statistics.median(timings.seconds[form]):.3f} | {best:.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f}) | "
             f"{target:.3f} | {'met' if best >= target else 'missed'} | "
-            f"{losses['modular']:.5f} / {losses[form]:.5f} |",
-            flush=True,
+            f"{losses['modular']:.5f} / {losses[form]:.5f} |"
         )
+        print(lines[-1], flush=True)
+    return lines
 
 
 def serve(rank: int, port: int, arguments: argparse.Namespace) -> None:
@@ -276,6 +278,7 @@ def serve(rank: int, port: int, arguments: argparse.Namespace) -> None:
     torch.distributed.Backend.register_backend("slow", slow_backend(link), devices=["cpu"])
     torch.distributed.init_process_group("slow")
     parallel.start(chosen, 2)
+    lines = []
     for layout in arguments.layout:
         for dtype in arguments.dtype:
             chunk = arguments.chunk_kib * 1024 if arguments.chunk_kib else None
@@ -285,8 +288,10 @@ def serve(rank: int, port: int, arguments: argparse.Namespace) -> None:
                 calibrate(steps, link, share, arguments.pairs)
                 report_ = measured(share, link, steps, arguments.pairs)
                 if rank == 0:
-                    report(layout, dtype, share, link, *report_, losses)
+                    lines += report(layout, dtype, share, link, *report_, losses)
             del steps
+    if rank == 0 and arguments.write:
+        append("\n".join(["## CCLoRA on an emulated link", "", head(arguments.clock), "", *HEADER, *lines, ""]))
 
 
 def measured(share: float, link: Link, steps: dict[str, Step], pairs: int) -> tuple[Timings, float]:
@@ -303,6 +308,17 @@ def measured(share: float, link: Link, steps: dict[str, Step], pairs: int) -> tu
     return timings, statistics.median(quick)
 
 
+HEADER = (
+    "| layout | dtype | c | link | form | modular s | form s | speed-up (range) | target | | losses |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def head(clock: str) -> str:
+    """What the figures were taken on."""
+    return f"{date.today()}; {machine()}; two processes, latency {LATENCY:g} s, {clock} clock"
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Start both ranks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -312,6 +328,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that is not idle")
     parser.add_argument("--chunk-kib", type=int, default=0, help="least size of a chunk; 0: the package's own")
+    parser.add_argument("--write", action="store_true", help="append the result to benchmarks/results.md")
     arguments = parser.parse_args(words)
     os.environ["OMP_NUM_THREADS"] = "1"
     import multiprocessing
@@ -319,11 +336,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    print(
-        f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, latency {LATENCY:g} s"
-    )
-    print("| layout | dtype | c | link | form | modular s | form s | speed-up (range) | target | | losses |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(head(arguments.clock), *HEADER, sep="\n", flush=True)
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=serve, args=(rank, port, arguments)) for rank in range(2)]
     for process in ranks:

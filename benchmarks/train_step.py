@@ -11,12 +11,8 @@ each, the ratio pair by pair, peak resident memory, and the share of the limit:
 """
 
 import argparse
-import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
+from pairs import READY, REPO, Worker, append, channel, machine
+
 sys.path.insert(0, str(REPO))
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, HEAD, VOCAB = 8, 1024, 3072, 16, 8, 64, 32000
@@ -78,8 +75,8 @@ def our_step(folder: str, dtype: str) -> Step:
     chosen = device.select("cpu")
     from mindspeed_llm.arguments.optimizer import OptimizerOptions
     from mindspeed_llm.checkpoint.live import load_live
+    from mindspeed_llm.checkpoint.metadata import LoraSettings
     from mindspeed_llm.checkpoint.open import open_base
-    from mindspeed_llm.lora.config import create_settings
     from mindspeed_llm.lora.inject import inject
     from mindspeed_llm.models import parallel
     from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
@@ -89,7 +86,7 @@ def our_step(folder: str, dtype: str) -> Step:
     parallel.start(chosen)
     chunks = build_chunks(source.config, EngineOptions(dtype=DTYPES[dtype]), chosen)
     load_live(dict(chunks[0].named_parameters()), source)
-    inject(chunks, create_settings(RANK, ALPHA, TARGETS), fused=True, seed=1)
+    inject(chunks, LoraSettings(RANK, ALPHA, tuple(TARGETS)), fused=True, seed=1, fused_mlp=True)
     engine = create_engine(chunks, OptimizerOptions(lr=1e-4, weight_decay=0.0))
     tokens, labels = batch()
     return lambda: train_step(engine, [{"tokens": tokens, "labels": labels}]).loss
@@ -142,50 +139,28 @@ def best_rate(dtype: str, repeats: int = 5) -> dict[str, float]:
 
 
 def serve(engine: str, folder: str, dtype: str) -> None:
-    """A worker: answer every line on standard input with one step's seconds and loss."""
+    """A worker: answer every request with one step's seconds and loss, or with the rates of products."""
+    requests, answer = channel()
     step = {"ours": our_step, "peer": peer_step}[engine](folder, dtype)
     step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line.strip() == "rate":
-            print(json.dumps(best_rate(dtype)), flush=True)
+    answer(READY)
+    for request in requests:
+        if request == "rate":
+            answer(best_rate(dtype))
             continue
         began = time.perf_counter()
         loss = step()
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), flush=True)
-
-
-class Worker:
-    """One engine in its own process."""
-
-    def __init__(self, engine: str, folder: str, dtype: str) -> None:
-        words = [sys.executable, "-W", "ignore", __file__, "--serve", engine, folder, dtype]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answer("ready")
-
-    def _answer(self, wanted: str = "{") -> str:
-        for line in self.process.stdout:  # type: ignore[union-attr]
-            if line.startswith(wanted):
-                return line
-        raise SystemExit(f"a worker ended with status {self.process.wait()}")
-
-    def ask(self, request: str = "step") -> dict[str, float]:
-        """One request, answered."""
-        self.process.stdin.write(request + "\n")  # type: ignore[union-attr]
-        self.process.stdin.flush()  # type: ignore[union-attr]
-        return json.loads(self._answer())
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()  # type: ignore[union-attr]
-        self.process.wait()
+        answer({"seconds": seconds, "loss": loss, "peak": peak})
 
 
 def compare(folder: str, dtype: str, steps: int) -> dict[str, Any]:
     """Interleaved steps of both engines; -> the figures of one row."""
-    ours, peer = Worker("ours", folder, dtype), Worker("peer", folder, dtype)
+    ours, peer = (
+        Worker([__file__, "--serve", engine, folder, dtype], Path(folder) / f"{engine}_{dtype}.log")
+        for engine in ("ours", "peer")
+    )
     rates = ours.ask("rate")
     pairs = [(ours.ask(), peer.ask()) for _ in range(steps)]
     for name, rate in peer.ask("rate").items():
@@ -222,15 +197,6 @@ COLUMNS = "dtype", "ours s", "peer s", "peer / ours", "limit s", "GFLOP/s", "sha
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
-def machine() -> str:
-    """Processor, cores and library versions."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def main() -> None:
     """Run the comparison and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,8 +219,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['dtype']}: losses ours / peer {row['first_losses']} -> {row['losses']}")
     if options.write:
-        with (REPO / "benchmarks" / "results.md").open("a", encoding="utf-8") as results:
-            results.write("\n" + text)
+        append(text)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,13 @@ from torch import nn
 
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, is_lora, logical_name
+from mindspeed_llm.lora.fused_attention import AdaptedAttention
 from mindspeed_llm.lora.fused_mlp import AdaptedMlp
+from mindspeed_llm.lora.grouped import group_adapters
 from mindspeed_llm.lora.layers import CUSTOM_MODULES, ParallelLora, RowParallelLora, is_lora_parameter, uniform_init
 from mindspeed_llm.lora.pissa import shared_factors
 from mindspeed_llm.models import parallel
+from mindspeed_llm.models.attention import RotarySelfAttention
 from mindspeed_llm.models.mlp import GatedMLP
 
 
@@ -47,7 +50,10 @@ def inject(
         for name, layer in adapters_by_name(chunk).items():
             layer.adopt(settings, name)
             layer.use_fused = fused
+        group_adapters(chunk)
         set_trainable(chunk, settings)
+        for attention in attentions(chunk) if fused else ():
+            attention.whole = AdaptedAttention(attention.linear_qkv, attention.linear_proj)
         for mlp in gated_mlps(chunk) if fused_mlp else ():
             mlp.whole = AdaptedMlp(mlp.linear_fc1, mlp.linear_fc2) if AdaptedMlp.fits(mlp) else None
         if fresh:
@@ -100,6 +106,11 @@ def peft_config(chunk: nn.Module, settings: LoraSettings) -> LoraConfig:
         init_lora_weights=False,
         lora_dropout=settings.dropout,
     )
+
+
+def attentions(module: nn.Module) -> list[RotarySelfAttention]:
+    """All attentions below `module` that can be computed chunk by chunk."""
+    return [one for one in module.modules() if isinstance(one, RotarySelfAttention) and AdaptedAttention.fits(one)]
 
 
 def gated_mlps(module: nn.Module) -> list[GatedMLP]:

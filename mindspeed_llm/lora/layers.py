@@ -15,7 +15,7 @@ that parameter makes megatron-core do so.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,11 +53,13 @@ class ParallelLora(nn.Module, LoraLayer):
     Attributes:
         use_fused: run the fused autograd function instead of the modular form, where it can (`fuses`).
         chunk_bytes: least bytes of a chunk in the fused form.
+        leg: while this layer is part of a larger computation, what gives its output, or None.
         kind: "column", "row" or "replicated".
     """
 
     use_fused = False
     chunk_bytes = CHUNK_BYTES
+    leg: Callable[[Tensor], Tensor] | None = None
     kind: str
     split_factor: int | None = None  # which of A (0) and B (1) is cut over the ranks
 
@@ -135,7 +137,10 @@ class ParallelLora(nn.Module, LoraLayer):
                 return out + delta.to(out.dtype), bias
             seen_out = out if dropout is None else self.base_layer(seen, *args, **kwargs)[0]
             return with_lengths(out, seen_out, delta, self.added_bias, self.length_factors(*factors)), bias
-        out = fused.apply(x, self.base_layer.weight, *factors, self.plan(self.case), dropout)
+        if self.leg is not None:
+            out = self.leg(x)
+        else:
+            out = fused.apply(x, self.base_layer.weight, *factors, self.plan(self.case), dropout)
         bias = getattr(self.base_layer, "own_bias", self.base_layer.bias)
         if bias is None or self.base_layer.skip_bias_add:
             return out, bias

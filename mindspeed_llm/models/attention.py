@@ -3,7 +3,9 @@
 Shapes: s sequence, b batch, n query heads, g key-value heads, d head dimension; `/t` = divided by TP.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -12,9 +14,19 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from mindspeed_llm.device.base import Device
+from mindspeed_llm.device.rowwise import rotate
 from mindspeed_llm.models import context
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.rope import rotate
+
+
+class WholeAttention(Protocol):
+    """Attention over chunks of a batch."""
+
+    def count(self, x: Tensor) -> int:
+        """How many chunks a batch [s, b, h] is cut into; 1 leaves it to the attention itself."""
+
+    def __call__(self, attend: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor, count: int) -> tuple[Tensor, Any]:
+        """(output in x's layout, bias) of all chunks, each computed by `attend`."""
 
 
 class RotarySelfAttention(SelfAttention):
@@ -22,6 +34,9 @@ class RotarySelfAttention(SelfAttention):
 
     Keys are cached before they are turned: where frequencies depend on the length (longrope, dynamic), a cached
     sequence is computed as one seen at once.
+
+    Attributes:
+        whole: None, or a computation of the same output from chunks of the batch.
     """
 
     def __init__(self, *args: Any, model: ModelConfig, layer: int, **kwargs: Any) -> None:
@@ -29,6 +44,19 @@ class RotarySelfAttention(SelfAttention):
         self.interleaved = model.rotary_interleaved
         local = model.rotary_base_local is not None and model.window(layer) is not None
         self.rope_kind = 1 if local else 0
+        self.whole: WholeAttention | None = None
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """megatron-core's, for all sequences at once or, where `whole` says so, for chunks of them."""
+        held = attention_mask, kwargs.get("inference_context"), kwargs.get("packed_seq_params"), *args
+        plain = all(one is None for one in held)
+        count = self.whole.count(hidden_states) if plain and self.whole is not None else 1
+        if count == 1:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        attend = partial(super().forward, attention_mask=None, **kwargs)
+        return self.whole(attend, hidden_states, count)
 
     def _adjust_key_value_for_inference(self, *args: Any, **kwargs: Any) -> tuple:
         """megatron-core's: join with the cache; then turn q and k, so that it has nothing left to turn."""

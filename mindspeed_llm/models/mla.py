@@ -26,10 +26,11 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSub
 from torch import Tensor
 
 from mindspeed_llm.device.base import Device
+from mindspeed_llm.device.rowwise import rotate
 from mindspeed_llm.models.attention import CoreAttention
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.linear import ReplicatedLinear
-from mindspeed_llm.models.rope import Rotary, rotate
+from mindspeed_llm.models.rope import Rotary
 
 LATENT_NORM_EPSILON = 1e-6
 """Of the norms between down and up projection: transformers and DeepSeek's own code do not take it from config.json."""

@@ -190,23 +190,3 @@ class Rotary(nn.Module):
             whole = angles.repeat_interleave(2, 1) if model.rotary_interleaved else torch.cat([angles, angles], 1)
             tables.append(torch.stack([whole.cos() * factor, whole.sin() * factor], 1))
         return torch.stack(tables, 1).to(self.device)
-
-
-def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first r components of each head by its position.
-
-    Args:
-        x: [s, b, n, d].
-        table: [s, 2, r], cosine and sine.
-        interleaved: component 2i belongs with 2i + 1, not i with i + r/2.
-    """
-    cosine, sine = table.to(x.dtype).unsqueeze(1).unsqueeze(1).unbind(3)  # [s, 1, 1, r]
-    size = table.size(-1)
-    turned, kept = (x, None) if x.size(-1) == size else (x[..., :size], x[..., size:])
-    if interleaved:
-        other = torch.stack([-turned[..., 1::2], turned[..., 0::2]], -1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, -1)
-        other = torch.cat([-second, first], -1)
-    turned = turned * cosine + other * sine
-    return turned if kept is None else torch.cat([turned, kept], -1)

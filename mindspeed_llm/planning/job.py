@@ -21,6 +21,7 @@ class Job:
         dtype: of weights and activations, as torch names it.
         lora: settings of the adapter; None in full tuning.
         fused: adapters in the fused form. fused_mlp: whole MLPs in one function.
+        experts_apart: experts run one after another, not together.
         recompute: "full", "selective" or None. recompute_method: "uniform" or "block" of full recomputation.
         recompute_layers: layers of a group (uniform), or recomputed layers of a chunk (block).
         distributed_optimizer: its state is spread over data parallelism. overlap_param_gather: parameters are gathered
@@ -42,6 +43,7 @@ class Job:
     lora: LoraSettings | None = None
     fused: bool = False
     fused_mlp: bool = False
+    experts_apart: bool = False
     recompute: str | None = None
     recompute_method: str | None = None
     recompute_layers: int | None = None

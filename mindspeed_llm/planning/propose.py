@@ -55,6 +55,7 @@ class Wish:
     fused: bool = False
     fused_mlp: bool = False
     pairs: bool = False
+    experts_apart: bool = False
     global_batch: int | None = None
     fixed: dict[str, int | str | None] = field(default_factory=dict)
 
@@ -149,6 +150,7 @@ def jobs(wish: Wish, sums: ModelWeights) -> Iterator[Job]:
                     lora=wish.settings,
                     fused=wish.fused,
                     fused_mlp=wish.fused_mlp,
+                    experts_apart=wish.experts_apart,
                     recompute=str(recompute) if recompute else None,
                     recompute_method="uniform" if full else None,
                     recompute_layers=1 if full else None,

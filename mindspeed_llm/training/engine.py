@@ -25,7 +25,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
-from mindspeed_llm.lora.inject import gated_mlps
+from mindspeed_llm.lora.inject import attentions, gated_mlps
 from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.expert_marks import sum_partial_gradients
@@ -164,8 +164,8 @@ def await_adapters(chunk: DistributedDataParallel) -> None:
     """Let every adapter wait for its factors under `overlap_param_gather`.
 
     megatron-core finishes the gather of a parameter when the module that holds it is called. An adapter reads its
-    factors without calling the modules that hold them, an MLP computed in one step those of both its layers: they would
-    never be gathered, and ranks would drift apart.
+    factors without calling the modules that hold them, an MLP or an attention computed in one step those of both its
+    layers: they would never be gathered, or too late, and ranks would drift apart.
     """
 
     def finish(layer: nn.Module, args: Any) -> None:
@@ -173,7 +173,8 @@ def await_adapters(chunk: DistributedDataParallel) -> None:
             if parameter in chunk.param_to_bucket_group:
                 chunk.param_to_bucket_group[parameter].finish_param_sync()
 
-    for layer in [*lora_layers(chunk), *(mlp for mlp in gated_mlps(chunk) if mlp.whole is not None)]:
+    whole = [one for one in (*gated_mlps(chunk), *attentions(chunk)) if one.whole is not None]
+    for layer in (*lora_layers(chunk), *whole):
         layer.register_forward_pre_hook(finish)
 
 

@@ -142,6 +142,7 @@ def job_of(
         lora=settings,
         fused=options.lora.lora_fusion,
         fused_mlp=options.lora.use_fused_mlp,
+        experts_apart=not options.experts.moe_grouped_gemm,
         recompute=training.recompute_granularity,
         recompute_method=training.recompute_method,
         recompute_layers=training.recompute_num_layers,
@@ -215,6 +216,7 @@ def wish_of(options: PosttrainOptions) -> Wish:
         dtype=dtype,
         fused=options.lora.lora_fusion,
         fused_mlp=options.lora.use_fused_mlp,
+        experts_apart=not options.experts.moe_grouped_gemm,
         global_batch=options.training.global_batch_size,
         fixed=fixed,
     )

@@ -20,7 +20,7 @@ from mindspeed_llm.data.prefixes import Part
 from mindspeed_llm.data.sampler import EpochSampler, LengthGroupedSampler
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.lora.config import check_reference
+from mindspeed_llm.lora.config import check_reference, unlike_layers
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.lora.sources import load_adapter, shared_hash
 from mindspeed_llm.models import parallel
@@ -107,6 +107,7 @@ def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptio
         moe_aux_loss=aux_loss_coefficient(options, model),
         moe_aux_loss_type=options.experts.moe_router_load_balancing_type,
         moe_z_loss=options.experts.moe_z_loss_coeff,
+        grouped_experts=options.experts.moe_grouped_gemm,
     )
 
 
@@ -262,6 +263,10 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
         inject(chunks, start.settings, lora.lora_fusion, options.training.seed, lora.use_fused_mlp, fresh)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
+        unlike = unlike_layers(start.settings, start.base.config) if engine.grouped_experts else []
+        if unlike and torch.distributed.get_rank() == 0:
+            said = ", ".join(map(str, unlike))
+            say(f"experts of layers {said} are not all adapted alike: they run one after another, not together")
     if start.adapter is not None:
         for chunk in chunks:
             load_adapter(chunk, start.adapter, tp_rank, engine.tensor, experts)

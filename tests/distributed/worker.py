@@ -146,6 +146,7 @@ def engine_options(case: Case) -> gpt.EngineOptions:
         moe_aux_loss=case.balance,
         moe_aux_loss_type="seq_aux_loss" if case.balance_rows else "aux_loss",
         moe_z_loss=case.z_loss or None,
+        grouped_experts=not case.apart,
         **RECOMPUTE[case.recompute],
     )
 
@@ -233,7 +234,7 @@ def real_logits(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> list[nu
     )
     for chunk in engine.chunks:
         chunk.answers_logits = False
-    return [logits.numpy() for logits in found]
+    return [logits.float().numpy() for logits in found]
 
 
 def process_groups() -> list[tuple[str, Any]]:

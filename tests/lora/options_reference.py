@@ -10,7 +10,8 @@ from peft.optimizers import create_loraplus_optimizer
 
 from mindspeed_llm.arguments.lora import LoraOptions
 from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays
-from tests.distributed.reference import ADAPTED, build_model, by_groups, forward, global_batches, in_double
+from tests.distributed.double import in_double
+from tests.distributed.reference import ADAPTED, build_model, by_groups, forward, global_batches
 
 QKV, ALL = ["q_proj", "k_proj", "v_proj"], list(ADAPTED)
 
@@ -92,9 +93,9 @@ class Truth:
 
 def adapted(option: Option) -> torch.nn.Module:
     """peft's model with values of its own in every adapter; a fused layer's parts share one A."""
-    model = in_double(build_model(False)).float()  # peft decomposes float32 weights only
+    model = build_model(False)  # peft decomposes float32 weights only
     common = {"r": SIZES.rank, "lora_alpha": SIZES.alpha, "target_modules": list(option.targets)}
-    peft = get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False).double()
+    peft = in_double(get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False))
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():

@@ -56,6 +56,7 @@ JOBS = {
     "DPO, DP2, distributed optimizer": job(pairs=True, cards=2, distributed_optimizer=True),
     "DPO, CP2": job(pairs=True, context=2),
     "EP2": job(experts=True, cards=2, ep=2, etp=1),
+    "EP2, experts apart": job(experts=True, cards=2, ep=2, etp=1, experts_apart=True),
 }
 
 
