@@ -17,8 +17,8 @@ LONGEST = 1024
 of 16 heads of 64, two cores: rows of 512 tokens 13 ms against 20 in bfloat16 and 17 against 25 in float32, of 1,024 22
 against 25 and 31 against 32, of 2,048 95 against 79."""
 SHORT = 256
-"""Tokens up to which torch's float32 kernel is the fastest, for both types: 7 to 12 ms in bfloat16, casts included, where
-torch's bfloat16 kernel costs as much per token at 32 tokens as at 768."""
+"""Tokens up to which torch's float32 kernel is the fastest, for both types: 7 to 12 ms in bfloat16, casts included,
+where torch's bfloat16 kernel costs as much per token at 32 tokens as at 768."""
 FILLED = 64
 """Tokens to whose multiple a row is filled up in bfloat16: oneDNN compiles a product for every new shape. Rows of 100
 to 600 tokens, each of another length: 30 ms as they are, 17 filled up, 33 by torch's kernel."""
