@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mindspeed_llm.device import kernels, native
 from mindspeed_llm.device.segments import Segments
 
 LONGEST = 1024
 """Tokens up to which products of whole matrices are faster than torch's kernel on the way back. Measured, 1,024 tokens
-of 16 heads of 64, two cores: 128 tokens a row 8 ms against 21 in bfloat16, 512 13 against 20, 1,024 22 against 25, and
-2,048 tokens in one row 95 against 79; in float32 512 17 against 25, 1,024 31 against 32."""
-SHORT = 320
-"""Tokens up to which, without `native`, the float32 kernel is faster than the bfloat16 one, which costs as much per
-token at 32 tokens as at 768 (measured: 37 ms per 1,024 tokens of 16 heads on one core, against 6 to 22)."""
+of 16 heads of 64, two cores: rows of 512 tokens 13 ms against 20 in bfloat16 and 17 against 25 in float32, of 1,024 22
+against 25 and 31 against 32, of 2,048 95 against 79."""
+SHORT = 256
+"""Tokens up to which torch's float32 kernel is the fastest, for both types: 7 to 12 ms in bfloat16, casts included,
+where torch's bfloat16 kernel costs as much per token at 32 tokens as at 768."""
+FILLED = 64
+"""Tokens to whose multiple a row is filled up in bfloat16: oneDNN compiles a product for every new shape. Rows of 100
+to 600 tokens, each of another length: 30 ms as they are, 17 filled up, 33 by torch's kernel."""
 SCORES = 1 << 21
 """Scores that exist at a time, in float32."""
 QUERIES = 64, 256
@@ -63,12 +67,15 @@ def gradients(
         log_sums: of each query's exponentials, float32 [b, n, t].
     """
     b, n, t, _ = query.shape
-    if t <= LONGEST and native.serves(grad, query, key, value, out):
-        rows = max(1, SCORES // (n * t * QUERIES[0]))
-        parts = zip(*(one.split(rows) for one in (grad, query, key, value, out, log_sums)), strict=True)
-        found = [by_products(*part, scale) for part in parts]
-        return tuple(torch.cat(each) if len(found) > 1 else each[0] for each in zip(*found, strict=True))
     given = grad, query, key, value, out
+    if SHORT < t <= LONGEST and native.serves(*given):
+        if lacking := -t % FILLED if query.dtype == torch.bfloat16 else 0:  # no token sees what is behind it
+            given, log_sums = tuple(pad(one, (0, 0, 0, lacking)) for one in given), pad(log_sums, (0, lacking))
+        rows = max(1, SCORES // (n * t * QUERIES[0]))
+        parts = zip(*(one.split(rows) for one in (*given, log_sums)), strict=True)
+        found = [by_products(*part, scale) for part in parts]
+        whole = (torch.cat(each) if len(found) > 1 else each[0] for each in zip(*found, strict=True))
+        return tuple(one[:, :, :t] for one in whole)
     if query.dtype == torch.bfloat16 and t <= SHORT:
         given = tuple(one.float() for one in given)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -87,7 +94,7 @@ def by_products(
     """
     b, n, t, d = query.shape
     g, m, dtype = key.size(1), n // key.size(1), query.dtype
-    block = min(max(SCORES // (b * n * t) // 32 * 32, QUERIES[0]), QUERIES[1])
+    block = min(max(SCORES // (b * n * t) // FILLED * FILLED, QUERIES[0]), QUERIES[1])
     keys, values = (one.reshape(b * g, t, d) for one in (key, value))
     wide_keys, wide_values = keys.float(), values.float()
     dots = _row_dots(grad, out)
@@ -98,9 +105,7 @@ def by_products(
         q, do = (one[:, :, rows].reshape(b * g, -1, d) for one in (query, grad))  # m heads of a group, one by one
         p = torch.bmm(wide_keys[:, :seen], q.float().transpose(1, 2))
         ds = torch.bmm(wide_values[:, :seen], do.float().transpose(1, 2))
-        made = (
-            (p, ds) if dtype == torch.float32 else (torch.empty_like(p, dtype=dtype), torch.empty_like(p, dtype=dtype))
-        )
+        made = (p, ds) if dtype == torch.float32 else tuple(torch.empty_like(one, dtype=dtype) for one in (p, ds))
         sums = (one[:, :, rows].contiguous() for one in (log_sums, dots))
         sizes = b * g, seen, m, seen - first, first
         native.run("softmax_backward", dtype, p.numel(), p, ds, *sums, *made, *sizes, scale)

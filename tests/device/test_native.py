@@ -133,6 +133,7 @@ def test_gradients_by_products_are_as_exact_as_torchs_kernel(
 ) -> None:
     monkeypatch.setattr(cpu_attention, "SCORES", 1 << 15)  # several blocks, and batches cut into rows
     monkeypatch.setattr(cpu_attention, "QUERIES", (32, 96))
+    monkeypatch.setattr(cpu_attention, "SHORT", 0)
     found = attention_errors(cpu_attention.gradients, sizes, dtype)
 
     def torchs(*given: Tensor | float) -> tuple[Tensor, ...]:
