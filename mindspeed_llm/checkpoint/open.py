@@ -9,6 +9,7 @@ from mindspeed_llm.checkpoint.adapters.peft_folder import is_peft
 from mindspeed_llm.checkpoint.adapters.settings import module_entries, resolve_targets, settings_of, short_targets
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.adapters.stored import show_stored
+from mindspeed_llm.checkpoint.adapters.tied import lookup_unties
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
@@ -128,7 +129,8 @@ def adapter_of(
     base = metadata.base if metadata else None
     if base is None and not checkpoint.missing_base:
         base = BaseRecord(str(checkpoint.folder), content_hash(checkpoint.base()))
-    lora = show_stored(LoraSource(tensors, settings, base, metadata, checkpoint))
+    unties = lookup_unties(checkpoint.config, ranks)
+    lora = show_stored(LoraSource(tensors, settings, base, metadata, checkpoint, unties))
     check_flags(lora, r, alpha, target_modules)
     return lora
 

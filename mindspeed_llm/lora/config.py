@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from mindspeed_llm.arguments.lora import LoraOptions
 from mindspeed_llm.checkpoint.adapters.settings import (
+    ROUTER,
+    TOKENS,
     chosen_modules,
     default_and_pattern,
     is_named,
@@ -14,7 +16,7 @@ from mindspeed_llm.checkpoint.adapters.settings import (
 )
 from mindspeed_llm.checkpoint.adapters.settings import hf_module as hf_module_of
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
-from mindspeed_llm.checkpoint.tables import Entry, WeightTable, expert_number
+from mindspeed_llm.checkpoint.tables import EMBEDDING, Entry, WeightTable, expert_number
 from mindspeed_llm.errors import UsageError, unknown
 from mindspeed_llm.models.families.base import Kind
 
@@ -22,16 +24,8 @@ DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
 LINEAR = (Kind.COLUMN, Kind.ROW, Kind.QKV, Kind.GATED, Kind.REPLICATED)
 Value = TypeVar("Value", int, float)
-WHOLE_ONLY = {
-    "all-router": "router",
-    "router": "router",
-    "all-embedding": "word_embeddings",
-    "embed_tokens": "word_embeddings",
-    "word_embeddings": "word_embeddings",
-    "lm_head": "output_layer",
-    "output_layer": "output_layer",
-}
-"""Targets of other programs that get no adapter here, and what --lora-modules-to-save calls them."""
+WHOLE_ONLY = ("lm_head", "output_layer")
+"""Names of the output layer, which gets no adapter here."""
 NEEDS_TARGETS = {
     "lora_r": None,
     "lora_alpha": None,
@@ -51,13 +45,21 @@ NEEDS_TARGETS = {
 
 
 def adaptable(table: WeightTable) -> dict[str, Entry]:
-    """The linear layers that training can adapt, by logical name: those of decoder layers, prediction layers aside."""
+    """What training can adapt, by logical name: the token embeddings, and in decoder layers linear ones and routers.
+
+    Prediction layers are not trained.
+    """
     return {
         module: entry
         for module, entry in module_entries(table).items()
-        if entry.kind in LINEAR and entry.layer is not None and "linear_" in module
-        and entry.layer < table.config.num_layers
-    }  # fmt: skip
+        if entry.name == EMBEDDING
+        or (entry.layer is not None and entry.layer < table.config.num_layers and is_layer(module, entry))
+    }
+
+
+def is_layer(module: str, entry: Entry) -> bool:
+    """Whether a module of a decoder layer is a linear layer or a router."""
+    return short_name(module) == ROUTER or (entry.kind in LINEAR and "linear_" in module)
 
 
 def settings_from_options(options: LoraOptions, table: WeightTable) -> LoraSettings | None:
@@ -79,8 +81,7 @@ def settings_from_options(options: LoraOptions, table: WeightTable) -> LoraSetti
     alpha = DEFAULT_ALPHA if options.lora_alpha is None else options.lora_alpha
     ranks = by_pattern(options.lora_rank_pattern, targets, modules, r, "--lora-rank-pattern", positive_integer)
     alphas = by_pattern(options.lora_alpha_pattern, targets, modules, alpha, "--lora-alpha-pattern", positive_number)
-    if options.use_dora and (expert := next((one for one in targets if expert_number(one) is not None), None)):
-        raise UsageError(f"--use-dora: {expert} is an expert's, and peft has no DoRA of experts; exclude local_experts")
+    check_forms(options, targets)
     return LoraSettings(
         r,
         alpha,
@@ -94,6 +95,19 @@ def settings_from_options(options: LoraOptions, table: WeightTable) -> LoraSetti
         options.lora_dtype,
         modules_to_save(options.lora_modules_to_save or (), targets, table),
     )
+
+
+def check_forms(options: LoraOptions, targets: Sequence[str]) -> None:
+    """`UsageError` for a form of adapter that a target cannot have."""
+    if options.use_dora and (expert := next((one for one in targets if expert_number(one) is not None), None)):
+        raise UsageError(f"--use-dora: {expert} is an expert's, and peft has no DoRA of experts; exclude local_experts")
+    forms = {"--use-dora": options.use_dora, "--lora-init pissa": options.lora_init == "pissa"}
+    given = next((flag for flag, is_given in forms.items() if is_given), None)
+    for name, group in ((ROUTER, "all-router"), (TOKENS, "all-embedding")):
+        if given and any(short_name(target) == name for target in targets):
+            raise UsageError(
+                f"{given} is for linear layers, as in peft, and {name} is none; give --lora-exclude-modules {group}"
+            )
 
 
 def given_flags(options: LoraOptions) -> list[str]:
@@ -110,19 +124,18 @@ def chosen_targets(options: LoraOptions, modules: Mapping[str, Entry]) -> list[s
     names = own_names(options.lora_target_modules or (), modules)
     if whole := next((name for name in names if name in WHOLE_ONLY), None):
         raise UsageError(
-            f"--lora-target-modules {whole}: only linear layers get adapters here; train it whole with"
-            f" --lora-modules-to-save {WHOLE_ONLY[whole]}"
+            f"--lora-target-modules {whole}: the output layer gets no adapter here; train it whole with"
+            f" --lora-modules-to-save {whole}"
         )
     chosen = set(chosen_modules(names, modules, "--lora-target-modules"))
     if options.lora_exclude_modules:
         excluded = own_names(options.lora_exclude_modules, modules)
         chosen -= set(chosen_modules(excluded, modules, "--lora-exclude-modules"))
     if options.lora_layers is not None:
-        layers = {entry.layer for entry in modules.values()}
-        wrong = sorted(set(options.lora_layers) - layers)
-        if wrong:
-            raise UsageError(f"--lora-layers {wrong[0]}: the model has the layers 0 to {max(layers)}")
-        chosen = {module for module in chosen if modules[module].layer in options.lora_layers}
+        last = max(entry.layer for entry in modules.values() if entry.layer is not None)
+        if wrong := [layer for layer in sorted(options.lora_layers) if not 0 <= layer <= last]:
+            raise UsageError(f"--lora-layers {wrong[0]}: the model has the layers 0 to {last}")
+        chosen = {module for module in chosen if modules[module].layer in (None, *options.lora_layers)}
     if not chosen:
         raise UsageError(
             f"--lora-target-modules {' '.join(options.lora_target_modules or ())}: --lora-exclude-modules and"

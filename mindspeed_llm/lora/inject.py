@@ -6,16 +6,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, is_lora, logical_name
 from mindspeed_llm.lora.fused_mlp import AdaptedMlp
-from mindspeed_llm.lora.layers import CUSTOM_MODULES, ParallelLora, RowParallelLora, is_lora_parameter, uniform_init
+from mindspeed_llm.lora.layers import (
+    ColumnParallelLora,
+    ParallelLora,
+    ReplicatedLora,
+    RowParallelLora,
+    is_lora_parameter,
+    uniform_init,
+)
+from mindspeed_llm.lora.lookups import EmbeddingLora, RouterLora, normal_init
 from mindspeed_llm.lora.pissa import shared_factors
 from mindspeed_llm.models import parallel
+from mindspeed_llm.models.linear import ReplicatedLinear
 from mindspeed_llm.models.mlp import GatedMLP
+from mindspeed_llm.models.moe import Router
+
+CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    ColumnParallelLinear: ColumnParallelLora,
+    RowParallelLinear: RowParallelLora,
+    ReplicatedLinear: ReplicatedLora,
+    Router: RouterLora,
+    VocabParallelEmbedding: EmbeddingLora,
+}
+"""megatron-core's modules, and ours, that get an adapter, and its type."""
 
 
 def inject(
@@ -134,6 +154,8 @@ def initialise(chunk: nn.Module, settings: LoraSettings, seed: int) -> None:
 def drawn_share(layer: ParallelLora, module: str, r: int, seed: int) -> torch.Tensor:
     """This rank's share of A's initial values, fp32; `module` is the layer's logical name."""
     digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    if isinstance(layer, EmbeddingLora):
+        return normal_init((r, layer.in_features), int.from_bytes(digest[:6], "big"))
     split = layer.group.size() if isinstance(layer, RowParallelLora) else 1
     width = layer.in_features
     whole = uniform_init((r, width * split), int.from_bytes(digest[:6], "big"))

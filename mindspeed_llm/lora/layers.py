@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -41,7 +39,6 @@ from mindspeed_llm.lora.dora import Magnitude, row_norms, with_lengths
 from mindspeed_llm.lora.dropout import Dropout
 from mindspeed_llm.lora.overlap import CHUNK_BYTES
 from mindspeed_llm.models.expert_marks import mark_expert_parameter
-from mindspeed_llm.models.linear import ReplicatedLinear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Types of factors that are not simply the base's."""
@@ -66,10 +63,15 @@ class ParallelLora(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.group = base_layer.tp_group
         self.of_expert = getattr(base_layer, "is_expert", False)
-        self.sequence_parallel = base_layer.sequence_parallel and not self.of_expert
+        self.sequence_parallel = self.sees_local_tokens(base_layer) and not self.of_expert
         self._active_adapter = adapter_name
         self.lora_A_start, self.lora_B_start = nn.ModuleDict(), nn.ModuleDict()
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
+
+    @staticmethod
+    def sees_local_tokens(base_layer: nn.Module) -> bool:
+        """Whether ranks hold their own tokens on a side of the layer: sequence parallelism."""
+        return base_layer.sequence_parallel
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         out_features, in_features = module.weight.shape
@@ -261,13 +263,6 @@ class ReplicatedLora(ParallelLora):
     def case(self) -> str:
         """Nothing is communicated, with sequence parallelism or without."""
         return "single"
-
-
-CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
-    ColumnParallelLinear: ColumnParallelLora,
-    RowParallelLinear: RowParallelLora,
-    ReplicatedLinear: ReplicatedLora,
-}
 
 
 def lora_layers(module: nn.Module) -> list[ParallelLora]:

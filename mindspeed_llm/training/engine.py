@@ -36,8 +36,8 @@ from mindspeed_llm.training.optimizer_state import inner_optimizers
 from mindspeed_llm.training.pipeline import Batch
 from mindspeed_llm.training.preference import FIGURES, Preference, with_reference
 
-LORAPLUS = ("*.lora_B.*", "*.lora_magnitude_vector.*")
-"""Parameters that learn faster under LoRA+."""
+LORAPLUS = ("*layers.*.lora_B.*", "*layers.*.lora_magnitude_vector.*")
+"""Parameters that learn faster under LoRA+: those of the decoder's layers. As in peft, an embedding's do not."""
 
 
 @dataclass(frozen=True)

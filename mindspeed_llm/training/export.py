@@ -23,6 +23,7 @@ from mindspeed_llm.checkpoint.adapters.export import write_peft
 from mindspeed_llm.checkpoint.adapters.factors import AdapterTensors, Assembled
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.adapters.stored import show_stored
+from mindspeed_llm.checkpoint.adapters.tied import untied_model
 from mindspeed_llm.checkpoint.convert_job import recorded_folders
 from mindspeed_llm.checkpoint.formats.hf import HfFiles, HFSource, copy_companions
 from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource
@@ -32,7 +33,15 @@ from mindspeed_llm.checkpoint.merge import MergedSource
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import adapter_of, config_differences, open_checkpoint
 from mindspeed_llm.checkpoint.sizes import parse_size
-from mindspeed_llm.checkpoint.tables import MAGNITUDE, WeightTable, expert_number, is_lora, logical_name
+from mindspeed_llm.checkpoint.tables import (
+    EMBEDDING,
+    MAGNITUDE,
+    OUTPUT_LAYER,
+    WeightTable,
+    expert_number,
+    is_lora,
+    logical_name,
+)
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import CausalLM
@@ -123,6 +132,8 @@ def export_model(
         InputError: some tensor of the model was written by no rank, or by several.
     """
     model = dataclasses.replace(model, mtp_num_layers=0)  # prediction layers are neither trained nor in the live model
+    if export.settings is not None and export.settings.adapts(EMBEDDING.removesuffix(".weight")):
+        model = untied_model(model)  # what is looked up is adapted, the output layer is not
     shares = LiveShares(chunks, model)
     folder, first = checkpoint / MODEL_FOLDER, torch.distributed.get_rank() == 0
     if first:
@@ -157,7 +168,8 @@ class LiveShares:
 
     Attributes:
         table: the whole model's.
-        shares: base tensors and LoRA factors of all chunks; a tied output layer is left to the embedding.
+        shares: base tensors and LoRA factors of all chunks; a tied output layer is left to the embedding, unless
+            `model` unties the two.
     """
 
     def __init__(self, chunks: Sequence[CausalLM], model: ModelConfig) -> None:
@@ -170,6 +182,8 @@ class LiveShares:
                 name = logical_name(local, chunk.first_layer, first_expert=self.first_expert)
                 if is_lora(name) or self.table.resolve(name) == name:
                     self.shares[name] = tensor.detach()
+            if chunk.post_process and not model.tie_word_embeddings:
+                self.shares.setdefault(OUTPUT_LAYER, chunk.head_weight.detach())  # the embedding's, where it is tied
         self.common = getattr(torch, model.dtype)
         own = {name: tensor.dtype for name, tensor in self.shares.items() if tensor.dtype != self.common}
         found: list[Any] = [None] * torch.distributed.get_world_size()

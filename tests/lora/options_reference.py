@@ -22,7 +22,7 @@ class Option:
     Attributes:
         name: of the test. ours: fields of `LoraOptions` beside rank, alpha and targets.
         peft: fields of peft's LoraConfig beside them. targets: HF names, for both.
-        ratio: LoRA+'s, or None.
+        ratio: LoRA+'s, or None. tied: the base's output layer is its embedding.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Option:
     targets: tuple[str, ...] = ADAPTED
     ratio: float | None = None
     fresh: bool = False
+    tied: bool = False
 
     def options(self) -> LoraOptions:
         """As the command line gives them."""
@@ -75,6 +76,8 @@ OPTIONS = {
             ("o_proj", "down_proj"),
             fresh=True,
         ),
+        Option("embedding", {"use_rslora": True}, {"use_rslora": True}, ("embed_tokens", "down_proj")),
+        Option("tied-embedding-and-loraplus", {}, {}, ("embed_tokens", "o_proj"), ratio=8.0, tied=True),
     )
 }
 
@@ -92,7 +95,7 @@ class Truth:
 
 def adapted(option: Option) -> torch.nn.Module:
     """peft's model with values of its own in every adapter; a fused layer's parts share one A."""
-    model = in_double(build_model(False)).float()  # peft decomposes float32 weights only
+    model = in_double(build_model(option.tied)).float()  # peft decomposes float32 weights only
     common = {"r": SIZES.rank, "lora_alpha": SIZES.alpha, "target_modules": list(option.targets)}
     peft = get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False).double()
     generator = torch.Generator().manual_seed(6)
@@ -153,6 +156,9 @@ def take(model: torch.nn.Module, gradients: bool) -> Arrays:
         factors(f"{name}.mlp.linear_fc2", [mlp.down_proj], lambda one: one)
         whole(f"{name}.input_layernorm.weight", layer.input_layernorm)
     whole("embedding.word_embeddings.weight", model.model.embed_tokens)
+    if hasattr(table := model.model.embed_tokens, "lora_embedding_A"):
+        found["embedding.word_embeddings.lora_A.weight"] = value(table.lora_embedding_B.default).t()
+        found["embedding.word_embeddings.lora_B.weight"] = value(table.lora_embedding_A.default).t()
     whole("output_layer.weight", model.lm_head)
     return {name: tensor.numpy() for name, tensor in found.items()}
 
@@ -160,7 +166,8 @@ def take(model: torch.nn.Module, gradients: bool) -> Arrays:
 def optimizer_of(peft: torch.nn.Module, ratio: float | None) -> torch.optim.Optimizer:
     """AdamW that decays matrices alone; peft's LoRA+ with a ratio."""
     if ratio is not None:
-        kwargs = {"lr": LEARNING_RATE, "loraplus_lr_ratio": ratio, "loraplus_weight_decay": WEIGHT_DECAY}
+        kwargs = {"lr": LEARNING_RATE, "loraplus_lr_embedding": LEARNING_RATE, "loraplus_lr_ratio": ratio}
+        kwargs["loraplus_weight_decay"] = WEIGHT_DECAY
         return create_loraplus_optimizer(peft, torch.optim.AdamW, **kwargs)
     parameters = [p for p in peft.parameters() if p.requires_grad]
     groups = [

@@ -22,7 +22,12 @@ LAYOUTS = (
 
 
 def trained(name: str, case: Case) -> list[tuple[Result, dict]]:
-    task = {"case": case, "folder": saved_model(False), "option": OPTIONS[name], "adapter": truth(name).adapter}
+    task = {
+        "case": case,
+        "folder": saved_model(OPTIONS[name].tied),
+        "option": OPTIONS[name],
+        "adapter": truth(name).adapter,
+    }
     return pool(case.world).run("tests.lora.options_worker:trained", steps=global_batches(True)[:2], **task)
 
 

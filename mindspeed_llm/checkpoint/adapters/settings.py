@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
@@ -11,8 +11,16 @@ from mindspeed_llm.checkpoint.tables import Entry, WeightTable
 from mindspeed_llm.errors import UsageError, unknown
 
 ALL_LINEAR = "all-linear"
+ROUTER, TOKENS = "router", "word_embeddings"
+"""megatron-core's short names of a router and of the table of token embeddings."""
 EXPRESSION = re.compile(r"[\\^$*+?()\[\]{}|]")
 """What makes a name a regular expression."""
+GROUPS: Mapping[str, Callable[[str], bool]] = {
+    ALL_LINEAR: lambda short: short.startswith("linear_"),
+    "all-router": lambda short: short == ROUTER,
+    "all-embedding": lambda short: short == TOKENS,
+}
+"""Target names that stand for all modules of a sort, told by their short names."""
 T = TypeVar("T", int, float)
 
 
@@ -35,7 +43,8 @@ def resolve_targets(names: Sequence[str], table: WeightTable, partly: bool = Fal
 
     Args:
         names: megatron-core's (`linear_qkv`), HF's (`q_proj`), whole names of either, regular expressions of whole
-            names of either, or `all-linear`: all linear layers within the decoder's layers, routers excepted.
+            names of either, or one of `GROUPS`: `all-linear` is all linear layers within the decoder's layers, routers
+            excepted.
         partly: a name may stand for a part of a module's rows, as `q_proj` alone does.
 
     Raises:
@@ -56,7 +65,7 @@ def chosen_modules(names: Sequence[str], modules: Mapping[str, Entry], flag: str
             if is_named(name, module, hf_module(hf.name), flag)
         ]
         if not found:
-            known = {short_name(module) for module in modules} | {ALL_LINEAR}
+            known = {short_name(module) for module in modules} | set(GROUPS)
             hf_names = {short_name(hf_module(hf.name)) for entry in modules.values() for hf in entry.hf}
             raise unknown(f"{flag} entry", name, sorted(known | hf_names))
         for module, part in found:
@@ -79,8 +88,8 @@ def is_named(name: str, module: str, hf: str, flag: str = "--lora-target-modules
     Raises:
         UsageError: it is meant as a regular expression, and is none.
     """
-    if name == ALL_LINEAR:
-        return short_name(module).startswith("linear_")
+    if name in GROUPS:
+        return GROUPS[name](short_name(module))
     if not EXPRESSION.search(name):
         return any(known == name or known.endswith(f".{name}") for known in (module, hf))
     try:
