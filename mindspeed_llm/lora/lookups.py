@@ -2,8 +2,10 @@
 
 Shapes: s sequence, b batch, h hidden, e experts, v vocabulary, r rank; `/t` = divided by TP.
 
-    router      W [e, h]    A [r, h]    B [e, r]                 all replicated; logits are float32, and so is their share
-    embedding   W [v/t, h]  A [r, h] replicated  B [v/t, r]      row x of W + s B A;  peft: lora_embedding_A = B^T, _B = A^T
+    router      W [e, h]    A [r, h]    B [e, r]               all replicated; logits and their share are float32
+    embedding   W [v/t, h]  A [r, h] replicated  B [v/t, r]    row x of W + s B A
+
+peft calls an embedding's factors lora_embedding_A = B^T [r, v] and lora_embedding_B = A^T [h, r].
 
 A tied output layer stays the base's: as in peft, only the lookup is adapted.
 """

@@ -52,6 +52,10 @@ ALL = ("linear_fc1", "linear_fc2", "linear_proj", "linear_qkv")
         (("all-linear",), {"lora_exclude_modules": ["o_proj", ".*mlp.*"]}, ("linear_qkv",)),
         (("linear_fc2",), {"lora_layers": [1, 1]}, ("decoder.layers.1.mlp.linear_fc2",)),
         (("linear_fc2",), {"lora_layers": list(range(LAYERS))}, ("linear_fc2",)),
+        (("all-embedding", "linear_fc2"), {}, ("linear_fc2", "word_embeddings")),
+        (("model.embed_tokens",), {"lora_layers": [1]}, ("word_embeddings",)),
+        (("word_embeddings", "all-linear"), {"lora_exclude_modules": [".*mlp.*", "linear_proj"]},
+         ("linear_qkv", "word_embeddings")),
     ],
 )  # fmt: skip
 def test_targets_are_named_in_both_worlds_by_expressions_and_layers(
@@ -86,7 +90,10 @@ def test_the_first_pattern_that_fits_gives_a_layers_rank_and_alpha() -> None:
         ({"lora_target_modules": ["linear_qkw"]}, "linear_qkw.*linear_qkv"),
         ({"lora_target_modules": ["q_proj"]}, "names q_proj, but q_proj k_proj v_proj are one layer"),
         ({"lora_target_modules": ["(linear"]}, "not a regular expression"),
-        ({"lora_target_modules": ["all-linear", "all-embedding"]}, "--lora-modules-to-save word_embeddings"),
+        ({"lora_target_modules": ["all-linear", "lm_head"]}, "output layer gets no adapter .*-to-save lm_head"),
+        ({"lora_target_modules": ["all-linear", "all-router"]}, "entry 'all-router'"),
+        ({"lora_target_modules": ["embed_tokens"], "use_dora": True}, "--use-dora is for linear layers.* all-embedd"),
+        ({"lora_target_modules": ["all-embedding"], "lora_init": "pissa"}, "--lora-init pissa is for linear layers"),
         ({**QKV, "lora_exclude_modules": ["linear_qkv"]}, "leave no layer to adapt"),
         ({**QKV, "lora_exclude_modules": ["fc1"]}, "--lora-exclude-modules entry 'fc1'"),
         ({**QKV, "lora_layers": [1, 7]}, "--lora-layers 7: .*0 to 3"),
@@ -110,6 +117,13 @@ def test_a_tied_output_layer_is_trained_whole_by_the_embeddings_name() -> None:
         settings_from_options(options, tied)
     options.lora_modules_to_save = ["embed_tokens"]
     assert settings_from_options(options, tied).modules_to_save == ("word_embeddings",)
+
+
+@pytest.mark.parametrize("target", ["all-router", "router", "mlp.gate", "gate"])
+def test_routers_are_named_in_both_worlds(target: str) -> None:
+    assert settings(target, family="qwen3_moe").target_modules == ("router",)
+    with pytest.raises(UsageError, match="--use-dora is for linear layers, .* router is none"):
+        settings(target, "linear_qkv", family="qwen3_moe", use_dora=True)
 
 
 def test_dora_of_experts_is_refused() -> None:

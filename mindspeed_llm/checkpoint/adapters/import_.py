@@ -23,7 +23,7 @@ from mindspeed_llm.checkpoint.adapters.factors import (
 from mindspeed_llm.checkpoint.adapters.peft_config import PeftConfig
 from mindspeed_llm.checkpoint.adapters.peft_folder import read_base_record, read_tensors
 from mindspeed_llm.checkpoint.adapters.replaced import token_tensors, whole_tensors
-from mindspeed_llm.checkpoint.adapters.settings import hf_module, settings_of
+from mindspeed_llm.checkpoint.adapters.settings import hf_module, peft_module, settings_of
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.adapters.stored import with_stored
 from mindspeed_llm.checkpoint.adapters.tied import Ends, resolve_tie
@@ -68,7 +68,7 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
     found = read_tensors(folder)
     table = untied(base.table)
     blocks = find_blocks(found.factors, config, table)
-    plain = {module: own for module, own in found.factors.items() if module not in blocks}
+    plain = {peft_module(module): own for module, own in found.factors.items() if module not in blocks}
     check_targets(plain, config, table, bool(blocks))
     modules = {**plain_modules(plain, config, table), **block_modules(blocks, config)}
     joined = {name: join(one.axis, one.entry.shape[0], one.placed) for name, one in modules.items()}
@@ -105,17 +105,16 @@ def check_targets(
 ) -> None:
     """`InputError` when the file and the config do not speak of the same modules: peft would drop or invent some."""
     targeted = set()
-    for hf, (entry, _) in table.hf_names.items():
-        if len(entry.shape) != 2 or not hf.endswith(".weight"):
-            continue
+    known = by_module(table)
+    for module, (entry, _) in known.items():
         linear = entry.name not in (EMBEDDING, OUTPUT_LAYER)
-        if config.targets(hf_module(hf), linear) or config.targets_parameter(hf):
-            targeted.add(hf_module(hf))
+        if config.targets(module, linear) or config.targets_parameter(f"{module}.weight"):
+            targeted.add(module)
     ends = {hf_module(table.entries[name].hf[0].name) for name in (EMBEDDING, OUTPUT_LAYER)}
     if config.ensure_weight_tying and targeted & ends:
         targeted |= ends & set(factors)
     for module in factors:
-        if module + ".weight" not in table.hf_names:
+        if module not in known:
             raise InputError(f"{config.path.parent}: {module} is unknown to a {table.config.family} model")
         if module not in targeted:
             raise InputError(
@@ -131,14 +130,23 @@ def check_targets(
         raise InputError(f"{config.path}: targets {lost[0]}{more}, which the adapter's file holds no factors for")
 
 
+def by_module(table: WeightTable) -> dict[str, tuple[Entry, int]]:
+    """The HF modules, as peft names them, that a pair of factors can be on, in the order of the network."""
+    return {
+        peft_module(name): (entry, part)
+        for name, (entry, part) in table.hf_names.items()
+        if len(entry.shape) == 2 and name.endswith(".weight")
+    }
+
+
 def plain_modules(
     factors: Mapping[str, Mapping[str, LazyTensor]], config: PeftConfig, table: WeightTable
 ) -> dict[str, Module]:
     """The logical modules that pairs of single HF modules adapt, in the order of the network."""
     found: dict[str, Module] = {}
-    order = [hf_module(name) for name in table.hf_names]
-    for hf in (module for module in order if module in factors):
-        entry, part = table.hf_names[hf + ".weight"]
+    for hf, (entry, part) in by_module(table).items():
+        if hf not in factors:
+            continue
         own = dict(factors[hf])
         magnitude = own.pop(MAGNITUDE, None)
         if (magnitude is not None) != config.use_dora:

@@ -38,6 +38,11 @@ def hf_module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
+def peft_module(name: str) -> str:
+    """The HF module of a weight as peft sees it: transformers 5 calls Mixtral's router otherwise than its files."""
+    return hf_module(name).replace(".block_sparse_moe.gate", ".mlp.gate")
+
+
 def resolve_targets(names: Sequence[str], table: WeightTable, partly: bool = False) -> tuple[str, ...]:
     """The modules that target names stand for, as `LoraSettings.target_modules` spells them.
 
