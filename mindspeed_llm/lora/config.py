@@ -5,10 +5,12 @@ from dataclasses import replace
 from typing import TypeVar
 
 from mindspeed_llm.arguments.lora import LoraOptions
+from mindspeed_llm.checkpoint.adapters.parts import described_targets, named_parts
 from mindspeed_llm.checkpoint.adapters.settings import (
     ROUTER,
     TOKENS,
-    chosen_modules,
+    check_whole,
+    chosen_parts,
     default_and_pattern,
     is_named,
     module_entries,
@@ -76,7 +78,8 @@ def settings_from_options(options: LoraOptions, table: WeightTable) -> LoraSetti
             known = " ".join(sorted({short_name(module) for module in modules}))
             raise UsageError(f"{' and '.join(given)} given without --lora-target-modules; known: {known} all-linear")
         return None
-    targets = chosen_targets(options, modules)
+    chosen = chosen_targets(options, modules)
+    targets = list(chosen)
     r = DEFAULT_RANK if options.lora_r is None else options.lora_r
     alpha = DEFAULT_ALPHA if options.lora_alpha is None else options.lora_alpha
     ranks = by_pattern(options.lora_rank_pattern, targets, modules, r, "--lora-rank-pattern", positive_integer)
@@ -94,6 +97,7 @@ def settings_from_options(options: LoraOptions, table: WeightTable) -> LoraSetti
         options.lora_init,
         options.lora_dtype,
         modules_to_save(options.lora_modules_to_save or (), targets, table),
+        named_parts(chosen, modules),
     )
 
 
@@ -115,11 +119,13 @@ def given_flags(options: LoraOptions) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, left in NEEDS_TARGETS.items() if getattr(options, name) != left]
 
 
-def chosen_targets(options: LoraOptions, modules: Mapping[str, Entry]) -> list[str]:
+def chosen_targets(options: LoraOptions, modules: Mapping[str, Entry]) -> dict[str, set[int]]:
     """The logical modules that --lora-target-modules, --lora-exclude-modules and --lora-layers leave, in their order.
 
+    -> the numbers of their HF parts by module.
+
     Raises:
-        UsageError: a name or a layer that is not there, or nothing is left.
+        UsageError: a name or a layer that is not there, a part of an expert, or nothing is left.
     """
     names = own_names(options.lora_target_modules or (), modules)
     if whole := next((name for name in names if name in WHOLE_ONLY), None):
@@ -127,21 +133,25 @@ def chosen_targets(options: LoraOptions, modules: Mapping[str, Entry]) -> list[s
             f"--lora-target-modules {whole}: the output layer gets no adapter here; train it whole with"
             f" --lora-modules-to-save {whole}"
         )
-    chosen = set(chosen_modules(names, modules, "--lora-target-modules"))
+    chosen = chosen_parts(names, modules, "--lora-target-modules")
     if options.lora_exclude_modules:
-        excluded = own_names(options.lora_exclude_modules, modules)
-        chosen -= set(chosen_modules(excluded, modules, "--lora-exclude-modules"))
+        excluded = chosen_parts(own_names(options.lora_exclude_modules, modules), modules, "--lora-exclude-modules")
+        left = {module: parts - excluded.get(module, set()) for module, parts in chosen.items()}
+        chosen = {module: parts for module, parts in left.items() if parts}
     if options.lora_layers is not None:
         last = max(entry.layer for entry in modules.values() if entry.layer is not None)
         if wrong := [layer for layer in sorted(options.lora_layers) if not 0 <= layer <= last]:
             raise UsageError(f"--lora-layers {wrong[0]}: the model has the layers 0 to {last}")
-        chosen = {module for module in chosen if modules[module].layer in (None, *options.lora_layers)}
+        kept = (None, *options.lora_layers)
+        chosen = {module: parts for module, parts in chosen.items() if modules[module].layer in kept}
     if not chosen:
         raise UsageError(
             f"--lora-target-modules {' '.join(options.lora_target_modules or ())}: --lora-exclude-modules and"
             " --lora-layers leave no layer to adapt; name others"
         )
-    return [module for module in modules if module in chosen]
+    experts = {module: parts for module, parts in chosen.items() if modules[module].expert is not None}
+    check_whole(experts, modules, "--lora-target-modules", "peft adapts experts' as one")
+    return {module: chosen[module] for module in modules if module in chosen}
 
 
 def own_names(names: Sequence[str], modules: Mapping[str, Entry]) -> list[str]:
@@ -223,7 +233,8 @@ def modules_to_save(names: Sequence[str], targets: Sequence[str], table: WeightT
         raise UsageError(
             f"--lora-modules-to-save {head}: this model's output layer is its embedding; name embed_tokens"
         )
-    chosen = chosen_modules(names, modules, "--lora-modules-to-save") if names else []
+    chosen = chosen_parts(names, modules, "--lora-modules-to-save")
+    check_whole(chosen, modules, "--lora-modules-to-save", "are trained as one")
     if twice := [module for module in chosen if module in targets]:
         raise UsageError(f"--lora-modules-to-save and --lora-target-modules both name {twice[0]}; choose one")
     return short_targets(chosen, modules)
@@ -262,7 +273,8 @@ def check_given(settings: LoraSettings, options: LoraOptions, table: WeightTable
     if options.lora_target_modules and (patterns or narrowed or options.lora_modules_to_save):
         wanted = settings_from_options(options, table)
         named = {
-            "--lora-target-modules with its exclusions": wanted.target_modules != settings.target_modules,
+            "--lora-target-modules with its exclusions": (wanted.target_modules, wanted.parts)
+            != (settings.target_modules, settings.parts),
             "--lora-rank-pattern": patterns and dict(wanted.rank_pattern) != dict(settings.rank_pattern),
             "--lora-alpha-pattern": patterns and dict(wanted.alpha_pattern) != dict(settings.alpha_pattern),
             "--lora-modules-to-save": wanted.modules_to_save != settings.modules_to_save,
@@ -283,7 +295,7 @@ def described(settings: LoraSettings, fused: bool, base_dtype: str) -> str:
     if settings.dtype not in ("auto", base_dtype):
         modular = modular or f"{settings.dtype} factors on a {base_dtype} base"
     words = [
-        f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(settings.target_modules)}",
+        f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(described_targets(settings))}",
         "other ranks or alphas by name" if settings.rank_pattern or settings.alpha_pattern else "",
         "rsLoRA" if settings.use_rslora else "",
         "DoRA" if settings.use_dora else "",

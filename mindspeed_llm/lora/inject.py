@@ -10,8 +10,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from mindspeed_llm.checkpoint.adapters.parts import adapted_rows
+from mindspeed_llm.checkpoint.formats.lazy import InMemory, part_of
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
-from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, is_lora, logical_name
+from mindspeed_llm.checkpoint.tables import EMBEDDING, MAGNITUDE, OUTPUT_LAYER, WeightTable, is_lora, logical_name
 from mindspeed_llm.lora.fused_mlp import AdaptedMlp
 from mindspeed_llm.lora.layers import (
     ColumnParallelLora,
@@ -67,6 +69,7 @@ def inject(
         for name, layer in adapters_by_name(chunk).items():
             layer.adopt(settings, name)
             layer.use_fused = fused
+        hold_parts(chunk, settings)
         set_trainable(chunk, settings)
         for mlp in gated_mlps(chunk) if fused_mlp else ():
             mlp.whole = AdaptedMlp(mlp.linear_fc1, mlp.linear_fc2) if AdaptedMlp.fits(mlp) else None
@@ -82,6 +85,16 @@ def adapters_by_name(chunk: nn.Module) -> dict[str, ParallelLora]:
         for name, module in chunk.named_modules()
         if isinstance(module, ParallelLora)
     }
+
+
+def hold_parts(chunk: nn.Module, settings: LoraSettings) -> None:
+    """Adapt only those rows of fused layers that belong to adapted projections."""
+    table = WeightTable(chunk.model) if settings.parts else None
+    for module, layer in adapters_by_name(chunk).items() if table else ():
+        rows = adapted_rows(settings, module, table.entries[f"{module}.weight"])
+        if rows is not None:
+            axis = table.shard_map(f"{module}.{MAGNITUDE}.weight", layer.group.size())
+            layer.adapt_only(part_of(InMemory(rows).read, axis, layer.group.rank()))
 
 
 def set_trainable(chunk: nn.Module, settings: LoraSettings) -> None:
@@ -139,9 +152,11 @@ def initialise(chunk: nn.Module, settings: LoraSettings, seed: int) -> None:
         with torch.no_grad():
             if settings.init == "pissa":
                 split = {"column": 0, "row": 1, "replicated": None}[layer.kind]
-                found = shared_factors(layer.base_layer.weight, a.size(0), layer.scaling[name], split, layer.group)
-                for factor, value in zip((a, b), found, strict=True):
-                    factor.copy_(value)
+                chosen = 1 if layer.adapted_rows is None else layer.adapted_rows.unsqueeze(1)
+                weight = layer.base_layer.weight * chosen
+                found = shared_factors(weight, a.size(0), layer.scaling[name], split, layer.group)
+                a.copy_(found[0])
+                b.copy_(found[1] * chosen)  # rounding leaves next to nothing in the other rows
                 layer.lora_A_start[name].weight.copy_(a)
                 layer.lora_B_start[name].weight.copy_(b)
             else:

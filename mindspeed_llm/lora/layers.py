@@ -51,12 +51,14 @@ class ParallelLora(nn.Module, LoraLayer):
         use_fused: run the fused autograd function instead of the modular form, where it can (`fuses`).
         chunk_bytes: least bytes of a chunk in the fused form.
         kind: "column", "row" or "replicated".
+        adapted_rows: bool [o] or [o/t], the output rows that are adapted; None for all.
     """
 
     use_fused = False
     chunk_bytes = CHUNK_BYTES
     kind: str
     split_factor: int | None = None  # which of A (0) and B (1) is cut over the ranks
+    adapted_rows: Tensor | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         super().__init__()
@@ -114,6 +116,12 @@ class ParallelLora(nn.Module, LoraLayer):
         for own in (self.lora_A, self.lora_B, self.lora_A_start, self.lora_B_start, self.lora_magnitude_vector):
             own.to(dtype or weight.dtype)
 
+    def adapt_only(self, rows: Tensor) -> None:
+        """Leave all output rows but `rows` (bool [o] or [o/t]) to the base: no gradients there, and B stays 0."""
+        self.adapted_rows = rows.to(self.base_layer.weight.device)
+        chosen = self.adapted_rows.unsqueeze(1)
+        self.lora_B[self.active_adapters[0]].weight.register_hook(lambda grad: grad * chosen)
+
     @property
     def fuses(self) -> bool:
         """Whether the fused form can serve this adapter: no DoRA, and factors of the base's type."""
@@ -164,7 +172,8 @@ class ParallelLora(nn.Module, LoraLayer):
     def length_factors(self, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """DoRA's m / |W + s B A|, float32 [o] or [o/t]."""
         lengths = self.lora_magnitude_vector[self.active_adapters[0]].weight
-        return lengths.float() / self.row_norms(a, b, scaling)
+        factors = lengths.float() / self.row_norms(a, b, scaling)
+        return factors if self.adapted_rows is None else torch.where(self.adapted_rows, factors, 1.0)
 
     def plan(self, case: str) -> fused.Plan:
         """How the fused form runs `case` on this layer's group."""

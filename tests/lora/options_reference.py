@@ -76,6 +76,15 @@ OPTIONS = {
             ("o_proj", "down_proj"),
             fresh=True,
         ),
+        Option("some-projections", {}, {}, ("q_proj", "v_proj", "up_proj")),
+        Option("dora-of-a-projection", {"use_dora": True}, {"use_dora": True}, ("v_proj", "gate_proj", "o_proj")),
+        Option(
+            "pissa-of-a-projection",
+            {"lora_init": "pissa"},
+            {"init_lora_weights": "pissa"},
+            ("v_proj", "gate_proj"),
+            fresh=True,
+        ),
         Option("embedding", {"use_rslora": True}, {"use_rslora": True}, ("embed_tokens", "down_proj")),
         Option("tied-embedding-and-loraplus", {}, {}, ("embed_tokens", "o_proj"), ratio=8.0, tied=True),
     )
@@ -109,14 +118,13 @@ def adapted(option: Option) -> torch.nn.Module:
                 parameter.copy_(parameter.float())
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            for leader, *followers in (
-                (attention.q_proj, attention.k_proj, attention.v_proj),
-                (mlp.gate_proj, mlp.up_proj),
-            ):
-                for follower in followers if hasattr(leader, "lora_A") else ():
-                    follower.lora_A.default.weight = leader.lora_A.default.weight
-            for module in (attention.o_proj, mlp.down_proj) if option.fresh else ():
-                flip(module.lora_A.default.weight, module.lora_B.default.weight)
+            for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+                sharing = [part for part in parts if hasattr(part, "lora_A")]
+                for follower in sharing[1:]:
+                    follower.lora_A.default.weight = sharing[0].lora_A.default.weight
+            for module in (*attention.children(), *mlp.children()) if option.fresh else ():
+                if hasattr(module, "lora_A"):
+                    flip(module.lora_A.default.weight, module.lora_B.default.weight)
     return peft
 
 
@@ -139,14 +147,24 @@ def take(model: torch.nn.Module, gradients: bool) -> Arrays:
         if copy is not None:
             found[name] = value(copy.default.weight)
 
+    def lengths(part: torch.nn.Module) -> torch.Tensor:
+        if hasattr(part, "lora_A"):
+            return value(part.lora_magnitude_vector.default.weight)
+        return torch.zeros(part.out_features) if gradients else part.weight.detach().norm(dim=1)
+
     def factors(name: str, parts: list[torch.nn.Module], join: Any) -> None:
-        if not hasattr(parts[0], "lora_A"):
+        adapted = [part for part in parts if hasattr(part, "lora_A")]
+        if not adapted:
             return
-        found[f"{name}.lora_A.weight"] = value(parts[0].lora_A.default.weight)
-        found[f"{name}.lora_B.weight"] = join(*(value(part.lora_B.default.weight) for part in parts))
-        if "default" in parts[0].lora_magnitude_vector:
-            lengths = (value(part.lora_magnitude_vector.default.weight) for part in parts)
-            found[f"{name}.lora_magnitude_vector.weight"] = join(*lengths)
+        a = value(adapted[0].lora_A.default.weight)
+        found[f"{name}.lora_A.weight"] = a
+        rows = (
+            value(part.lora_B.default.weight) if part in adapted else a.new_zeros(part.out_features, len(a))
+            for part in parts
+        )
+        found[f"{name}.lora_B.weight"] = join(*rows)
+        if "default" in adapted[0].lora_magnitude_vector:
+            found[f"{name}.lora_magnitude_vector.weight"] = join(*map(lengths, parts))
 
     for number, layer in enumerate(model.model.layers):
         name, attention, mlp = f"decoder.layers.{number}", layer.self_attn, layer.mlp

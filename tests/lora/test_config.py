@@ -64,6 +64,32 @@ def test_targets_are_named_in_both_worlds_by_expressions_and_layers(
     assert settings(*targets, **more).target_modules == expected
 
 
+PARTS = {"linear_qkv": ("q_proj", "v_proj")}
+FIRST = {f"decoder.layers.{layer}.self_attention.linear_qkv": ("q_proj", "v_proj") for layer in (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("targets", "more", "expected"),
+    [
+        (("q_proj", "v_proj"), {}, PARTS),
+        (("q_proj", "v_proj", "down_proj"), {"lora_layers": [1]}, PARTS),
+        ((r"model\.layers\.[02]\.self_attn\.[qv]_proj", "layers.1.self_attn.linear_qkv"), {}, FIRST),
+        (("all-linear",), {"lora_exclude_modules": ["k_proj", "gate_proj"]}, {**PARTS, "linear_fc1": ("up_proj",)}),
+        (("q_proj", "linear_qkv"), {}, {}),
+        (("q_proj", "k_proj", "v_proj"), {}, {}),
+    ],
+)
+def test_parts_of_a_fused_layer_are_targets_of_their_own(
+    targets: tuple[str, ...], more: dict, expected: dict[str, tuple[str, ...]]
+) -> None:
+    assert settings(*targets, **more).parts == expected
+
+
+def test_parts_of_experts_are_refused() -> None:
+    with pytest.raises(UsageError, match="names up_proj, but gate_proj up_proj are one layer .* experts' as one"):
+        settings("up_proj", family="qwen3_moe")
+
+
 def test_the_first_pattern_that_fits_gives_a_layers_rank_and_alpha() -> None:
     found = settings(
         "all-linear",
@@ -88,7 +114,6 @@ def test_the_first_pattern_that_fits_gives_a_layers_rank_and_alpha() -> None:
         ({"lora_dropout": 0.1}, "--lora-dropout given without --lora-target-modules"),
         ({"use_dora": True}, "--use-dora given without --lora-target-modules"),
         ({"lora_target_modules": ["linear_qkw"]}, "linear_qkw.*linear_qkv"),
-        ({"lora_target_modules": ["q_proj"]}, "names q_proj, but q_proj k_proj v_proj are one layer"),
         ({"lora_target_modules": ["(linear"]}, "not a regular expression"),
         ({"lora_target_modules": ["all-linear", "lm_head"]}, "output layer gets no adapter .*-to-save lm_head"),
         ({"lora_target_modules": ["all-linear", "all-router"]}, "entry 'all-router'"),
@@ -102,6 +127,7 @@ def test_the_first_pattern_that_fits_gives_a_layers_rank_and_alpha() -> None:
         ({**QKV, "lora_rank_pattern": ["linear_fc1=2"]}, "name 'linear_fc1'.*linear_qkv"),
         ({**QKV, "lora_alpha_pattern": ["linear_qkv=nan"]}, "'nan' is no alpha"),
         ({**QKV, "lora_modules_to_save": ["linear_qkv"]}, "both name .*linear_qkv"),
+        ({**QKV, "lora_modules_to_save": ["up_proj"]}, "names up_proj, but gate_proj up_proj are one layer .* as one"),
         ({**QKV, "lora_modules_to_save": ["norms"]}, "--lora-modules-to-save entry"),
     ],
 )  # fmt: skip
@@ -159,6 +185,7 @@ def test_options_that_contradict_a_saved_adapter_are_named() -> None:
         (LoraOptions(use_rslora=True), "--use-rslora True contradicts the saved adapter in folder"),
         (LoraOptions(lora_init="pissa"), "--lora-init pissa contradicts"),
         (LoraOptions(lora_target_modules=["linear_qkv"], lora_layers=[2]), "with its exclusions contradicts"),
+        (LoraOptions(lora_target_modules=["q_proj"], lora_layers=[1]), "with its exclusions contradicts"),
     ):
         with pytest.raises(UsageError, match=message):
             check_given(saved, options, table(), "folder")

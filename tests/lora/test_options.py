@@ -67,6 +67,9 @@ SP = {"steps": 2, "world": 2, "tensor": 2, "sequence_parallel": True}
         ("rslora-with-patterns", Case(steps=2, fault="plain-scaling")),
         ("pissa", Case(steps=2, fault="kept-base")),
         ("dora-and-whole-modules", Case(steps=2, fault="frozen-copy")),
+        ("some-projections", Case(steps=2, fault="every-row")),
+        ("dora-of-a-projection", Case(steps=2, fault="every-row")),
+        ("embedding", Case(steps=2, world=2, tensor=2, fault="unmasked-lookup")),
     ],
     ids=str,
 )

@@ -4,7 +4,7 @@ adapter_config.json, adapter_model.safetensors -> pairs by HF module -> placed i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from mindspeed_llm.checkpoint.adapters.factors import (
     logical_tensors,
     untied,
 )
+from mindspeed_llm.checkpoint.adapters.parts import named_parts
 from mindspeed_llm.checkpoint.adapters.peft_config import PeftConfig
 from mindspeed_llm.checkpoint.adapters.peft_folder import read_base_record, read_tensors
 from mindspeed_llm.checkpoint.adapters.replaced import token_tensors, whole_tensors
@@ -78,7 +79,7 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
     unties = base.config.tie_word_embeddings and resolve_tie(ends, config, table)
     lora = LoraSource(
         AdapterTensors(folder, base.table, logical_tensors(ends.joined, ends.replaced, table)),
-        import_settings(ends.joined, config, base.table),
+        import_settings(ends.joined, config, base.table, modules),
         read_base_record(folder, config),
         metadata=None,
         checkpoint=None,
@@ -207,10 +208,15 @@ def magnitudes(module: Module) -> InMemory:
     return InMemory(torch.cat([parts[part][start:stop] for part, start, stop in module.axis.locate()]))
 
 
-def import_settings(joined: Mapping[str, Joined], config: PeftConfig, table: WeightTable) -> LoraSettings:
+def import_settings(
+    joined: Mapping[str, Joined], config: PeftConfig, table: WeightTable, modules: Mapping[str, Module]
+) -> LoraSettings:
     """The settings of the joined modules; those of the config where it adapts nothing but whole tensors."""
     if not joined:
         return LoraSettings(config.r, float(config.lora_alpha), (), config.lora_dropout)
     ranks = {name: one.rank for name, one in joined.items()}
     scalings = {name: one.scaling for name, one in joined.items()}
-    return settings_of(ranks, scalings, table, config.lora_dropout)
+    fused = {name: one for name, one in modules.items() if name in joined and one.axis.parts > 1}
+    chosen = {name: {place.part for place in one.placed} for name, one in fused.items()}
+    parts = named_parts(chosen, {name: one.entry for name, one in fused.items()})
+    return replace(settings_of(ranks, scalings, table, config.lora_dropout), parts=parts)
