@@ -152,11 +152,11 @@ def initialise(chunk: nn.Module, settings: LoraSettings, seed: int) -> None:
         with torch.no_grad():
             if settings.init == "pissa":
                 split = {"column": 0, "row": 1, "replicated": None}[layer.kind]
-                chosen = 1 if layer.adapted_rows is None else layer.adapted_rows.unsqueeze(1)
-                weight = layer.base_layer.weight * chosen
+                weight, rows = layer.base_layer.weight, layer.adapted_rows
+                weight = weight if rows is None else weight * rows.unsqueeze(1)
                 found = shared_factors(weight, a.size(0), layer.scaling[name], split, layer.group)
-                a.copy_(found[0])
-                b.copy_(found[1] * chosen)  # rounding leaves next to nothing in the other rows
+                for factor, value in zip((a, b), found, strict=True):
+                    factor.copy_(value)
                 layer.lora_A_start[name].weight.copy_(a)
                 layer.lora_B_start[name].weight.copy_(b)
             else:

@@ -14,13 +14,17 @@ from torch.distributed import ProcessGroup
 def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A [r, i] and B [o, r] in float32 with s B A the best approximation of rank r of `weight` [o, i].
 
-    The largest value of each row of A is positive, so that equal weights give equal factors.
+    The largest value of each row of A is positive, so that equal weights give equal factors. Rows of zeros (parts of a
+    fused layer that are not adapted) take no part: theirs in B are zero.
     """
-    u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+    rows = weight.any(dim=1)
+    u, s, v = torch.linalg.svd(weight[rows].float(), full_matrices=False)
     roots = (s[:r] / scaling).sqrt()
     a = v[:r] * roots[:, None]
     signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
-    return a * signs, u[:, :r] * roots * signs.t()
+    b = a.new_zeros(weight.size(0), r)
+    b[rows] = u[:, :r] * roots * signs.t()
+    return a * signs, b
 
 
 @torch.no_grad()

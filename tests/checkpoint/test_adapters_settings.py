@@ -111,7 +111,11 @@ def test_flags_are_held_against_a_peft_adapter(tmp_path: Path) -> None:
     adapt(base, tmp_path / "adapter", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
     source = HFSource(base)
     open_lora(tmp_path / "adapter", 4, 8, ["q_proj", "down_proj"], base=source)
-    open_lora(tmp_path / "adapter", 4, 8, ["linear_fc2", "linear_qkv"], base=source)
+    open_lora(tmp_path / "adapter", 4, 8, ["linear_fc2", "self_attn.q_proj"], base=source)
+    with pytest.raises(
+        UsageError, match=r"says linear_fc2 linear_qkv, the adapter says linear_fc2 linear_qkv \(q_proj\)"
+    ):
+        open_lora(tmp_path / "adapter", target_modules=["linear_fc2", "linear_qkv"], base=source)
     with pytest.raises(UsageError, match="--lora-r says 8, the adapter says 4"):
         open_lora(tmp_path / "adapter", 8, base=source)
     with pytest.raises(UsageError, match="--lora-alpha says 9, the adapter says 8"):

@@ -73,7 +73,7 @@ FIRST = {f"decoder.layers.{layer}.self_attention.linear_qkv": ("q_proj", "v_proj
     [
         (("q_proj", "v_proj"), {}, PARTS),
         (("q_proj", "v_proj", "down_proj"), {"lora_layers": [1]}, PARTS),
-        ((r"model\.layers\.[02]\.self_attn\.[qv]_proj", "layers.1.self_attn.linear_qkv"), {}, FIRST),
+        ((r"model\.layers\.[02]\.self_attn\.[qv]_proj", "layers.1.self_attention.linear_qkv"), {}, FIRST),
         (("all-linear",), {"lora_exclude_modules": ["k_proj", "gate_proj"]}, {**PARTS, "linear_fc1": ("up_proj",)}),
         (("q_proj", "linear_qkv"), {}, {}),
         (("q_proj", "k_proj", "v_proj"), {}, {}),
