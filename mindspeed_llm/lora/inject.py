@@ -146,15 +146,16 @@ def initialise(chunk: nn.Module, settings: LoraSettings, seed: int) -> None:
     A is drawn by its logical name and B is zero, or both come from the base's singular vectors (PiSSA). DoRA's lengths
     are those of the base's rows: the adapters change nothing yet.
     """
+    table = WeightTable(chunk.model) if settings.init == "pissa" else None
     for module, layer in adapters_by_name(chunk).items():
         name = layer.active_adapters[0]
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         with torch.no_grad():
-            if settings.init == "pissa":
-                split = {"column": 0, "row": 1, "replicated": None}[layer.kind]
+            if table is not None:
                 weight, rows = layer.base_layer.weight, layer.adapted_rows
                 weight = weight if rows is None else weight * rows.unsqueeze(1)
-                found = shared_factors(weight, a.size(0), layer.scaling[name], split, layer.group)
+                axis = table.shard_map(f"{module}.weight", layer.group.size())
+                found = shared_factors(weight, a.size(0), layer.scaling[name], axis, layer.group)
                 for factor, value in zip((a, b), found, strict=True):
                     factor.copy_(value)
                 layer.lora_A_start[name].weight.copy_(a)

@@ -89,14 +89,17 @@ class ParallelLora(nn.Module, LoraLayer):
         made = {"bias": False, "device": weight.device, "dtype": weight.dtype}
         self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, **made)
         self.lora_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, self.out_features, **made)
-        factors = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        if self.of_expert:
-            for number, factor in enumerate(factors):
-                split = self.split_factor == number
-                mark_expert_parameter(factor, self.group, (1 - number) if split else None)
-        else:
-            self.mark_parameters(*factors)
+        self.mark(self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight)
         self.set_adapter(self.active_adapters)
+
+    def mark(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Tell megatron-core how the ranks share a pair of factors, and which of them hold the same."""
+        if not self.of_expert:
+            self.mark_parameters(a, b)
+            return
+        for number, factor in enumerate((a, b)):
+            split = self.split_factor == number
+            mark_expert_parameter(factor, self.group, (1 - number) if split else None)
 
     def adopt(self, settings: LoraSettings, module: str) -> None:
         """Take on what `settings` say beyond peft's part of this layer (`module`); new tensors hold no values."""
@@ -107,6 +110,8 @@ class ParallelLora(nn.Module, LoraLayer):
             for factor, start in ((self.lora_A, self.lora_A_start), (self.lora_B, self.lora_B_start)):
                 start[name] = copy.deepcopy(factor[name])
                 start[name].requires_grad_(False)
+            # copies have no marks; without them replicas of all experts would be made equal at the start
+            self.mark(self.lora_A_start[name].weight, self.lora_B_start[name].weight)
         if settings.use_dora:
             magnitude = self.lora_magnitude_vector[name] = Magnitude(weight)
             if self.kind == "column":

@@ -2,20 +2,24 @@
 
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
 from mindspeed_llm.arguments.lora import LoraOptions
-from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays
-from tests.distributed.reference import ADAPTED, build_model, by_groups, forward, global_batches, in_double
+from tests.distributed import moe_reference
+from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays, Case
+from tests.distributed.moe_reference import by_groups
+from tests.distributed.reference import ADAPTED, build_model, forward, global_batches, in_double, saved_model
 
 QKV, ALL = ["q_proj", "k_proj", "v_proj"], list(ADAPTED)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Option:
     """One use of options: in our words and in peft's.
 
@@ -23,6 +27,7 @@ class Option:
         name: of the test. ours: fields of `LoraOptions` beside rank, alpha and targets.
         peft: fields of peft's LoraConfig beside them. targets: HF names, for both.
         ratio: LoRA+'s, or None. tied: the base's output layer is its embedding.
+        fresh: our own initial values are held against peft's. model: "qwen3", or one of `moe_reference.MODELS`.
     """
 
     name: str
@@ -32,6 +37,16 @@ class Option:
     ratio: float | None = None
     fresh: bool = False
     tied: bool = False
+    model: str = "qwen3"
+
+    @property
+    def folder(self) -> Path:
+        """The base as an HF folder."""
+        return saved_model(self.tied) if self.model == "qwen3" else moe_reference.saved_model(self.model)
+
+    def steps(self) -> tuple:
+        """Two global batches."""
+        return (global_batches(True) if self.model == "qwen3" else moe_reference.global_batches())[:2]
 
     def options(self) -> LoraOptions:
         """As the command line gives them."""
@@ -89,6 +104,22 @@ OPTIONS = {
         Option("tied-embedding-and-loraplus", {}, {}, ("embed_tokens", "o_proj"), ratio=8.0, tied=True),
     )
 }
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+SPREAD = {
+    option.name: option
+    for option in (
+        Option("dora", {"use_dora": True}, {"use_dora": True}, (*QKV, "o_proj"), model="qwen3-moe"),
+        Option(
+            "pissa",
+            {"lora_init": "pissa"},
+            {"target_modules": ["o_proj"], "target_parameters": list(EXPERTS)},
+            ("o_proj", r".*\.local_experts\..*"),
+            fresh=True,
+            model="qwen3-moe",
+        ),
+    )
+}
+"""Options on a model with experts, for layouts that spread it and cut sequences."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +135,13 @@ class Truth:
 
 def adapted(option: Option) -> torch.nn.Module:
     """peft's model with values of its own in every adapter; a fused layer's parts share one A."""
-    model = in_double(build_model(option.tied)).float()  # peft decomposes float32 weights only
+    if option.model == "qwen3":
+        model = in_double(build_model(option.tied)).float()  # peft decomposes float32 weights only
+    else:
+        model = moe_reference.build_model(option.model)
     common = {"r": SIZES.rank, "lora_alpha": SIZES.alpha, "target_modules": list(option.targets)}
-    peft = get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False).double()
+    with mock.patch.object(type(model.config), "model_type", "tiny"):  # see moe_reference.add_adapter
+        peft = get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False).double()
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
@@ -118,14 +153,35 @@ def adapted(option: Option) -> torch.nn.Module:
                 parameter.copy_(parameter.float())
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            dense = [(mlp.gate_proj, mlp.up_proj)] if hasattr(mlp, "gate_proj") else []
+            for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), *dense):
                 sharing = [part for part in parts if hasattr(part, "lora_A")]
                 for follower in sharing[1:]:
                     follower.lora_A.default.weight = sharing[0].lora_A.default.weight
-            for module in (*attention.children(), *mlp.children()) if option.fresh else ():
+            if option.fresh and not dense:
+                take_out_the_principal_part(layer)
+            for module in (*attention.children(), *mlp.children()) if option.fresh and dense else ():
                 if hasattr(module, "lora_A"):
                     flip(module.lora_A.default.weight, module.lora_B.default.weight)
     return peft
+
+
+def take_out_the_principal_part(layer: torch.nn.Module) -> None:
+    """PiSSA of an attention's output projection and of every expert, which peft does not decompose."""
+    scaling = SIZES.alpha / SIZES.rank
+    attention = layer.self_attn.o_proj
+    places = [(attention.base_layer.weight, attention.lora_A.default.weight, attention.lora_B.default.weight)]
+    for wrapper in moe_reference.expert_wrappers(layer).values():
+        count, a, b = wrapper.num_experts, wrapper.lora_A.default.weight, wrapper.lora_B.default.weight
+        each = a.view(count, -1, a.size(-1)), b.view(b.size(0), -1, count).permute(2, 0, 1)
+        places += zip(wrapper.get_param(), *each, strict=True)
+    for weight, a, b in places:
+        u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        roots = (s[: SIZES.rank] / scaling).sqrt()
+        a.copy_(v[: SIZES.rank] * roots[:, None])
+        b.copy_(u[:, : SIZES.rank] * roots)
+        flip(a, b)
+        weight -= scaling * b @ a
 
 
 def flip(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -170,8 +226,10 @@ def take(model: torch.nn.Module, gradients: bool) -> Arrays:
         name, attention, mlp = f"decoder.layers.{number}", layer.self_attn, layer.mlp
         factors(f"{name}.self_attention.linear_qkv", [attention.q_proj, attention.k_proj, attention.v_proj], by_groups)
         factors(f"{name}.self_attention.linear_proj", [attention.o_proj], lambda one: one)
-        factors(f"{name}.mlp.linear_fc1", [mlp.gate_proj, mlp.up_proj], lambda *both: torch.cat(both))
-        factors(f"{name}.mlp.linear_fc2", [mlp.down_proj], lambda one: one)
+        if hasattr(mlp, "gate_proj"):
+            factors(f"{name}.mlp.linear_fc1", [mlp.gate_proj, mlp.up_proj], lambda *both: torch.cat(both))
+            factors(f"{name}.mlp.linear_fc2", [mlp.down_proj], lambda one: one)
+        found |= moe_reference.experts_by_name(f"{name}.", layer, value)
         whole(f"{name}.input_layernorm.weight", layer.input_layernorm)
     whole("embedding.word_embeddings.weight", model.model.embed_tokens)
     if hasattr(table := model.model.embed_tokens, "lora_embedding_A"):
@@ -181,7 +239,7 @@ def take(model: torch.nn.Module, gradients: bool) -> Arrays:
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
-def optimizer_of(peft: torch.nn.Module, ratio: float | None) -> torch.optim.Optimizer:
+def optimizer_of(peft: torch.nn.Module, ratio: float | None, epsilon: float) -> torch.optim.Optimizer:
     """AdamW that decays matrices alone; peft's LoRA+ with a ratio."""
     if ratio is not None:
         kwargs = {"lr": LEARNING_RATE, "loraplus_lr_embedding": LEARNING_RATE, "loraplus_lr_ratio": ratio}
@@ -192,18 +250,18 @@ def optimizer_of(peft: torch.nn.Module, ratio: float | None) -> torch.optim.Opti
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, eps=epsilon)
 
 
 @cache
-def truth(name: str) -> Truth:
+def truth(option: Option) -> Truth:
     """Two steps of peft's model with an option: the first's logits and gradients, both losses."""
-    peft = adapted(OPTIONS[name])
+    peft = adapted(option)
     model: Any = peft.get_base_model()
     adapter = {key: value.astype("float32") for key, value in take(model, False).items()}
-    optimizer = optimizer_of(peft, OPTIONS[name].ratio)
+    optimizer = optimizer_of(peft, option.ratio, Case(model=option.model).epsilon)
     logits, losses, gradients = [], [], {}
-    steps = global_batches(True)[:2]
+    steps = option.steps()
     for number, step in enumerate(steps):
         optimizer.zero_grad()
         loss = torch.zeros(())
