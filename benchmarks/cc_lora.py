@@ -174,7 +174,7 @@ def build(form: str, sequence_parallel: bool, dtype: str, chunk_bytes: int | Non
 
     from mindspeed_llm import device
     from mindspeed_llm.arguments.optimizer import OptimizerOptions
-    from mindspeed_llm.lora.config import create_settings
+    from mindspeed_llm.checkpoint.metadata import LoraSettings
     from mindspeed_llm.lora.inject import inject
     from mindspeed_llm.lora.layers import lora_layers
     from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
@@ -186,7 +186,7 @@ def build(form: str, sequence_parallel: bool, dtype: str, chunk_bytes: int | Non
     with torch.no_grad():
         for name, parameter in chunks[0].named_parameters():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, 0.02, generator=generator)
-    inject(chunks, create_settings(RANK, ALPHA, TARGETS), form != "modular", 1, form == "fused MLP")
+    inject(chunks, LoraSettings(RANK, ALPHA, tuple(TARGETS)), form != "modular", 1, form == "fused MLP")
     for layer in lora_layers(chunks[0]) if chunk_bytes else ():
         layer.chunk_bytes = chunk_bytes
     engine = create_engine(chunks, OptimizerOptions(lr=1e-4, weight_decay=0.0))

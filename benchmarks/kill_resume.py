@@ -9,11 +9,12 @@ A kill is SIGKILL to one process, at a moment drawn from the seed:
     before-tracker   the folder is named, the tracker is not yet written
     mid-optimizer    Adam has stepped, the model's weights have not followed
     mid-removal      a checkpoint beyond --save-total-limit is half removed
+    mid-export       half of the tensors of --save-safetensors' HF folder are written, in the background
 
 In runs of two processes the other one has to end by itself. The command is then repeated with --auto-resume. Kills
 alternate between the formats torch and torch_dist, saving at once and in the background, and one process, TP2 and DP2
-with the distributed optimizer. Processes are forked from one that has imported everything; that is all that differs
-from a launcher's.
+with the distributed optimizer; to five kills comes one more, mid-export. Processes are forked from one that has
+imported everything; that is all that differs from a launcher's.
 """
 
 import argparse
@@ -51,6 +52,8 @@ VARIANTS = (
     ("one process", ["--ckpt-format", "torch_dist", "--async-save"]),
     ("DP2", ["--ckpt-format", "torch", "--async-save"]),
 )
+EXPORT = ["--save-safetensors", "--lora-ckpt-filter", "false"]
+"""Options of the runs that are killed mid-export."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,14 @@ def half_written(write: Callable[..., Any], folder: Path, *arguments: Any) -> No
     die()
 
 
+def half_exported(write: Callable[..., Any], files: Any) -> None:
+    """Write half of this rank's tensors of an HF folder, die."""
+    tensors = list(files.tensors)
+    files.tensors = tensors[: len(tensors) // 2]
+    write(files)
+    die()
+
+
 def half_removed(remove: Callable[..., Any], folder: Path, *arguments: Any, **more: Any) -> None:
     """Remove some of a folder's files, die."""
     if not folder.exists():
@@ -115,7 +126,7 @@ def planted(kill: Kill) -> Any:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from mindspeed_llm.checkpoint.atomic import StagedDirectory
-    from mindspeed_llm.training import retention, saving
+    from mindspeed_llm.training import export, retention, saving
 
     act = counted(kill.call, lambda *_, **__: die())
     if kill.point == "mid-write":
@@ -123,6 +134,8 @@ def planted(kill: Kill) -> Any:
         for name in ("write_rank_file", "write_shares"):
             both.enter_context(replaced(saving, name, counted(kill.call, half_written)))
         return both
+    if kill.point == "mid-export":
+        return replaced(export.ModelExport, "write", counted(kill.call, half_exported))
     if kill.point == "before-rename":
         return replaced(StagedDirectory, "publish", act)
     if kill.point == "before-tracker":
@@ -246,7 +259,7 @@ def result(save: Path) -> dict[str, Any]:
     sources |= {field: checkpoint.section("optimizer", field) for field in ("master", "exp_avg", "exp_avg_sq")}
     for kind, source in sources.items():
         found |= {f"{kind} {name}": source.read(name).numpy().tobytes() for name in source.names()}
-    return found
+    return found | {f"{path.parent.name}/{path.name}": path.read_bytes() for path in checkpoint.folder.glob("hf/*")}
 
 
 def planned(kills: int, seed: int, only: list[str]) -> list[tuple[str, list[str], Kill]]:
@@ -260,6 +273,10 @@ def planned(kills: int, seed: int, only: list[str]) -> list[tuple[str, list[str]
         everywhere = point == "mid-optimizer" or (point == "mid-write" and layout == "TP2")
         rank = LAYOUTS[layout][0] - 1 if everywhere else 0
         chosen.append((layout, more, Kill(point, draw.randint(1, calls[point]), rank)))
+    for number in range(kills // len(calls)):
+        layout, more = VARIANTS[1:][number % 3]  # those that save in the background
+        rank = LAYOUTS[layout][0] - 1
+        chosen.append((layout, [*more, *EXPORT], Kill("mid-export", draw.randint(1, 3), rank)))
     return [
         one for one in chosen if not only or one[2].point in only or ("one-rank" in only and one[0] != "one process")
     ]
@@ -302,18 +319,20 @@ def main() -> int:
         for number, (layout, more, kill) in enumerate(planned(options.kills, options.seed, options.only)):
             folder = Path(place, str(number))
             folder.mkdir()
-            if layout not in whole:
+            exported = EXPORT if kill.point == "mid-export" else []
+            key = " ".join([layout, *exported])
+            if key not in whole:
                 size, flags = LAYOUTS[layout]
-                save = Path(place, layout.replace(" ", "_"), "run")
+                save = Path(place, key.replace(" ", "_"), "run")
                 save.parent.mkdir()
-                codes, _ = run_job(size, command(*inputs, save, *flags), save.parent / "log")
+                codes, _ = run_job(size, command(*inputs, save, *flags, *exported), save.parent / "log")
                 if any(codes):
                     raise SystemExit((save.parent / "log").read_text()[-3000:])
-                whole[layout] = result(save)
+                whole[key] = result(save)
             save, seconds = one_kill(folder, inputs, layout, more, kill)
             found = result(save)
-            unequal = [name for name in whole[layout] if found.get(name) != whole[layout][name]]
-            differing += bool(unequal or found.keys() != whole[layout].keys())
+            unequal = [name for name in whole[key] if found.get(name) != whole[key][name]]
+            differing += bool(unequal or found.keys() != whole[key].keys())
             what = f"{kill.point}, occurrence {kill.call}, rank {kill.rank} of {layout} ({' '.join(more)})"
             rest = f"; the other rank ended after {seconds:.1f} s" if LAYOUTS[layout][0] > 1 else ""
             print(

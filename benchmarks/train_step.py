@@ -78,8 +78,8 @@ def our_step(folder: str, dtype: str) -> Step:
     chosen = device.select("cpu")
     from mindspeed_llm.arguments.optimizer import OptimizerOptions
     from mindspeed_llm.checkpoint.live import load_live
+    from mindspeed_llm.checkpoint.metadata import LoraSettings
     from mindspeed_llm.checkpoint.open import open_base
-    from mindspeed_llm.lora.config import create_settings
     from mindspeed_llm.lora.inject import inject
     from mindspeed_llm.models import parallel
     from mindspeed_llm.models.gpt import DTYPES, EngineOptions, build_chunks
@@ -89,7 +89,7 @@ def our_step(folder: str, dtype: str) -> Step:
     parallel.start(chosen)
     chunks = build_chunks(source.config, EngineOptions(dtype=DTYPES[dtype]), chosen)
     load_live(dict(chunks[0].named_parameters()), source)
-    inject(chunks, create_settings(RANK, ALPHA, TARGETS), fused=True, seed=1)
+    inject(chunks, LoraSettings(RANK, ALPHA, tuple(TARGETS)), fused=True, seed=1, fused_mlp=True)
     engine = create_engine(chunks, OptimizerOptions(lr=1e-4, weight_decay=0.0))
     tokens, labels = batch()
     return lambda: train_step(engine, [{"tokens": tokens, "labels": labels}]).loss

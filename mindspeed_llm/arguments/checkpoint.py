@@ -51,8 +51,8 @@ class CheckpointOptions(LoadOptions):
     )
     async_save: bool = option(
         False,
-        help="Copy a checkpoint to memory and write it while training goes on; the next one waits for it. What "
-        "--save-safetensors writes for transformers is written before training goes on.",
+        help="Copy a checkpoint to memory and write it, with what --save-safetensors adds, while training goes on; the "
+        "next one waits for it.",
     )
     save_total_limit: int | None = option(
         None,

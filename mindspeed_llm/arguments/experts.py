@@ -8,7 +8,7 @@ from mindspeed_llm.errors import UsageError
 
 @dataclass
 class ExpertOptions:
-    """Mixture of experts (no effect on a dense model, where they are refused)."""
+    """Mixture of experts; coefficients are refused where the model has none."""
 
     moe_aux_loss_coeff: float | None = option(
         None,
@@ -23,6 +23,11 @@ class ExpertOptions:
     )
     moe_z_loss_coeff: float | None = option(
         None, help="Coefficient of the loss that keeps router logits small; left out, none."
+    )
+    moe_grouped_gemm: bool = option(
+        True,
+        help="Compute all experts of a process together: one grouped product per layer instead of one per expert. "
+        "false runs one expert after another, with the same result.",
     )
 
     def check(self) -> None:

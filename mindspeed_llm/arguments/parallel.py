@@ -23,7 +23,9 @@ class ParallelOptions:
         False, help="Cut the sequence over the TP processes outside the matrix products; has no effect at TP 1."
     )
     context_parallel_size: int = option(
-        1, help="Processes over which a sequence is cut (CP), in training; each has an early and a late piece."
+        1,
+        help="Processes over which a sequence is cut (CP), in training; each has an early and a late piece. Long rows "
+        "of a packed sequence are cut each for itself.",
     )
     expert_model_parallel_size: int = option(
         1, help="Processes over which experts are spread (EP); must divide the number of experts.", unit="processes"

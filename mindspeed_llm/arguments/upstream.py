@@ -67,7 +67,7 @@ ACCEPTED: dict[str, Accepted] = {
     "tokenizer_not_use_fast": Accepted("the tokenizer.json of the model is used; its tokens are the same"),
     "tokenizer_padding_side": Accepted("batches are padded on the right", 1, ("right",)),
     "vocab_file": Accepted("the tokenizer comes from the model folder", 1, ("None", "none")),
-    "moe_grouped_gemm": Accepted("experts are computed one after another, with the same result"),
+    "moe_grouped_gemm": Accepted("experts are computed together wherever a model only answers"),
     "moe_permutation_async_comm": Accepted(_COMMUNICATION),
     "moe_token_dispatcher_type": Accepted(_COMMUNICATION, 1, ("alltoall", "allgather", "alltoall_seq")),
     "refer_model_iter": Accepted("the reference answers each micro-batch once, at any size", 1),

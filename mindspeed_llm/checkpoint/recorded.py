@@ -16,7 +16,12 @@ def tokenizer_folder(options: TokenizerOptions, base: BaseSource) -> str | None:
         return options.tokenizer_name_or_path
     metadata = getattr(base, "metadata", None)
     places = [str(base.path)] + ([metadata.base.path] if metadata and metadata.base else [])
-    return next((place for place in places if any((Path(place) / name).is_file() for name in TOKENIZER_FILES)), None)
+    return next((place for place in places if holds_tokenizer(place)), None)
+
+
+def holds_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
 
 
 def recorded_template(

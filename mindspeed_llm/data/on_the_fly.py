@@ -14,7 +14,7 @@ from typing import Any
 
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.data.dataset import PAIR_FIELDS
-from mindspeed_llm.data.plan import CHAT_FIELDS, make_plan
+from mindspeed_llm.data.plan import CHAT_FIELDS, Plan, make_plan
 from mindspeed_llm.data.preprocess import preprocess
 from mindspeed_llm.data.publish import settle
 from mindspeed_llm.data.report import read_report
@@ -51,18 +51,7 @@ def prepare_rows(options: PreprocessOptions, cache: str | Path, fields: Sequence
         UsageError: options that name an output, parts or a merge, or rows of another kind than wanted.
         InputError: the rows cannot be read, or the folder cannot be written to.
     """
-    if options.output_prefix or options.num_shards > 1 or options.merge_group_keys:
-        raise UsageError("--output-prefix, --num-shards and --merge-group-keys are of preprocess_data.py alone")
-    root = Path(cache).expanduser()
-    plan = make_plan(replace(options, output_prefix=str(root / NAME)))
-    if tuple(plan.fields) != tuple(fields):
-        pairs = tuple(fields) == PAIR_FIELDS
-        wanted = "pairs of answers that --stage dpo reads" if pairs else "conversations to train on"
-        usual = "AlpacaStylePairwiseHandler" if pairs else "AlpacaStyleInstructionHandler"
-        raise UsageError(
-            f"{plan.job.handler} makes {', '.join(plan.fields)}, no {wanted}; choose another --handler-name, e.g. "
-            f"{usual}"
-        )
+    root, plan = _planned(options, cache, fields)
     prefix = root / plan.key[:32] / NAME
     with _locked(prefix.parent):
         settle(prefix)
@@ -71,6 +60,38 @@ def prepare_rows(options: PreprocessOptions, cache: str | Path, fields: Sequence
             return Prepared(prefix, report, made=False)
         made = preprocess(replace(options, output_prefix=str(prefix), overwrite=True))
         return Prepared(prefix, made, made=True)
+
+
+def found_rows(options: PreprocessOptions, cache: str | Path, fields: Sequence[str] = CHAT_FIELDS) -> Path | None:
+    """The prefix under which `prepare_rows` would find these files made already, else None; writes nothing."""
+    root, plan = _planned(options, cache, fields)
+    if not root.is_dir():
+        return None
+    prefix = root / plan.key[:32] / NAME
+    report = read_report(prefix)
+    return prefix if report is not None and report.get("key") == plan.key else None
+
+
+def _planned(options: PreprocessOptions, cache: str | Path, fields: Sequence[str]) -> tuple[Path, Plan]:
+    """The cache's folder and what is to be done, checked; see `prepare_rows`."""
+    if options.output_prefix or options.num_shards > 1 or options.merge_group_keys:
+        raise UsageError("--output-prefix, --num-shards and --merge-group-keys are of preprocess_data.py alone")
+    root = Path(cache).expanduser()
+    plan = make_plan(replace(options, output_prefix=str(root / NAME)))
+    check_fields(plan, fields)
+    return root, plan
+
+
+def check_fields(plan: Plan, fields: Sequence[str]) -> None:
+    """Refuse rows of another kind than the run reads; `UsageError`."""
+    if tuple(plan.fields) != tuple(fields):
+        pairs = tuple(fields) == PAIR_FIELDS
+        wanted = "pairs of answers that --stage dpo reads" if pairs else "conversations to train on"
+        usual = "AlpacaStylePairwiseHandler" if pairs else "AlpacaStyleInstructionHandler"
+        raise UsageError(
+            f"{plan.job.handler} makes {', '.join(plan.fields)}, no {wanted}; choose another --handler-name, e.g. "
+            f"{usual}"
+        )
 
 
 @contextmanager

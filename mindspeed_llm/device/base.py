@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mindspeed_llm.device.grouped import GroupedProducts
 from mindspeed_llm.device.profiler import Profiler
 
 # megatron-core fields that keep it to plain torch: no TransformerEngine, apex or vendor kernel is needed.
@@ -36,6 +37,7 @@ class Device:
         rng_state / set_rng_state: the device's default generator.
         manual_seed: seed that generator.
         synchronize: wait until submitted work is done.
+        grouped: products of groups of rows, each with a matrix of its own (experts).
         attention: attention over [b, heads, s, d] tensors, with `kernels.sdpa`'s arguments.
         rms_norm: class of the norm layers: (config, hidden_size, eps) -> module.
         profiler: trace file -> what records into it.
@@ -54,4 +56,5 @@ class Device:
     attention: Callable[..., torch.Tensor]
     rms_norm: type[torch.nn.Module]
     profiler: Callable[[Path], Profiler]
+    grouped: GroupedProducts = field(default_factory=GroupedProducts)
     engine_config: dict[str, Any] = field(default_factory=dict)

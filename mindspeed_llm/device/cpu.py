@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_llm.device import adapter, cpu_kernels, gloo, patches
+from mindspeed_llm.device import adapter, cpu_attention, cpu_kernels, gloo, patches
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
 from mindspeed_llm.device.profiler import TorchProfiler
 
@@ -146,8 +146,9 @@ def create() -> Device:
         set_rng_state=torch.set_rng_state,
         manual_seed=lambda seed: torch.manual_seed(seed) and None,
         synchronize=lambda: None,
-        attention=cpu_kernels.attention,
+        attention=cpu_attention.attention,
         rms_norm=cpu_kernels.RMSNorm,
         profiler=TorchProfiler,
+        grouped=cpu_kernels.GroupedProducts(),
         engine_config=dict(PLAIN_TORCH),
     )

@@ -1,7 +1,6 @@
-"""What plain torch computes slowly on a CPU, in fewer passes over memory: RMSNorm, and attention within segments.
+"""What plain torch computes slowly on a CPU, in fewer passes over memory: RMSNorm.
 
-Shapes: m rows of a norm (tokens, or tokens x heads), h its width; b batch, n query heads, g key-value heads, t tokens,
-d head dimension.
+Shapes: m rows of a norm (tokens, or tokens x heads), h its width.
 """
 
 import ctypes
@@ -11,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_llm.device import kernels
-from mindspeed_llm.device.segments import Segments
+from mindspeed_llm.device import grouped, kernels, native
 
 BLOCK = 1 << 16
 """Elements of one float32 temporary of a norm: 256 KiB, so that its few temporaries stay in a core's cache."""
-SHORT = 320
-"""Tokens of a segment up to which the float32 kernel's backward pass is faster than the bfloat16 one's, which costs as
-much per token at 32 tokens as at 768 (measured: 37 ms per 1,024 tokens of 16 heads on one core, against 6 to 22)."""
+FILLED = 16
+"""Rows to whose multiple a group of a 16-bit product is filled up."""
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # glibc's M_... constants
 KEPT = 1 << 26
 """Bytes the heap grows by at a time."""
@@ -37,6 +34,17 @@ def keep_freed_memory() -> None:
         settle(name, value)
 
 
+class GroupedProducts(grouped.GroupedProducts):
+    """`grouped.GroupedProducts` for a library that compiles 16-bit products anew for every shape it has not kept.
+
+    Experts get other numbers of rows in every step, and compiling (about 0.3 ms) takes longer than a small product.
+    """
+
+    def row_multiple(self, dtype: torch.dtype) -> int:
+        """Few shapes for 16-bit types; see `grouped.GroupedProducts.row_multiple`."""
+        return 1 if dtype in (torch.float32, torch.float64) else FILLED
+
+
 def _blocks(rows: int, width: int) -> Iterator[slice]:
     step = max(1, BLOCK // width)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
@@ -52,8 +60,14 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         flat, wide = x.reshape(-1, x.size(-1)), weight.float()
         out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        if native.serves(flat, weight):
+            flat, inverse = flat.contiguous(), torch.empty(flat.size(0), 1)
+            native.run("rms_norm", x.dtype, x.numel(), flat, weight, out, inverse, *flat.shape, eps)
+            ctx.save_for_backward(flat, weight, inverse)
+            return out.view(x.shape)
         length = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = length.square_().div_(flat.size(1)).add_(eps).rsqrt_()
+        # one value per row, in float64: rounded to float32, a root and its square double the gradients' rounding
+        inverse = length.double().square_().div_(flat.size(1)).add_(eps).rsqrt_().float()
         for rows in _blocks(*flat.shape):
             out[rows] = torch.mul(flat[rows].float(), inverse[rows]).mul_(wide)
         ctx.save_for_backward(flat, weight, inverse)
@@ -64,6 +78,10 @@ class _Norm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         flat, wide = grad.reshape(x.shape), weight.float()
         wants_x, wants_weight = ctx.needs_input_grad[:2]
+        if wants_x and not wants_weight and native.serves(flat, x, weight):
+            dx = torch.empty_like(x)
+            native.run("rms_norm_backward", x.dtype, x.numel(), flat.contiguous(), x, weight, inverse, dx, *x.shape)
+            return dx.view(grad.shape), None, None
         dx = torch.empty_like(x) if wants_x else None
         dw = torch.zeros_like(wide) if wants_weight else None
         for rows in _blocks(*x.shape):
@@ -85,42 +103,3 @@ class RMSNorm(kernels.RMSNorm):
         if self.zero_centered or x.dtype == torch.float64:
             return super().forward(x)
         return _Norm.apply(x, self.weight, self.eps)
-
-
-class _SegmentAttention(torch.autograd.Function):
-    """Causal attention of each segment by torch's flash kernel for CPUs; gradients are written in place."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        parts = zip(*(one.split(lengths, 2) for one in (query, key, value)), strict=True)
-        outs, sums = zip(*(kernel(*part, 0.0, True, scale=scale) for part in parts), strict=True)
-        ctx.save_for_backward(query, key, value, *outs, *sums)
-        ctx.lengths, ctx.scale = lengths, scale
-        return torch.cat([one.transpose(1, 2) for one in outs], 1).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        count = len(ctx.lengths)
-        parts = zip(*(one.split(ctx.lengths, 2) for one in (grad, query, key, value)), kept[:count], strict=True)
-        found = []
-        for part, log_sum in zip(parts, kept[count:], strict=True):
-            wide = [one.float() for one in part] if part[0].size(2) <= SHORT else part
-            found.append(kernel(*wide, log_sum, 0.0, True, scale=ctx.scale))
-        joined = (torch.cat([one.transpose(1, 2) for one in each], 1) for each in zip(*found, strict=True))
-        grads = (one.transpose(1, 2).to(query.dtype) for one in joined)
-        return *grads, None, None
-
-
-def short_segments(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
-) -> Tensor | None:
-    """bfloat16 segments by the kernels that are fastest for their lengths; see `kernels.SegmentKernel`."""
-    if window is not None or query.dtype != torch.bfloat16:
-        return None
-    return _SegmentAttention.apply(query, key, value, segments.lengths, scale)
-
-
-attention = kernels.attention_with(short_segments)

@@ -6,6 +6,7 @@ import torch
 
 from mindspeed_llm.device import kernels
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
+from mindspeed_llm.device.grouped import GroupedProducts, KernelProducts, torch_kernel
 from mindspeed_llm.device.profiler import TorchProfiler
 from mindspeed_llm.device.segments import flash_segments
 
@@ -33,5 +34,6 @@ def create() -> Device:
         attention=kernels.attention_with(flash_segments),
         rms_norm=kernels.RMSNorm,
         profiler=partial(TorchProfiler, accelerator=True),
+        grouped=KernelProducts(torch_kernel) if hasattr(torch.nn.functional, "grouped_mm") else GroupedProducts(),
         engine_config=dict(PLAIN_TORCH),
     )

@@ -72,17 +72,21 @@ def sdpa(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-SegmentKernel = Callable[[Tensor, Tensor, Tensor, Segments, float, int | None], Tensor | None]
+SegmentKernel = Callable[[Tensor, Tensor, Tensor, Segments | None, float, int | None], Tensor | None]
 """(query, key, value, segments, scale, window) -> causal attention of each segment, or None for what it does not do."""
 
 
-def attention_with(kernel: SegmentKernel) -> Callable[..., Tensor]:
-    """`sdpa`, with a device's own kernel for causal segments; neither cap, sinks nor dropout are asked of it."""
+def attention_with(kernel: SegmentKernel, whole: bool = False) -> Callable[..., Tensor]:
+    """`sdpa`, with a device's own kernel for causal segments; neither cap, sinks nor dropout are asked of it.
+
+    Args:
+        whole: the kernel is asked for whole rows too, with no segments.
+    """
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **features: Any) -> Tensor:
         segments, plain = features.get("segments"), features["causal"] and not features.get("dropout")
         plain = plain and features.get("softcap") is None and features.get("sinks") is None
-        if segments is not None and plain and query.size(-1) == value.size(-1):
+        if (whole or segments is not None) and plain and query.size(-1) == value.size(-1):
             found = kernel(query, key, value, segments, features["scale"], features.get("window"))
             if found is not None:
                 return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mindspeed_llm.device import kernels
 from mindspeed_llm.device.base import PLAIN_TORCH, Device
+from mindspeed_llm.device.grouped import KernelProducts
 from mindspeed_llm.device.profiler import Profiler
 from mindspeed_llm.device.segments import Segments
 from mindspeed_llm.errors import InputError
@@ -65,6 +66,16 @@ def fusion_segments(
     return out.transpose(0, 1)[None]
 
 
+def grouped_matmul(rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
+    """CANN's grouped product; see `grouped.Kernel`.
+
+    One tensor of rows, cut along its rows (`group_type` 0) where `group_list` says (`group_list_type` 0: where groups
+    end, int64), and one tensor of results (`split_item` 3).
+    """
+    operator = import_module("torch_npu").npu_grouped_matmul
+    return operator([rows], [factors], group_list=ends.long(), group_list_type=0, group_type=0, split_item=3)[0]
+
+
 def _profiler(path: Path) -> Profiler:
     """torch_npu's profiler, which writes a folder per process (trace, operators, kernels) beside where `path` would be.
 
@@ -105,5 +116,6 @@ def create() -> Device:
         attention=kernels.attention_with(fusion_segments),
         rms_norm=kernels.RMSNorm,
         profiler=_profiler,
+        grouped=KernelProducts(grouped_matmul),
         engine_config=dict(PLAIN_TORCH),
     )

@@ -20,6 +20,7 @@ from mindspeed_llm.checkpoint.adapters.settings import hf_module as hf_module_of
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
 from mindspeed_llm.checkpoint.tables import EMBEDDING, Entry, WeightTable, expert_number
 from mindspeed_llm.errors import UsageError, unknown
+from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families.base import Kind
 
 DEFAULT_RANK = 16
@@ -284,6 +285,22 @@ def check_given(settings: LoraSettings, options: LoraOptions, table: WeightTable
         raise UsageError(f"{' and '.join(wrong)} contradicts the saved adapter in {where}; leave it out")
 
 
+def check_reference(prefers: bool, settings: LoraSettings | None) -> None:
+    """Refuse preferences without an adapter: with it off, the base is what they are compared with; `UsageError`."""
+    if not prefers:
+        return
+    if settings is None:
+        raise UsageError(
+            "--stage dpo compares with the base model, which full tuning changes; tune an adapter with "
+            "--lora-target-modules"
+        )
+    if whole := settings.modules_to_save:
+        raise UsageError(
+            f"--stage dpo compares with the base model, and {' '.join(whole)} would be trained whole; leave "
+            "--lora-modules-to-save out"
+        )
+
+
 def described(settings: LoraSettings, fused: bool, base_dtype: str) -> str:
     """One line for people on what is trained, and in which form.
 
@@ -304,3 +321,15 @@ def described(settings: LoraSettings, fused: bool, base_dtype: str) -> str:
     ]
     form = f" (--lora-fusion: {modular} runs in the modular form)" if modular else " (fused)"
     return ", ".join(word for word in words if word) + (form if fused else "")
+
+
+def unlike_layers(settings: LoraSettings, model: ModelConfig) -> list[int]:
+    """Layers whose experts are not all adapted alike; processes that hold such experts run them one after another."""
+    found = []
+    for layer in range(model.num_layers if model.num_experts else 0):
+        for part in ("linear_fc1", "linear_fc2"):
+            names = [f"decoder.layers.{layer}.mlp.experts.local_experts.{e}.{part}" for e in range(model.num_experts)]
+            kinds = {settings.adapts(one) and (settings.rank(one), settings.scaling(one)) for one in names}
+            if len(kinds) > 1 and model.has("moe", layer):
+                found.append(layer)
+    return sorted(set(found))

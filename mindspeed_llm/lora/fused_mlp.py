@@ -15,6 +15,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.nn.functional import silu
 
+from mindspeed_llm.device.rowwise import swiglu, swiglu_backward
 from mindspeed_llm.lora.dropout import Dropout
 from mindspeed_llm.lora.fused import CASES, Pass, Plan, Product
 from mindspeed_llm.lora.layers import ColumnParallelLora, RowParallelLora
@@ -28,23 +29,6 @@ class MlpPlan:
     plan: Plan
     scalings: tuple[float, float]
     dropouts: tuple[Dropout | None, Dropout | None]
-
-
-def swiglu(hidden: Tensor) -> Tensor:
-    """[n, 2 f] gate and up -> [n, f]."""
-    gate, up = hidden.chunk(2, dim=-1)
-    return silu(gate).mul_(up)
-
-
-def swiglu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient [n, f] of the activation -> (gradient [n, 2 f] of hidden, the activation [n, f] itself)."""
-    gate, up = hidden.chunk(2, dim=-1)
-    opened = silu(gate)
-    out = torch.empty_like(hidden)
-    wide = gate.size(-1)
-    out[:, :wide] = torch.ops.aten.silu_backward(grad * up, gate)
-    torch.mul(grad, opened, out=out[:, wide:])
-    return out, opened.mul_(up)
 
 
 class _LoraMlp(torch.autograd.Function):

@@ -15,6 +15,7 @@ from mindspeed_llm.checkpoint.formats.lazy import InMemory, part_of
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
 from mindspeed_llm.checkpoint.tables import EMBEDDING, MAGNITUDE, OUTPUT_LAYER, WeightTable, is_lora, logical_name
 from mindspeed_llm.lora.fused_mlp import AdaptedMlp
+from mindspeed_llm.lora.grouped import group_adapters
 from mindspeed_llm.lora.layers import (
     ColumnParallelLora,
     ParallelLora,
@@ -70,6 +71,7 @@ def inject(
             layer.adopt(settings, name)
             layer.use_fused = fused
         hold_parts(chunk, settings)
+        group_adapters(chunk)
         set_trainable(chunk, settings)
         for mlp in gated_mlps(chunk) if fused_mlp else ():
             mlp.whole = AdaptedMlp(mlp.linear_fc1, mlp.linear_fc2) if AdaptedMlp.fits(mlp) else None

@@ -12,9 +12,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from mindspeed_llm.device.base import Device
+from mindspeed_llm.device.rowwise import rotate
 from mindspeed_llm.models import context
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.rope import rotate
 
 
 class RotarySelfAttention(SelfAttention):
@@ -90,7 +90,8 @@ class CoreAttention(MegatronModule):
         """[s, b, n/t, d], [s, b, g/t, d] x 2 -> [s, b, n/t * d]; `packed_seq_params` is a `PackedRows`, or None."""
         if self.cp_group is not None and self.cp_group.size() > 1:
             features = {"sinks": self.softmax_offset, **self.features}
-            return context.attend(self.kernel, query, key, value, self.cp_group, **features).flatten(2)
+            rows = None if packed_seq_params is None else packed_seq_params.rows_cut
+            return context.attend(self.kernel, query, key, value, self.cp_group, rows, **features).flatten(2)
         heads_first = (one.permute(1, 2, 0, 3) for one in (query, key, value))
         segments = None if packed_seq_params is None else packed_seq_params.segments
         out = self.kernel(*heads_first, sinks=self.softmax_offset, segments=segments, **self.features)

@@ -61,6 +61,7 @@ class EngineOptions:
         dtype: of parameters and activations.
         moe_aux_loss: coefficient of the load-balancing loss in training; 0 for none.
         moe_aux_loss_type: over the tokens of a micro-batch ("aux_loss") or of each row ("seq_aux_loss").
+        grouped_experts: compute a rank's experts together; else one after another.
         moe_z_loss: coefficient of the loss that keeps router logits small; None for none.
         variable_seq_lengths: micro-batches may differ in length, so pipeline stages send shapes first.
         recompute_granularity, recompute_method, recompute_num_layers: megatron-core's recomputation options.
@@ -82,6 +83,7 @@ class EngineOptions:
     moe_aux_loss: float = 0.0
     moe_aux_loss_type: str = "aux_loss"
     moe_z_loss: float | None = None
+    grouped_experts: bool = True
 
     def virtual_stages(self, num_layers: int) -> int | None:
         """Model chunks per pipeline stage, or None without interleaving."""
@@ -148,10 +150,13 @@ def build_chunks(model: ModelConfig, engine: EngineOptions, device: Device) -> l
     """
     config = transformer_config(model, engine, device)
     stages = config.virtual_pipeline_model_parallel_size
-    return [_build_chunk(model, config, device, vp) for vp in (range(stages) if stages else [None])]
+    grouped = engine.grouped_experts
+    return [_build_chunk(model, config, device, vp, grouped) for vp in (range(stages) if stages else [None])]
 
 
-def _build_chunk(model: ModelConfig, config: TransformerConfig, device: Device, vp_stage: int | None) -> CausalLM:
+def _build_chunk(
+    model: ModelConfig, config: TransformerConfig, device: Device, vp_stage: int | None, grouped: bool
+) -> CausalLM:
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -160,7 +165,7 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, device: Device, 
         layers //= config.virtual_pipeline_model_parallel_size
     first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
     spec: Any = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(model, first_layer + layer, device) for layer in range(layers)],
+        layer_specs=[layer_spec(model, first_layer + layer, device, grouped) for layer in range(layers)],
         layer_norm=device.rms_norm,
     )
     place = device.torch_device(torch.distributed.get_node_local_rank(0))

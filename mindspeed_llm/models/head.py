@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-ROWS = 1024  # positions whose logits exist at a time
-SLICE = 2048  # columns of one product and of one float32 temporary
+from mindspeed_llm.device.rowwise import exponentials_, row_peaks
+
+ROWS = 512  # positions whose logits exist at a time
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -65,14 +66,10 @@ def _losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, width: int, cap: float | None, group: ProcessGroup
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Losses [m], and what `_gradient` takes: the terms of this rank's share of the vocabulary."""
-    logits = hidden.new_empty(hidden.size(0), width)
-    slices = [slice(start, min(start + SLICE, width)) for start in range(0, width, SLICE)]
-    peak = torch.full((hidden.size(0),), -torch.inf, dtype=torch.float32, device=hidden.device)
-    for part in slices:
-        torch.mm(hidden, weight[part].t(), out=logits[:, part])
-        if cap is not None:
-            logits[:, part].div_(cap).tanh_().mul_(cap)
-        peak = torch.maximum(peak, logits[:, part].amax(-1).float())
+    logits = torch.mm(hidden, weight[:width].t())
+    if cap is not None:
+        logits.div_(cap).tanh_().mul_(cap)
+    peak = row_peaks(logits)
     if group.size() > 1:
         distributed.all_reduce(peak, op=distributed.ReduceOp.MAX, group=group)
     first = group.rank() * weight.size(0)
@@ -80,22 +77,14 @@ def _losses(
     local = torch.where(own, targets - first, 0)
     chosen = logits.gather(1, local.unsqueeze(1)).squeeze(1).float()
     target = torch.where(own, chosen - peak, 0.0)
-    total = torch.zeros_like(peak)
-    for part in slices:
-        slope = None if cap is None else _slope(logits[:, part].float(), cap)  # before the logits are overwritten
-        exponentials = logits[:, part].float().sub_(peak.unsqueeze(1)).exp_()
-        total += exponentials.sum(-1)
-        logits[:, part] = exponentials if slope is None else exponentials.mul_(slope)
+    total = exponentials_(logits, peak, cap)
     if group.size() > 1:
         distributed.all_reduce(target, group=group)
         distributed.all_reduce(total, group=group)
     error = target.exp() - total
-    return total.log() - target, (logits, local, own, error if cap is None else error * _slope(chosen, cap), total)
-
-
-def _slope(capped: Tensor, cap: float) -> Tensor:
-    """Derivative of a capped logit by the logit."""
-    return 1 - (capped / cap).square()
+    if cap is not None:
+        error *= 1 - (chosen / cap).square()  # the derivative of a capped logit by the logit
+    return total.log() - target, (logits, local, own, error, total)
 
 
 def _gradient(weight: Tensor, exponentials: Tensor, local: Tensor, own: Tensor, error: Tensor, total: Tensor) -> Tensor:

@@ -85,8 +85,9 @@ def mlp_spec(model: ModelConfig) -> ModuleSpec:
     )
 
 
-def layer_spec(model: ModelConfig, layer: int, device: Device) -> ModuleSpec:
-    """Decoder layer number `layer` (global, from 0)."""
+def layer_spec(model: ModelConfig, layer: int, device: Device, grouped_experts: bool = True) -> ModuleSpec:
+    """Decoder layer number `layer` (global, from 0); its experts computed together, or one after another."""
+    grouped = device.grouped if grouped_experts else None
     attention = latent_attention_spec if model.multi_latent_attention else attention_spec
     return ModuleSpec(
         module=DecoderLayer,
@@ -96,7 +97,7 @@ def layer_spec(model: ModelConfig, layer: int, device: Device) -> ModuleSpec:
             self_attention=attention(model, layer, device),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=device.rms_norm,
-            mlp=expert_mlp_spec(model) if model.has("moe", layer) else mlp_spec(model),
+            mlp=expert_mlp_spec(model, grouped) if model.has("moe", layer) else mlp_spec(model),
             mlp_bda=get_bias_dropout_add,
         ),
     )

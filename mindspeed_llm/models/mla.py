@@ -26,10 +26,11 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSub
 from torch import Tensor
 
 from mindspeed_llm.device.base import Device
+from mindspeed_llm.device.rowwise import rotate
 from mindspeed_llm.models.attention import CoreAttention
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.linear import ReplicatedLinear
-from mindspeed_llm.models.rope import Rotary, rotate
+from mindspeed_llm.models.rope import Rotary
 
 LATENT_NORM_EPSILON = 1e-6
 """Of the norms between down and up projection: transformers and DeepSeek's own code do not take it from config.json."""
@@ -170,7 +171,7 @@ class LatentAttention(Attention):
         k_rotated = self.shared_by_heads(k_rotated).unsqueeze(2)  # [s, b, 1, r]
         offset = 0 if inference_context is None else inference_context.sequence_len_offset
         whole = q.size(0) * self.config.context_parallel_size
-        positions = whole if packed_seq_params is None else packed_seq_params.position_lengths
+        positions = whole if packed_seq_params is None else packed_seq_params
         table = self.rotary_pos_emb(positions, offset)[:, 0]  # [s, 2, r]
         q_plain, q_rotated = q.split([model.qk_head_dim, rotated], dim=-1)
         q_rotated, k_rotated = (rotate(one, table, model.rotary_interleaved) for one in (q_rotated, k_rotated))

@@ -1,4 +1,4 @@
-"""Layers with experts: megatron-core's MoE layer, dispatcher and sequential experts, with a router of our own.
+"""Layers with experts: megatron-core's MoE layer, dispatcher and experts, with a router of our own.
 
 megatron-core's routing differs from the models' in the order of scaling, in the scoring of groups and in what it
 refuses (a correction without sigmoid); `choose_experts` says what `ModelConfig` asks for, in a few lines.
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
+from mindspeed_llm.device.grouped import GroupedProducts
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.models.experts import GroupedExperts
 from mindspeed_llm.models.linear import PartialSumLinear, with_bias
 
 
@@ -44,18 +46,21 @@ def moe_options(model: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def expert_mlp_spec(model: ModelConfig) -> ModuleSpec:
-    """The MLP of a layer with experts."""
+def expert_mlp_spec(model: ModelConfig, grouped: GroupedProducts | None) -> ModuleSpec:
+    """The MLP of a layer with experts, computed together by `grouped`, or one after another without."""
     row = PartialSumLinear if model.add_mlp_bias else RowParallelLinear
     experts = MLPSubmodules(
         linear_fc1=with_bias(ColumnParallelLinear, model.add_mlp_bias), linear_fc2=with_bias(row, model.add_mlp_bias)
     )
+    computed = ModuleSpec(module=SequentialMLP, submodules=experts)
+    if grouped is not None:
+        computed = ModuleSpec(module=GroupedExperts, submodules=experts, params={"grouped": grouped})
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
             router=partial(Router, model=model),
-            experts=ModuleSpec(module=SequentialMLP, submodules=experts),
+            experts=computed,
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
         ),
     )

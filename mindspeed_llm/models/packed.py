@@ -7,6 +7,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from mindspeed_llm.device.segments import Segments
+from mindspeed_llm.models.context import Cut, RowsCut, parts_of, zigzag_rows
 
 
 @dataclass
@@ -20,16 +21,30 @@ class PackedRows(PackedSeqParams):
         segments: tokens that see each other.
         position_lengths: tokens that are counted from 0 together; the same as the segments' unless only one of
             attention and positions starts anew.
+        rows_cut: under context parallelism, which of the tokens each process has and what this one computes.
     """
 
     segments: Segments | None = None
     position_lengths: tuple[int, ...] = ()
+    rows_cut: RowsCut | None = None
+
+    @property
+    def cut(self) -> Cut | None:
+        """Which positions each process has under context parallelism; None without."""
+        return None if self.rows_cut is None else self.rows_cut.cut
 
 
-def packed_rows(lengths: Sequence[int], position_lengths: Sequence[int], device: torch.device) -> PackedRows:
-    """Describe a sequence of segments of these lengths, with positions counted within `position_lengths`."""
+def packed_rows(
+    lengths: Sequence[int], position_lengths: Sequence[int], device: torch.device, place: tuple[int, int] = (0, 1)
+) -> PackedRows:
+    """Describe a sequence of segments of these lengths, with positions counted within `position_lengths`.
+
+    Args:
+        place: this process's rank in context parallelism, and how many there are; their double divides the sequence.
+    """
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-    segments = Segments(tuple(lengths), bounds)
+    segments, (rank, processes) = Segments(tuple(lengths), bounds), place
+    cut = zigzag_rows(lengths, processes) if processes > 1 else None
     return PackedRows(
         qkv_format="sbhd",
         cu_seqlens_q=bounds,
@@ -38,4 +53,5 @@ def packed_rows(lengths: Sequence[int], position_lengths: Sequence[int], device:
         max_seqlen_kv=segments.longest,
         segments=segments,
         position_lengths=tuple(position_lengths),
+        rows_cut=None if cut is None else RowsCut(cut, parts_of(cut.runs[rank], lengths, device)),
     )

@@ -125,45 +125,46 @@ class Rotary(nn.Module):
 
     def get_rotary_seq_len(
         self, inference_context: Any, transformer: Any, transformer_input: Tensor, config: Any, packed: Any = None
-    ) -> int | tuple[int, ...]:
-        """Positions of the table: the whole sequence, the cached part included; of packed rows (`PackedRows`), each's.
+    ) -> Any:
+        """Positions of the table: the whole sequence, the cached part included; of packed rows, their `PackedRows`.
 
         megatron-core hands the answer to `forward` as it is.
         """
         if packed is not None:
-            return packed.position_lengths
+            return packed
         hidden = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
         length = hidden.size(0) * config.context_parallel_size
         if config.sequence_parallel:
             length *= config.tensor_model_parallel_size
         return length + (inference_context.sequence_len_offset if inference_context is not None else 0)
 
-    def forward(
-        self, max_seq_len: int | tuple[int, ...], offset: int = 0, packed_seq: bool = False, cp_group: Any = None
-    ) -> Tensor:
-        """The table [s, k, 2, r] of positions `offset` to `offset + max_seq_len`, or of rows of these lengths."""
-        if isinstance(max_seq_len, tuple):
-            return self.packed(max_seq_len)
-        stop = offset + max_seq_len
+    def forward(self, max_seq_len: Any, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
+        """The table [s, k, 2, r] of positions `offset` to `offset + max_seq_len`, or of packed rows; [s/c, ...] under
+        context parallelism."""
+        group = cp_group if cp_group is not None else self.cp_group
+        if not isinstance(max_seq_len, int):
+            return self.packed(max_seq_len, group)
+        return own_positions(self.counted(offset, offset + max_seq_len), 0, group)
+
+    def counted(self, offset: int, stop: int) -> Tensor:
+        """The table [s, k, 2, r] of positions `offset` to `stop` of a sequence that ends there."""
         made_for = self.made_for(stop)
         if self.kept is None or self.kept[0] != made_for or self.kept[1].size(0) < stop:
             # Half as much again, so that a cache that grows token by token does not make a table for each.
             self.kept = made_for, self.table(stop, stop + stop // 2)
-        table = self.kept[1][offset:stop]
-        group = cp_group if cp_group is not None else self.cp_group
-        if group is not None and group.size() > 1 and not packed_seq:
-            table = own_positions(table, 0, group)
-        return table
+        return self.kept[1][offset:stop]
 
-    def packed(self, lengths: tuple[int, ...]) -> Tensor:
-        """The table [s, k, 2, r] of rows one behind the other: each counts from 0, at the frequencies of its length.
+    def packed(self, rows: Any, group: Any) -> Tensor:
+        """The table [s/c, k, 2, r] of `PackedRows`: each row counts from 0, at the frequencies of its length.
 
         The layers of latent attention ask one by one; the chunks of an interleaved pipeline, batch by batch.
         """
-        if self.kept_packed is None or self.kept_packed[0] != lengths:
+        lengths, cut = rows.position_lengths, rows.cut
+        if self.kept_packed is None or self.kept_packed[0] != (lengths, cut):
             longest_first = sorted(set(lengths), reverse=True)  # so that one kept table serves all where it can
-            tables = {length: self.forward(length) for length in longest_first}
-            self.kept_packed = lengths, torch.cat([tables[length] for length in lengths])
+            tables = {length: self.counted(0, length) for length in longest_first}
+            whole = torch.cat([tables[length] for length in lengths])
+            self.kept_packed = (lengths, cut), own_positions(whole, 0, group, cut)
         return self.kept_packed[1]
 
     def made_for(self, length: int) -> Any:
@@ -189,23 +190,3 @@ class Rotary(nn.Module):
             whole = angles.repeat_interleave(2, 1) if model.rotary_interleaved else torch.cat([angles, angles], 1)
             tables.append(torch.stack([whole.cos() * factor, whole.sin() * factor], 1))
         return torch.stack(tables, 1).to(self.device)
-
-
-def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first r components of each head by its position.
-
-    Args:
-        x: [s, b, n, d].
-        table: [s, 2, r], cosine and sine.
-        interleaved: component 2i belongs with 2i + 1, not i with i + r/2.
-    """
-    cosine, sine = table.to(x.dtype).unsqueeze(1).unsqueeze(1).unbind(3)  # [s, 1, 1, r]
-    size = table.size(-1)
-    turned, kept = (x, None) if x.size(-1) == size else (x[..., :size], x[..., size:])
-    if interleaved:
-        other = torch.stack([-turned[..., 1::2], turned[..., 0::2]], -1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, -1)
-        other = torch.cat([-second, first], -1)
-    turned = turned * cosine + other * sine
-    return turned if kept is None else torch.cat([turned, kept], -1)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from mindspeed_llm.planning.job import Job
 
 FLOAT = 4
-HEAD_SLICE = 2048  # columns of the head's float32 temporaries (`models.head`)
-HEAD_ROWS = 1024  # labelled positions whose logits exist at a time
+HEAD_SLICE = 2048  # columns of float32 temporaries (`device.rowwise.exponentials_`)
+HEAD_ROWS = 512  # labelled positions whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,13 @@ def dense_mlp(job: Job, layer: int) -> Part:
     """Gate and up [n 2 f / t], and step by step the activation, the other factor and their product [n f / t] each.
 
     A whole fused MLP keeps gate and up only. Working: gradients of the product and its factors, of which the first
-    takes the product's place.
+    takes the product's place; a whole fused MLP: that of the product, of gate and up, and the product made again.
     """
     n, e = job.tokens, job.element
     unit = n * job.model.ffn_hidden_size / job.layout.tp * e
     low = low_rank(job, layer, ("mlp.linear_fc1", "mlp.linear_fc2"))
     if job.fused_mlp and job.lora is not None:
-        return Part(2 * unit + low, 5 * unit)
+        return Part(2 * unit + low, 4 * unit)
     product = unit if keeps_input(job, layer, "mlp.linear_fc2") else 0
     return Part(4 * unit + product + low, 2 * unit)
 
@@ -156,7 +156,10 @@ def expert_pairs(job: Job) -> float:
 
 
 def experts(job: Job, layer: int) -> Part:
-    """Router (float32 scores), pairs [P h] as experts get them, gate and up, activation, factor, product, weighted."""
+    """Router (float32 scores), pairs [P h] as experts get them, gate and up, activation, product, weighted.
+
+    Apart, megatron-core's activation also keeps a copy of the other factor.
+    """
     model, e = job.model, job.element
     pairs, width = expert_pairs(job), model.moe_ffn_hidden_size / job.layout.etp
     unit = pairs * width * e
@@ -167,7 +170,7 @@ def experts(job: Job, layer: int) -> Part:
         names = ("linear_fc1", "linear_fc2")
         modules = [f"decoder.layers.{layer}.mlp.experts.local_experts.0.{name}" for name in names]
         low = sum(pairs * job.lora.rank(name) * e for name in modules if job.lora.adapts(name))
-    kept = router + (pairs * model.hidden_size * e if adapted else 0) + 6 * unit + low
+    kept = router + (pairs * model.hidden_size * e if adapted else 0) + (6 if job.experts_apart else 5) * unit + low
     shared = job.tokens * model.moe_shared_ffn_hidden_size / job.layout.tp * e
     return Part(kept + 5 * shared, 2 * unit + 2 * pairs * model.hidden_size * e)
 
@@ -175,7 +178,7 @@ def experts(job: Job, layer: int) -> Part:
 def head(job: Job) -> float:
     """Bytes of final norm, output layer and loss of a micro-batch, at most.
 
-    Frozen: the final norm's output, the labelled rows l and their gradient; for up to 1,024 rows at a time logits
+    Frozen: the final norm's output, the labelled rows l and their gradient; for up to 512 rows at a time logits
     [l' v / t] and the product's result, in 16-bit training float32 temporaries of a slice of the vocabulary. Trained:
     all logits in the model's type, and twice in float32.
     """

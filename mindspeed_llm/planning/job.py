@@ -21,10 +21,13 @@ class Job:
         dtype: of weights and activations, as torch names it.
         lora: settings of the adapter; None in full tuning.
         fused: adapters in the fused form. fused_mlp: whole MLPs in one function.
+        experts_apart: experts run one after another, not together.
         recompute: "full", "selective" or None. recompute_method: "uniform" or "block" of full recomputation.
         recompute_layers: layers of a group (uniform), or recomputed layers of a chunk (block).
         distributed_optimizer: its state is spread over data parallelism. overlap_param_gather: parameters are gathered
             while the next forward pass runs.
+        pairs: rows are the two answers of pairs (DPO), and a pass without gradients, adapters off, comes before the
+            step's own.
         micro_batch: rows of a micro-batch. micro_batches: of a step, on one replica.
         length: tokens of a row, padding included, over all CP ranks: the longest for memory, the mean for time.
         trained: share of the tokens that have a label.
@@ -40,11 +43,13 @@ class Job:
     lora: LoraSettings | None = None
     fused: bool = False
     fused_mlp: bool = False
+    experts_apart: bool = False
     recompute: str | None = None
     recompute_method: str | None = None
     recompute_layers: int | None = None
     distributed_optimizer: bool = False
     overlap_param_gather: bool = False
+    pairs: bool = False
     micro_batch: int = 1
     micro_batches: int = 1
     length: int = 1

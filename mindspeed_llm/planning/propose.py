@@ -41,7 +41,8 @@ class Wish:
 
     Attributes:
         settings: of the adapter; None in full tuning.
-        global_batch: rows of a step; None for 4 on every card.
+        pairs: rows are pairs of answers (DPO), of which a micro-batch holds both.
+        global_batch: rows (or pairs) of a step; None for 4 on every card.
         fixed: sizes the user has decided: tp, pp, ep, etp, cp, micro_batch, layers_per_chunk, recompute.
     """
 
@@ -53,6 +54,8 @@ class Wish:
     dtype: str
     fused: bool = False
     fused_mlp: bool = False
+    pairs: bool = False
+    experts_apart: bool = False
     global_batch: int | None = None
     fixed: dict[str, int | str | None] = field(default_factory=dict)
 
@@ -147,11 +150,13 @@ def jobs(wish: Wish, sums: ModelWeights) -> Iterator[Job]:
                     lora=wish.settings,
                     fused=wish.fused,
                     fused_mlp=wish.fused_mlp,
+                    experts_apart=wish.experts_apart,
                     recompute=str(recompute) if recompute else None,
                     recompute_method="uniform" if full else None,
                     recompute_layers=1 if full else None,
                     distributed_optimizer=replicas * cp > 1,
-                    micro_batch=rows,
+                    pairs=wish.pairs,
+                    micro_batch=rows * (2 if wish.pairs else 1),
                     micro_batches=number,
                     length=wish.lengths.longest,
                     accelerator=wish.card.name != "cpu",
@@ -206,5 +211,6 @@ def flags(job: Job) -> list[str]:
         words += ["--recompute-num-layers", str(job.recompute_layers)]
     elif job.recompute:
         words += ["--recompute-granularity", job.recompute]
-    rows = job.micro_batch * job.micro_batches * job.replicas
-    return [*words, "--micro-batch-size", str(job.micro_batch), "--global-batch-size", str(rows)]
+    micro = job.micro_batch // 2 if job.pairs else job.micro_batch
+    whole = micro * job.micro_batches * job.replicas
+    return [*words, "--micro-batch-size", str(micro), "--global-batch-size", str(whole)]

@@ -24,7 +24,8 @@ def layout_name(one: Estimate) -> str:
     sizes = [str(job.layout)]
     sizes += [f"CP{job.context}"] if job.context > 1 else []
     sizes += [f"DP{job.replicas}"] if job.replicas > 1 else []
-    return f"{' '.join(sizes)}, {job.micro_batch} x {job.micro_batches}{', recompute' if job.recompute else ''}"
+    rows = job.micro_batch // 2 if job.pairs else job.micro_batch
+    return f"{' '.join(sizes)}, {rows} x {job.micro_batches}{', recompute' if job.recompute else ''}"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -43,17 +44,18 @@ def table(wish: Wish, found: Sequence[Estimate], most: int) -> str:
     """The proposals: memory of the fullest rank by class, messages, time; then the options of the best."""
     fit = sum(one.memory.total <= wish.usable for one in found)
     tuned = "full tuning" if wish.settings is None else f"LoRA r {wish.settings.r}"
+    tuned, noun = (f"DPO, {tuned}", "pairs") if wish.pairs else (tuned, "rows")
     card = wish.card
     lines = [
         f"{tuned} of a {wish.model.family} model of {wish.model.num_layers} layers, {wish.dtype}, on {wish.cards} x "
         f"{card.name}, {card.memory / GIB:.0f} GiB each, of which tensors may take {wish.usable / GIB:.1f}",
-        f"rows: {wish.lengths.origin}; {wish.rows} rows a step",
+        f"{noun}: {wish.lengths.origin}; {wish.rows} {noun} a step",
         f"rates: {card.tflops:.4g} TFLOP/s x {card.reached:.2f}, links {card.link * 8 / 1e9:.0f} Gbit/s, between nodes "
         f"{card.network * 8 / 1e9:.0f} ({card.origin})",
         f"{len(found)} layouts, {fit} of them fit; memory in GiB of the fullest rank; predicted, see docs/plan.md",
         "",
     ]
-    head = ("layout, rows x micro-batches", *SHORT, "GB sent", "s/step", "tokens/s/card")
+    head = (f"layout, {noun} x micro-batches", *SHORT, "GB sent", "s/step", "tokens/s/card")
     rows: list[Sequence[str]] = [head]
     for one in found[:most]:
         sizes = [f"{getattr(one.memory, name) / GIB:.2f}" for name in COLUMNS]

@@ -4,7 +4,8 @@ A collective of S bytes (undivided) over g ranks sends (g - 1) / g x S per rank 
 all-to-all, and twice that as an all-reduce, which is one after the other (ring).
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, fields
 
 from mindspeed_llm.planning.activations import expert_pairs, tokens_between
 from mindspeed_llm.planning.job import FULL_PRECISION, Job
@@ -27,6 +28,10 @@ class Work:
     expert: float
     pipeline: float
 
+    def with_(self, other: "Work") -> "Work":
+        """Both together."""
+        return Work(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
     @property
     def sent(self) -> float:
         """All bytes."""
@@ -40,6 +45,12 @@ def share(parts: int) -> float:
 
 def micro_batch_work(job: Job, sums: ModelWeights, pp_rank: int) -> Work:
     """Products and messages of one micro-batch on a rank of a stage, all its chunks together."""
+    own = training_work(job, sums, pp_rank)
+    return own.with_(reference_work(job, sums, pp_rank)) if job.pairs else own
+
+
+def training_work(job: Job, sums: ModelWeights, pp_rank: int) -> Work:
+    """Forward and backward."""
     layout = job.layout
     layers = [n for chunk in range(layout.vp) for n in layout.slots(pp_rank, chunk) if n is not None]
     again = recomputed_layers(job, pp_rank)
@@ -62,6 +73,40 @@ def micro_batch_work(job: Job, sums: ModelWeights, pp_rank: int) -> Work:
     context = sum(2 + (n in again) for n in layers) * keys * share(job.context)
     expert = sum((4 + 2 * (n in again)) * expert_message(job) for n in layers if job.model.has("moe", n))
     return Work(flops, tensor, context, expert, boundaries * hidden if layout.pp > 1 else 0.0)
+
+
+def reference_work(job: Job, sums: ModelWeights, pp_rank: int) -> Work:
+    """The pass for the base's log-probabilities of the answers: forward, without adapters and without gradients."""
+    layout, model = job.layout, job.model
+    layers = [n for chunk in range(layout.vp) for n in layout.slots(pp_rank, chunk) if n is not None]
+    experts = [n for n in layers if model.has("moe", n)]
+    hidden = tokens_between(job) * model.hidden_size * job.element
+    tables = job.tokens * model.hidden_size * job.element * share(layout.tp)
+    keys = job.tokens * job.context * 2 * model.num_query_groups * model.kv_channels / layout.tp * job.element
+    flops = tensor = 0.0
+    for layer in layers:
+        pairs = expert_pairs(job) if layer in experts else 0.0
+        base = Counter({one: count for one, count in sums.layers[layer].items() if not one.adapter})
+        flops += sum(products(base, job, job.tokens, pairs)) + attention_flops(job, layer)
+        tensor += 2 * regions_of(job, layer) * tables
+        if layer in experts and layout.etp > 1:
+            tensor += 2 * pairs * model.hidden_size * job.element * share(layout.etp)
+    boundaries = 0
+    for chunk in range(layout.vp):
+        if layout.is_first(pp_rank, chunk):
+            tensor += (2 if job.sp == 1 else 1) * tables
+        if layout.is_last(pp_rank, chunk):
+            flops += head_flops(job) / (3 if job.trains_head else 2)
+            tensor += (job.sp > 1) * tables
+        else:
+            boundaries += 1
+    return Work(
+        flops,
+        tensor,
+        len(layers) * keys * share(job.context),
+        2 * len(experts) * expert_message(job),
+        boundaries * hidden if layout.pp > 1 else 0.0,
+    )
 
 
 def recomputed_layers(job: Job, pp_rank: int) -> set[int]:
@@ -88,10 +133,7 @@ def layer_tensor_traffic(job: Job, layer: int, forwards: int) -> float:
     The adapter's narrow tensor [n r] is summed beside each. Full tuning under sequence parallelism gathers the inputs
     of both once more. Experts cut over ETP gather and scatter the tokens of its ranks.
     """
-    model, t = job.model, job.layout.tp
-    regions = 1 if model.has("moe", layer) else 2
-    if model.has("moe", layer) and model.moe_shared_ffn_hidden_size:
-        regions = 2
+    model, t, regions = job.model, job.layout.tp, regions_of(job, layer)
     passes = 2 * (forwards + 1) * regions
     volume = job.tokens * model.hidden_size * job.element * share(t)
     total = passes * volume
@@ -105,6 +147,12 @@ def layer_tensor_traffic(job: Job, layer: int, forwards: int) -> float:
         gathered = expert_pairs(job) * model.hidden_size * job.element
         total += 2 * (forwards + 1) * gathered * share(job.layout.etp)
     return total
+
+
+def regions_of(job: Job, layer: int) -> int:
+    """Parts of a layer that sum over TP: attention, and a dense MLP or shared expert."""
+    model = job.model
+    return 1 if model.has("moe", layer) and not model.moe_shared_ffn_hidden_size else 2
 
 
 def layer_flops(job: Job, sums: ModelWeights, layer: int, forwards: float) -> float:

@@ -352,7 +352,9 @@ def to_device(batch: dict[str, Any], device: torch.device) -> Batch:
     if "cu_seqlens" in batch:
         starts = numpy.flatnonzero(batch["position_ids"][0] == 0)
         position_lengths = numpy.diff(starts, append=batch["position_ids"].size)
-        moved["packed"] = packed_rows(numpy.diff(batch["cu_seqlens"]).tolist(), position_lengths.tolist(), device)
+        lengths, counted = numpy.diff(batch["cu_seqlens"]).tolist(), position_lengths.tolist()
+        place = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        moved["packed"] = packed_rows(lengths, counted, device, place)
     return moved
 
 

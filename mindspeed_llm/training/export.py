@@ -4,14 +4,15 @@
     tensor-parallel group, merged with its adapter, written at its place -> what all ranks wrote is counted
 
 The work goes round the ranks of a group and the data-parallel replicas. A rank holds one whole tensor at a time, on
-the CPU; its device holds one further share.
+the CPU; its device holds one further share. Where training is not to wait for files (--async-save), each rank first
+brings all tensors together that it writes: at TP above 1 that takes memory for their other shares.
 """
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -48,6 +49,7 @@ from mindspeed_llm.models.causal_lm import CausalLM
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.training.start import Start
 
+T = TypeVar("T")
 MODEL_FOLDER, ADAPTER_FOLDER = "hf", "peft"
 """Where they lie in an iteration folder."""
 FACTORS = ("lora_A", "lora_B", "lora_A_start", "lora_B_start", MAGNITUDE)
@@ -117,43 +119,76 @@ def export_adapter(checkpoint: Path, export: Export) -> str:
     return write_peft(adapter, checkpoint / ADAPTER_FOLDER, export.base_path)
 
 
-def export_model(
-    chunks: Sequence[CausalLM], model: ModelConfig, checkpoint: Path, export: Export, place: torch.device
-) -> None:
-    """Write the HF folder of a checkpoint, merged where there is an adapter; collective over all ranks.
+class ModelExport:
+    """The HF folder of a checkpoint while it is written, merged where there is an adapter.
 
-    Args:
-        chunks: this rank's model chunks.
-        model: their description; `dtype` is what config.json will say.
-        checkpoint: the folder that is being written; it exists on every rank.
-        place: this rank's device.
-
-    Raises:
-        InputError: some tensor of the model was written by no rank, or by several.
+    Made, checked and finished by all ranks at the same step; each writes its tensors by itself, in any thread where
+    they were gathered before.
     """
-    model = dataclasses.replace(model, mtp_num_layers=0)  # prediction layers are neither trained nor in the live model
-    if export.settings is not None and export.settings.adapts(EMBEDDING.removesuffix(".weight")):
-        model = untied_model(model)  # what is looked up is adapted, the output layer is not
-    shares = LiveShares(chunks, model)
-    folder, first = checkpoint / MODEL_FOLDER, torch.distributed.get_rank() == 0
-    if first:
-        folder.mkdir()
-        files = HfFiles(folder, shares, export.shard_bytes)
-    sum_over_ranks(0, place)  # the files are laid out before others open them
-    if not first:
-        files = HfFiles(folder, shares, export.shard_bytes, create=False)
-    written = 0
-    for name in shares.names():
-        source = shares.bring_together(name, export.settings)
-        if source is not None:
-            written += files.write(source, name)
-    files.close(whole=False)
-    written, wanted = sum_over_ranks(written, place), sum(len(one.hf) for one in shares.table.entries.values())
-    if written != wanted:
-        raise InputError(f"{folder}: {written} tensors were written, the model has {wanted}")
-    if first:
-        files.write_index()
-        copy_companions(export.origin, folder, model)
+
+    def __init__(
+        self,
+        chunks: Sequence[CausalLM],
+        model: ModelConfig,
+        checkpoint: Path,
+        export: Export,
+        place: torch.device,
+        copies: Sequence[Mapping[str, Tensor | None]] | None = None,
+    ) -> None:
+        """Lay the files out; collective.
+
+        Args:
+            chunks: this rank's model chunks.
+            model: their description; `dtype` is what config.json will say.
+            checkpoint: the folder that is being written; it exists on every rank.
+            place: this rank's device.
+            copies: for each chunk its tensors by local name, copied to the CPU. With them whole tensors are brought
+                together now, and `write` neither talks to other ranks nor looks at the live model. None: one after the
+                other while they are written.
+        """
+        self.export, self.place = export, place
+        self.model = replace(model, mtp_num_layers=0)  # prediction layers are neither trained nor in the live model
+        if export.settings is not None and export.settings.adapts(EMBEDDING.removesuffix(".weight")):
+            self.model = untied_model(self.model)  # what is looked up is adapted, the output layer is not
+        shares = LiveShares(chunks, self.model, copies)
+        self.folder, self.first = checkpoint / MODEL_FOLDER, torch.distributed.get_rank() == 0
+        if self.first:
+            self.folder.mkdir()
+            self.files = HfFiles(self.folder, shares, export.shard_bytes)
+        sum_over_ranks(0, place)  # the files are laid out before others open them
+        if not self.first:
+            self.files = HfFiles(self.folder, shares, export.shard_bytes, create=False)
+        self.wanted, self.written = sum(len(one.hf) for one in shares.table.entries.values()), 0
+        self.tensors = shares.own(export.settings)
+        if copies is not None:
+            self.tensors = released(deque(self.tensors))
+
+    def write(self) -> None:
+        """Write this rank's tensors; collective unless they were brought together before."""
+        for name, source in self.tensors:
+            self.written += self.files.write(source, name)
+        self.files.close(whole=False)
+
+    def check(self) -> None:
+        """Count what all ranks have written; collective.
+
+        Raises:
+            InputError: some tensor of the model was written by no rank, or by several.
+        """
+        written = sum_over_ranks(self.written, self.place)
+        if written != self.wanted:
+            raise InputError(f"{self.folder}: {written} tensors were written, the model has {self.wanted}")
+
+    def finish(self) -> None:
+        """Add what else belongs into the folder; one process does it, once all is checked."""
+        self.files.write_index()
+        copy_companions(self.export.origin, self.folder, self.model)
+
+
+def released(found: deque[T]) -> Iterator[T]:
+    """Take one after the other out, so that each can be freed when the next one is asked for."""
+    while found:
+        yield found.popleft()
 
 
 def sum_over_ranks(value: int, place: torch.device) -> int:
@@ -170,20 +205,29 @@ class LiveShares:
         table: the whole model's.
         shares: base tensors and LoRA factors of all chunks; a tied output layer is left to the embedding, unless
             `model` unties the two.
+        copies: of the same tensors on the CPU, where there are any; they stay as they are while training goes on.
     """
 
-    def __init__(self, chunks: Sequence[CausalLM], model: ModelConfig) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[CausalLM],
+        model: ModelConfig,
+        copies: Sequence[Mapping[str, Tensor | None]] | None = None,
+    ) -> None:
         """Collect them; collective, as tensors of a type of their own have to be known to all ranks."""
         self.table = WeightTable(model)
         self.first_expert = parallel.expert_place(model.num_experts)[0]
         self.shares: dict[str, Tensor] = {}
-        for chunk in chunks:
+        self.copies: dict[str, Tensor] = {}
+        for chunk, copied in zip(chunks, copies or [None] * len(chunks), strict=True):
             for local, tensor in live_tensors(chunk).items():
                 name = logical_name(local, chunk.first_layer, first_expert=self.first_expert)
                 if is_lora(name) or self.table.resolve(name) == name:
                     self.shares[name] = tensor.detach()
-            if chunk.post_process and not model.tie_word_embeddings:
-                self.shares.setdefault(OUTPUT_LAYER, chunk.head_weight.detach())  # the embedding's, where it is tied
+                    if copied is not None:
+                        self.copies[name] = copied[local]
+            if chunk.post_process and not model.tie_word_embeddings and OUTPUT_LAYER not in self.shares:
+                self.shares[OUTPUT_LAYER] = chunk.head_weight.detach()  # the embedding's, which is frozen
         self.common = getattr(torch, model.dtype)
         own = {name: tensor.dtype for name, tensor in self.shares.items() if tensor.dtype != self.common}
         found: list[Any] = [None] * torch.distributed.get_world_size()
@@ -198,6 +242,13 @@ class LiveShares:
     def dtype(self, name: str) -> torch.dtype:
         """Type of any tensor of the model."""
         return self.others.get(name, self.common)
+
+    def own(self, settings: LoraSettings | None) -> Iterator[tuple[str, TensorSource]]:
+        """The tensors this rank is to write, by name, brought together one after the other; collective."""
+        for name in self.names():
+            source = self.bring_together(name, settings)
+            if source is not None:
+                yield name, source
 
     def bring_together(self, name: str, settings: LoraSettings | None) -> TensorSource | None:
         """A source of one tensor, merged with its adapter, on the rank whose turn it is; None on the others.
@@ -226,10 +277,8 @@ class LiveShares:
         """A tensor made of all shares in `group` on its rank `writer`, None on the others; collective."""
         share = self.shares[name]
         axis = live_axis(self.table, name, share, group.size())
-        if axis.dim is None:  # every rank has it
-            parts = [share.cpu()] if group.rank() == writer else []
-        else:
-            parts = gather(share, group, writer)
+        own = [self.copies[name] if name in self.copies else share.cpu()] if group.rank() == writer else []
+        parts = own if axis.dim is None else gather(share, own, group, writer)  # without a dimension every rank has it
         if not parts:
             return None
         rank = lora_rank(name, share.shape) if is_lora(name) else None
@@ -252,17 +301,22 @@ def group_and_replica(of_expert: bool) -> tuple[ProcessGroup, int, int]:
     )
 
 
-def gather(share: Tensor, group: ProcessGroup, writer: int) -> list[Tensor]:
-    """All shares, by rank, on the CPU of the group's rank `writer`; none on the others. Shares are alike in shape."""
+def gather(share: Tensor, own: Sequence[Tensor], group: ProcessGroup, writer: int) -> list[Tensor]:
+    """All shares, by rank, on the CPU of the group's rank `writer`; none on the others. Shares are alike in shape.
+
+    Args:
+        own: the writer's share on the CPU.
+    """
     ranks = torch.distributed.get_process_group_ranks(group)
     if group.rank() != writer:
         torch.distributed.send(share.contiguous(), ranks[writer], group=group)
         return []
     found = []
     for number, rank in enumerate(ranks):
-        received = share
-        if number != writer:
-            received = torch.empty_like(share)
-            torch.distributed.recv(received, rank, group=group)
+        if number == writer:
+            found += own
+            continue
+        received = torch.empty_like(share)
+        torch.distributed.recv(received, rank, group=group)
         found.append(received.cpu())
     return found

@@ -64,15 +64,8 @@ def length_parts(options: PosttrainOptions) -> int:
 
 
 def check_lengths(options: PosttrainOptions, layout: Layout) -> None:
-    """Refuse a fixed length that does not divide, and packed rows under CP."""
+    """Refuse a fixed length that does not divide."""
     data, cut = options.data, options.parallel
-    flat = data.lays_out_flat or data.reset_attention_mask or data.reset_position_ids
-    if cut.context_parallel_size > 1 and flat:
-        raise UsageError(
-            f"--context-parallel-size {cut.context_parallel_size} cuts every sequence, and rows laid out behind one "
-            "another cannot be cut yet; give --no-pad-to-seq-lengths instead of --padding-free, on data that are not "
-            "neatly packed"
-        )
     parts = length_parts(options)
     if not (data.no_pad_to_seq_lengths or data.lays_out_flat) and data.seq_length % parts:
         why = f"--tensor-model-parallel-size {layout.tp}, which --sequence-parallel needs"

@@ -15,9 +15,15 @@ Batch = dict[str, Any]
 
 def forward(batch: Batch, model: Any) -> Tensor:
     """One micro-batch through one model chunk: hidden states, or the last chunk's losses [m] of labelled positions."""
-    group = parallel_state.get_context_parallel_group()
-    tokens, labels, padding = (own_positions(batch.get(name), 1, group) for name in ("tokens", "labels", "padding"))
+    tokens, labels, padding = own(batch, "tokens", "labels", "padding")
     return model(tokens, None, None, labels=labels, packed_seq_params=batch.get("packed"), padding_mask=padding)
+
+
+def own(batch: Batch, *names: str) -> list[Tensor | None]:
+    """This process's positions, under context parallelism, of entries [b, s] of a micro-batch; None if absent."""
+    cut = batch["packed"].cut if "packed" in batch else None
+    group = parallel_state.get_context_parallel_group()
+    return [own_positions(batch.get(name), 1, group, cut) for name in names]
 
 
 def run(

@@ -1,5 +1,6 @@
 """`--plan`, and the check before a run: options and data in the words of `mindspeed_llm.planning`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,21 @@ from mindspeed_llm.arguments.parser import given
 from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import LoraSettings
-from mindspeed_llm.checkpoint.open import open_base
+from mindspeed_llm.checkpoint.open import BaseSource, open_base
+from mindspeed_llm.checkpoint.recorded import holds_tokenizer, tokenizer_folder
 from mindspeed_llm.checkpoint.sizes import parse_size
 from mindspeed_llm.checkpoint.tables import WeightTable
+from mindspeed_llm.data.dataset import PAIR_FIELDS, IndexedDataset
+from mindspeed_llm.data.on_the_fly import found_rows
+from mindspeed_llm.data.pairs import PairDataset
+from mindspeed_llm.data.plan import CHAT_FIELDS
 from mindspeed_llm.data.prefixes import Parts, open_parts
+from mindspeed_llm.data.sample_lengths import sample_lengths
+from mindspeed_llm.data.sources import is_self_cognition, parse_spec
 from mindspeed_llm.device import cards
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.lora.config import settings_from_options
+from mindspeed_llm.lora.config import check_reference, settings_from_options
 from mindspeed_llm.models.config import ModelConfig, check_architecture_flags
 from mindspeed_llm.planning.estimate import fullest
 from mindspeed_llm.planning.job import Job
@@ -24,6 +32,7 @@ from mindspeed_llm.planning.propose import Lengths, Wish, propose
 from mindspeed_llm.planning.show import GIB, memory_line, table
 from mindspeed_llm.planning.weights import ModelWeights
 from mindspeed_llm.training.layout_rules import length_parts
+from mindspeed_llm.training.raw_rows import cache_place, data_of, preprocess_options, raw_folder
 
 FIXED = {
     "tensor_model_parallel_size": "tp",
@@ -39,22 +48,74 @@ FIXED = {
 def lengths_of(options: PosttrainOptions, parts: Parts | None) -> Lengths:
     """Rows as the batches of a run will hold them; without data every row is as long as --seq-length.
 
-    A row padded to the longest of its micro-batch counts at its own length, rounded up.
+    A row padded to the longest of its micro-batch counts at its own length, rounded up. A pair's length is that of its
+    longer side, to which the other one is padded.
     """
-    data, longest = options.data, options.data.seq_length
+    longest = options.data.seq_length
     if parts is None:
         return Lengths(longest, longest, 1.0, f"--seq-length {longest}; no data named")
     own = np.minimum(parts.train.source.lengths, longest)
     reports = [one for file in parts.files for one in file.reports if one is not None]
-    tokens = sum(one["tokens"] for one in reports)
-    trained = sum(one["trained_tokens"] for one in reports) / tokens if tokens else 1.0
-    said = f"{len(own):,} rows of {own.min():,} to {own.max():,} tokens, {own.mean():,.0f} on average"
+    trained = 1.0
+    if sum(one["tokens"] for one in reports):
+        places = sum(int(np.sum(file.lengths)) for file in parts.files) * (2 if options.prefers else 1)
+        trained = min(1.0, sum(one["trained_tokens"] for one in reports) / places)
+    return laid_out(options, own, trained, f"{len(own):,} {noun(options)}")
+
+
+def noun(options: PosttrainOptions) -> str:
+    """What a step is made of."""
+    return "pairs" if options.prefers else "rows"
+
+
+def laid_out(options: PosttrainOptions, own: np.ndarray, trained: float, said: str) -> Lengths:
+    """Rows of these lengths (none above --seq-length) as batches hold them.
+
+    Args:
+        own: [rows] tokens. trained: share of these that have a label. said: which rows, for people.
+    """
+    data, longest = options.data, options.data.seq_length
+    said = f"{said} of {own.min():,} to {own.max():,} tokens, {own.mean():,.0f} on average"
     if not (data.no_pad_to_seq_lengths or data.lays_out_flat):
         share = trained * float(own.mean()) / longest
         return Lengths(longest, longest, share, f"{said}, padded to --seq-length {longest}")
     multiple = 1 if data.lays_out_flat else data.pad_to_multiple_of
     padded = -(-own // multiple) * multiple
     return Lengths(int(padded.max()), float(padded.mean()), trained * float(own.mean() / padded.mean()), said)
+
+
+def raw_lengths(options: PosttrainOptions, tokenizer: str | None) -> Lengths:
+    """Raw rows as batches will hold them: as an earlier run has prepared them, else as the first of them are.
+
+    Memory is planned for rows of --seq-length where not all rows were read. Where none can be, for want of a tokenizer
+    or because they are on the hub, every row is taken to be that long, which is said.
+
+    Args:
+        tokenizer: the HF folder whose tokenizer the rows are made with.
+    """
+    longest, what = options.data.seq_length, noun(options)
+    named = [options.rows.input] if options.rows.input else [parse_spec(one).path for one in options.sources.dataset]
+    far = [one for one in named if not Path(one).expanduser().exists() and not is_self_cognition(one)]
+    if tokenizer is None or far:
+        why = f"{far[0]} is not on this machine" if far else "--tokenizer-name-or-path, which counts tokens, is missing"
+        return Lengths(longest, longest, 1.0, f"{what} of --seq-length {longest} each, assumed: {why}")
+    fields, made = PAIR_FIELDS if options.prefers else CHAT_FIELDS, preprocess_options(options, tokenizer)
+    prepared = found_rows(made, cache_place(options, raw_folder(options)), fields)
+    if prepared is not None:
+        kind = PairDataset if options.prefers else IndexedDataset
+        return lengths_of(options, open_parts(data_of(options, prepared), kind))
+    seen = sample_lengths(made, fields)
+    own = np.minimum(seen.lengths, longest)
+    share = seen.trained / (int(seen.lengths.sum()) * (2 if options.prefers else 1))
+    if options.rows.pack:
+        packs = f"the first {len(own):,} {what}, {own.mean():,.0f} tokens on average, packed to --seq-length {longest}"
+        return Lengths(longest, longest, share, packs)
+    every = seen.whole is not None and seen.whole <= len(own)
+    of = "" if every else f" of about {seen.whole:,}" if seen.whole is not None else " of more"
+    found = laid_out(options, own, share, f"{'all' if every else 'the first'} {len(own):,} {what}{of},")
+    if every or found.longest == longest:
+        return found
+    return replace(found, longest=longest, origin=f"{found.origin}; memory for {longest}, as longer ones may follow")
 
 
 def job_of(
@@ -81,11 +142,13 @@ def job_of(
         lora=settings,
         fused=options.lora.lora_fusion,
         fused_mlp=options.lora.use_fused_mlp,
+        experts_apart=not options.experts.moe_grouped_gemm,
         recompute=training.recompute_granularity,
         recompute_method=training.recompute_method,
         recompute_layers=training.recompute_num_layers,
         distributed_optimizer=cut.use_distributed_optimizer,
         overlap_param_gather=cut.overlap_param_gather,
+        pairs=options.prefers,
         micro_batch=training.micro_batch_size * (2 if options.prefers else 1),  # both answers of a pair
         micro_batches=max(1, rows // (training.micro_batch_size * replicas)),
         length=-(-length // parts) * parts,
@@ -124,19 +187,17 @@ def wish_of(options: PosttrainOptions) -> Wish:
         UsageError, InputError: as a run with these options would.
     """
     said, load = options.planning, options.checkpoint.load
-    if options.prefers:
-        raise UsageError("--plan knows --stage sft; for --stage dpo plan that with twice the --micro-batch-size")
     if not load:
         raise UsageError("--load is missing: the HF model folder or Megatron checkpoint to plan for")
     family = options.model.model_type_hf
     described = (Path(load) / "config.json").is_file()
-    model = ModelConfig.from_hf(load) if described else open_base(load, family).config
+    base = None if described else open_base(load, family)
+    model = ModelConfig.from_hf(load) if base is None else base.config
     check_architecture_flags(model, options.model, load)
     settings = settings_from_options(options.lora, WeightTable(model))
     if options.lora.lora_load:
         raise UsageError("--plan does not read --lora-load; give --lora-target-modules and --lora-r instead")
-    data = options.data
-    parts = open_parts(data) if data.data_path or data.train_data_path else None
+    check_reference(options.prefers, settings)
     explicit = given(options)
     fixed: dict[str, Any] = {name: getattr(options.parallel, flag) for flag, name in FIXED.items() if flag in explicit}
     if "micro_batch_size" in explicit:
@@ -150,13 +211,31 @@ def wish_of(options: PosttrainOptions) -> Wish:
         settings=settings,
         cards=said.cards or 1,
         card=cards.card(said.card, size, said.card_tflops, said.link_gbps, dtype),
-        lengths=lengths_of(options, parts),
+        lengths=planned_lengths(options, base),
+        pairs=options.prefers,
         dtype=dtype,
         fused=options.lora.lora_fusion,
         fused_mlp=options.lora.use_fused_mlp,
+        experts_apart=not options.experts.moe_grouped_gemm,
         global_batch=options.training.global_batch_size,
         fixed=fixed,
     )
+
+
+def planned_lengths(options: PosttrainOptions, base: BaseSource | None) -> Lengths:
+    """The rows a plan is for.
+
+    Args:
+        base: the checkpoint --load names; None where that is an HF folder, which may lack its weights.
+    """
+    data, load = options.data, str(options.checkpoint.load)
+    if data.data_path or data.train_data_path:
+        return lengths_of(options, open_parts(data, PairDataset if options.prefers else IndexedDataset))
+    if not options.raw_rows:
+        return lengths_of(options, None)
+    if base is not None:
+        return raw_lengths(options, tokenizer_folder(options.tokenizer, base))
+    return raw_lengths(options, options.tokenizer.tokenizer_name_or_path or (load if holds_tokenizer(load) else None))
 
 
 def print_plan(options: PosttrainOptions) -> int:

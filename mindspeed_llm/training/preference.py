@@ -29,7 +29,6 @@ from torch.nn.functional import logsigmoid
 from mindspeed_llm.arguments.preference import PreferenceOptions
 from mindspeed_llm.lora.layers import adapters_off
 from mindspeed_llm.models.causal_lm import IGNORE
-from mindspeed_llm.models.context import own_positions
 from mindspeed_llm.training import pipeline
 from mindspeed_llm.training.pipeline import Batch
 
@@ -132,7 +131,7 @@ def sequence_sums(values: Tensor, batch: Batch) -> Tensor:
     not by scattered addition, whose order differs from run to run on accelerators.
     """
     group = parallel_state.get_context_parallel_group()
-    labels, sequences = (own_positions(batch[name], 1, group) for name in ("labels", "sequences"))
+    labels, sequences = pipeline.own(batch, "labels", "sequences")
     which = sequences.t().reshape(-1)[labels.t().reshape(-1) != IGNORE]
     numbers = torch.arange(2 * batch["pairs"], device=values.device).unsqueeze(1)
     sums = torch.where(which == numbers, values, 0.0).sum(1)

@@ -1,19 +1,14 @@
 """The rows of a run: prepared files opened, or raw rows prepared by one process for all, and held against the model."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.arguments.programs import PosttrainOptions
-from mindspeed_llm.arguments.rows import RowOptions
 from mindspeed_llm.checkpoint.recorded import tokenizer_folder
 from mindspeed_llm.data.dataset import PAIR_FIELDS, IndexedDataset
-from mindspeed_llm.data.division import PARTS, split_shares
 from mindspeed_llm.data.encoders import CHAT_TEMPLATE
 from mindspeed_llm.data.index_cache import IndexCache, wait_for
 from mindspeed_llm.data.on_the_fly import prepare_rows
@@ -21,15 +16,14 @@ from mindspeed_llm.data.pairs import PairDataset
 from mindspeed_llm.data.plan import CHAT_FIELDS
 from mindspeed_llm.data.prefixes import Parts, open_parts
 from mindspeed_llm.data.report import check_data_agree, check_data_matches, report_path
-from mindspeed_llm.data.sources import parse_spec
 from mindspeed_llm.data.templates import get_template
 from mindspeed_llm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.training.raw_rows import cache_folder, data_of, preprocess_options, raw_folder
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.start import Start
 from mindspeed_llm.training.together import done_by_each, done_by_one, same_for_all, works_for_all
 
-CACHE = ".data_cache"  # hidden, so that no search for rows finds it
 CACHED_ROWS = 1_000_000  # smaller data sets: every rank draws its orders in the time it takes to find another's
 VISIBLE_SECONDS = 60.0  # how long a shared file system may take to show a node what another has written
 
@@ -78,7 +72,7 @@ def open_rows(options: PosttrainOptions, start: Start) -> Rows:
     if options.raw_rows:
         prefix = Path(done_by_one(lambda: _prepared(options, folder), data.no_shared_storage))
         done_by_each(lambda: wait_for(report_path(prefix), VISIBLE_SECONDS))
-        data = _data_of(options, prefix)
+        data = data_of(options, prefix)
     tokenizer = done_by_each(lambda: load_tokenizer(folder) if folder else None)
 
     def opened() -> Parts:
@@ -110,68 +104,6 @@ def _prepared(options: PosttrainOptions, tokenizer: str | None) -> str:
     if not prepared.made:
         say(f"rows prepared by an earlier run: {prepared.prefix}, {prepared.report['rows']['written']:,} rows")
     return str(prepared.prefix.resolve())
-
-
-def preprocess_options(options: PosttrainOptions, tokenizer: str) -> PreprocessOptions:
-    """The options of `preprocess_data.py` that make the rows of this run.
-
-    Only packing takes --seq-length: other rows keep their length in the files, and batches cut them.
-    """
-    rows, said = options.rows, options.tokenizer
-    made = PreprocessOptions(
-        **{one.name: getattr(rows, one.name) for one in fields(RowOptions)},
-        sources=options.sources,
-        tokenizer_name_or_path=tokenizer,
-        tokenizer_type=said.tokenizer_type,
-        prompt_type=said.prompt_type,
-        prompt_type_path=said.prompt_type_path,
-        enable_thinking=said.enable_thinking or "none",
-        seq_length=options.data.seq_length if rows.pack else None,
-        split=options.data.split if options.data.divides else None,
-        seed=options.training.seed,
-    )
-    replace(made, output_prefix="checked").check()
-    return made
-
-
-def _data_of(options: PosttrainOptions, prefix: Path) -> Any:
-    """The data options of prepared files that raw rows have become."""
-    if not options.data.divides:
-        return replace(options.data, data_path=[str(prefix)], split="100,0,0")
-    there = [part for part, share in zip(PARTS, split_shares(options.data.split), strict=True) if share]
-    paths = {f"{part}_data_path": [f"{prefix}_{part}"] for part in there}
-    return replace(options.data, data_path=[], split="100,0,0", **paths)
-
-
-def raw_folder(options: PosttrainOptions) -> Path | None:
-    """The folder in which the first file or folder of raw rows lies; None when none lies on this machine."""
-    if options.sources.dataset_dir is not None:
-        return Path(options.sources.dataset_dir).expanduser()
-    named = [options.rows.input] if options.rows.input else [parse_spec(s).path for s in options.sources.dataset]
-    there = [Path(name).expanduser() for name in named if name and Path(name).expanduser().exists()]
-    return there[0].resolve().parent if there else None
-
-
-def cache_folder(options: PosttrainOptions, beside: Path | None) -> Path:
-    """The folder for what is computed once: the option's, or one beside the data, or one beside --save.
-
-    Raises:
-        InputError: it cannot be written to.
-    """
-    places = [beside] if beside is not None else []
-    if options.data.data_cache_dir:
-        chosen = Path(options.data.data_cache_dir).expanduser()
-    else:
-        places.append(Path(options.checkpoint.save or ".").resolve().parent)
-        chosen = next((place for place in places if os.access(place, os.W_OK)), places[-1]) / CACHE
-    try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        writable = os.access(chosen, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise InputError(f"cannot write to {chosen}; name another folder with --data-cache-dir")
-    return chosen.resolve()
 
 
 @contextmanager

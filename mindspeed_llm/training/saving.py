@@ -1,7 +1,8 @@
 """Saving a checkpoint: room checked, content taken, files written aside, the folder published, surplus ones removed.
 
-    every rank takes its content (with --async-save a copy) -> writes its share into .iter_N.partial, in a thread with
-    --async-save -> once all have written, rank 0 publishes the folder, then the tracker, then removes what is surplus
+    every rank takes its content (with --async-save a copy) -> writes its share, and with --save-safetensors its tensors
+    of the HF folder, into .iter_N.partial, in a thread with --async-save -> once all have written, rank 0 publishes the
+    folder, then the tracker, then removes what is surplus
 
 One checkpoint is under way at a time. A kill at any moment leaves the checkpoint before standing.
 """
@@ -26,7 +27,7 @@ from mindspeed_llm.errors import InputError
 from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import barrier, current_place, own_place
 from mindspeed_llm.training.engine import finish_parameter_sync
-from mindspeed_llm.training.export import ADAPTER_FOLDER, MODEL_FOLDER, export_adapter, export_model, sum_over_ranks
+from mindspeed_llm.training.export import ADAPTER_FOLDER, MODEL_FOLDER, ModelExport, export_adapter, sum_over_ranks
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.retention import about_to_save, best_checkpoint, iterations, link_best, remove, surplus
 from mindspeed_llm.training.setup import Run
@@ -38,7 +39,7 @@ OPTIMIZER_BYTES = 12
 class Worker:
     """A function that runs in a thread of its own, or at once; its error is raised where its end is waited for."""
 
-    def __init__(self, task: Callable[[], None], threaded: bool) -> None:
+    def __init__(self, task: Callable[[], Any], threaded: bool) -> None:
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
         if not threaded:
@@ -47,7 +48,7 @@ class Worker:
         self.thread = threading.Thread(target=self._run, args=(task,), name="checkpoint")
         self.thread.start()
 
-    def _run(self, task: Callable[[], None]) -> None:
+    def _run(self, task: Callable[[], Any]) -> None:
         try:
             task()
         except BaseException as error:
@@ -77,6 +78,7 @@ class Pending:
         staged: its folder. progress, metadata: what it says about itself.
         began: when its saving began, by `time.perf_counter`. waited: seconds training has waited for it.
         common: what all ranks' files say alike.
+        export: the HF folder in it; None without one.
         written: whether every rank has written its share, so that it is rank 0's to publish.
     """
 
@@ -88,6 +90,7 @@ class Pending:
     waited: float = 0.0
     worker: Worker | None = None
     common: dict[str, Any] = field(default_factory=dict)
+    export: ModelExport | None = None
     written: bool = False
 
 
@@ -212,18 +215,20 @@ class Saver:
             not options.no_save_rng, copied=self.threaded,
         )  # fmt: skip
         if run.export is not None and run.export.model:
-            export_model(run.engine.chunks, metadata.model, staged.path, run.export, self.place)
+            chunks, keys = run.engine.chunks, metadata.layout.model_keys()
+            copies = [content[key] for key, _ in zip(keys, chunks, strict=True)] if self.threaded else None
+            pending.export = ModelExport(chunks, metadata.model, staged.path, run.export, self.place, copies)
         pending.common = {key: value for key, value in content.items() if not isinstance(value, dict | list)}
         if content.get("optimizer"):
             pending.common["optimizer"] = {"step": content["optimizer"]["step"]}
         pending.common["validation"] = content["validation"]
-        pending.worker = Worker(self.writing_of(content, staged.path, metadata), self.threaded)
+        tasks = [self.writing_of(content, staged.path, metadata)] if self.writes else []
+        tasks += [pending.export.write] if pending.export is not None else []
+        pending.worker = Worker(lambda: [task() for task in tasks], self.threaded)
         pending.waited += time.perf_counter() - pending.began
 
     def writing_of(self, content: dict[str, Any], folder: Path, metadata: Metadata) -> Callable[[], None]:
         """What writes this rank's share of a checkpoint."""
-        if not self.writes:
-            return lambda: None
         place = own_place()
         if not self.distributed:
             return lambda: write_rank_file(folder, metadata, place, content)
@@ -248,6 +253,8 @@ class Saver:
         if pending is None or writing or pending.written:
             return
         pending.written = True
+        if pending.export is not None:
+            pending.export.check()
         if self.run.first_rank:
             pending.worker = Worker(lambda: self.publish(pending), True)
         else:
@@ -261,6 +268,8 @@ class Saver:
             pending.worker.wait()
         if pending is not None and not pending.written:
             barrier(self.run.device)
+            if pending.export is not None:
+                pending.export.check()
             if self.run.first_rank:
                 pending.waited += time.perf_counter() - began
                 self.publish(pending)
@@ -275,6 +284,7 @@ class Saver:
         told = []
         if export is not None and export.model:
             without = ", without its prediction layers" if pending.metadata.model.mtp_num_layers else ""
+            pending.export.finish()
             told.append(f"{staged.final / MODEL_FOLDER}: the model for transformers{without}")
         if export is not None and export.adapter:
             told.append(f"{staged.final / ADAPTER_FOLDER}: {export_adapter(staged.path, export)}")

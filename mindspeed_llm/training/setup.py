@@ -20,6 +20,7 @@ from mindspeed_llm.data.prefixes import Part
 from mindspeed_llm.data.sampler import EpochSampler, LengthGroupedSampler
 from mindspeed_llm.device.base import Device
 from mindspeed_llm.errors import InputError, UsageError
+from mindspeed_llm.lora.config import check_reference, unlike_layers
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.lora.sources import load_adapter, shared_hash
 from mindspeed_llm.models import parallel
@@ -106,13 +107,14 @@ def engine_options(options: PosttrainOptions, model: ModelConfig) -> EngineOptio
         moe_aux_loss=aux_loss_coefficient(options, model),
         moe_aux_loss_type=options.experts.moe_router_load_balancing_type,
         moe_z_loss=options.experts.moe_z_loss_coeff,
+        grouped_experts=options.experts.moe_grouped_gemm,
     )
 
 
 def prepare(options: PosttrainOptions, device: Device) -> Run:
     """Build the run; everything that can be refused is refused before the model is built."""
     start = find_start(options)
-    check_reference(options, start)
+    check_reference(options.prefers, start.settings)
     if torch.distributed.get_rank() == 0 and options.checkpoint.save and not options.planning.dry_run:
         for name in remove_leftovers(Path(options.checkpoint.save)):
             say(f"removed {name}, which a killed run left in {options.checkpoint.save}")
@@ -153,22 +155,6 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     if start.resume is not None:
         resume(run)
     return run
-
-
-def check_reference(options: PosttrainOptions, start: Start) -> None:
-    """Refuse preferences without an adapter: with it off, the base is what they are compared with; `UsageError`."""
-    if not options.prefers:
-        return
-    if start.settings is None:
-        raise UsageError(
-            "--stage dpo compares with the base model, which full tuning changes; tune an adapter with "
-            "--lora-target-modules"
-        )
-    if whole := start.settings.modules_to_save:
-        raise UsageError(
-            f"--stage dpo compares with the base model, and {' '.join(whole)} would be trained whole; leave "
-            "--lora-modules-to-save out"
-        )
 
 
 def seed_everything(seed: int) -> None:
@@ -277,6 +263,10 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
         inject(chunks, start.settings, lora.lora_fusion, options.training.seed, lora.use_fused_mlp, fresh)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
+        unlike = unlike_layers(start.settings, start.base.config) if engine.grouped_experts else []
+        if unlike and torch.distributed.get_rank() == 0:
+            said = ", ".join(map(str, unlike))
+            say(f"experts of layers {said} are not all adapted alike: they run one after another, not together")
     if start.adapter is not None:
         for chunk in chunks:
             load_adapter(chunk, start.adapter, tp_rank, engine.tensor, experts)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_llm.device import cpu_kernels, kernels
+from mindspeed_llm.device import cpu_attention, cpu_kernels, kernels
 from mindspeed_llm.device.segments import Segments
 
-LENGTHS = (cpu_kernels.SHORT + 30, 1, 40, 7)
+LENGTHS = (cpu_attention.SHORT + 30, 1, 40, 7)
 
 
 def draw(*shape: int, seed: int = 2) -> Tensor:
@@ -47,6 +47,16 @@ def test_in_bfloat16_the_norm_is_rounded_once() -> None:
         assert ours.dtype == torch.bfloat16 and torch.equal(ours, truth.bfloat16())
 
 
+def test_in_float32_the_norm_is_as_near_to_the_truth_as_torchs() -> None:
+    x, weight, weights = (one.float() for one in (draw(4000, 64), 1 + 0.3 * draw(64, seed=3), draw(4000, 64, seed=4)))
+    found = norm_and_gradients(x, weight, weights, torch.float32)[0]
+    truth, torchs = (
+        torch.nn.functional.rms_norm(x.to(dtype), (64,), weight.to(dtype), 0.1)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert (found - truth).norm() < 1.02 * (torchs - truth).norm()
+
+
 def test_a_frozen_norm_gives_only_the_gradient_of_its_input() -> None:
     config = SimpleNamespace(sequence_parallel=False, params_dtype=torch.float32, layernorm_zero_centered_gamma=False)
     norm = cpu_kernels.RMSNorm(config, 8).requires_grad_(False)
@@ -66,7 +76,7 @@ def test_bfloat16_segments_of_all_lengths_are_as_close_to_the_truth_as_torchs_ke
         return [out, *torch.autograd.grad(out, leaves, weights.bfloat16().to(dtype))]
 
     truth = run(kernels.sdpa, torch.float64)
-    found, torchs = (run(one, torch.bfloat16) for one in (cpu_kernels.attention, kernels.sdpa))
+    found, torchs = (run(one, torch.bfloat16) for one in (cpu_attention.attention, kernels.sdpa))
     for ours, theirs, wanted in zip(found, torchs, truth, strict=True):
         assert ours.dtype == torch.bfloat16
         error, allowed = ((one.double() - wanted).norm() / wanted.norm() for one in (ours, theirs))

@@ -48,6 +48,7 @@ class Case:
     Attributes:
         world: processes; data parallelism takes what TP x PP leaves.
         virtual_layers: layers of a model chunk under interleaving.
+        apart: experts computed one after another, not together.
         fused_mlp: fused forms over whole MLPs.
         recompute: "full", "selective" or None.
         ragged: micro-batches differ in length; else all are padded to one.
@@ -71,6 +72,7 @@ class Case:
     overlap: bool = False
     fused: bool = True
     fused_mlp: bool = False
+    apart: bool = False
     recompute: str | None = None
     ragged: bool = True
     packed: bool = False
@@ -121,6 +123,7 @@ class Case:
             "overlap" if self.overlap else "",
             "full-tuning" if not self.lora else "fused" if self.fused else "modular",
             "mlp" if self.fused_mlp else "",
+            "apart" if self.apart else "",
             f"recompute-{self.recompute}" if self.recompute else "",
             "lookups" if self.lookups else "",
             "packed" if self.packed else "" if self.ragged else "padded",

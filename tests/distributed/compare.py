@@ -91,6 +91,24 @@ def own_logits(real: numpy.ndarray, cp: int, context: int) -> numpy.ndarray:
     return own[own >= 0]
 
 
+def own_packed_logits(lengths: Sequence[int], filling: int, cp: int, context: int) -> numpy.ndarray:
+    """The same of packed rows: of each row an early and a late piece, what is left of all rows cut as one sequence.
+
+    That is the cut of rows longer than a piece of the whole; shorter ones are left over.
+    """
+    total, start = sum(lengths) + filling, 0
+    own, left = [], []
+    for length in (*lengths, filling):
+        piece = length // (2 * context) if length > total // (2 * context) else 0
+        row = numpy.arange(start, start + length)
+        own += [row[cp * piece : (cp + 1) * piece], row[(2 * context - 1 - cp) * piece : (2 * context - cp) * piece]]
+        left.append(row[2 * context * piece :])
+        start += length
+    parts = numpy.split(numpy.concatenate(left), 2 * context)
+    found = numpy.sort(numpy.concatenate([*own, parts[cp], parts[-1 - cp]]))
+    return found[found < sum(lengths)]
+
+
 def logits_of(case: Case) -> tuple[numpy.ndarray, ...]:
     """The reference's logits of the first global batch, in the case's order of positions."""
     truth = reference_of(case)
@@ -107,9 +125,15 @@ def assert_exact(case: Case, reports: Sequence[Result]) -> None:
         expected = logits_of(case)[report.dp :: case.replicas]
         assert len(report.logits) == len(expected), f"{len(report.logits)} micro-batches of logits"
         batches = truth.steps[0][report.dp :: case.replicas]
+        laid_out = steps_for(case, truth.steps[:1])[0][report.dp :: case.replicas]
         for number, (found, value) in enumerate(zip(report.logits, expected, strict=True)):
-            own = value[own_logits(batches[number]["real"], report.cp, case.context)]
-            assert_close(found, own, f"logits of micro-batch {number}")
+            real = batches[number]["real"]
+            if case.packed and case.context > 1:
+                filling = laid_out[number]["tokens"].size - int(real.sum())
+                own = own_packed_logits(real.sum(1).tolist(), filling, report.cp, case.context)
+            else:
+                own = own_logits(real, report.cp, case.context)
+            assert_close(found, value[own], f"logits of micro-batch {number}")
     gradients = gathered(reports, "gradients", case)
     assert set(gradients) == set(truth.gradients), set(gradients) ^ set(truth.gradients)
     for name, value in truth.gradients.items():

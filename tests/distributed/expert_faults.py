@@ -51,13 +51,12 @@ def pair_loss(losses: Tensor, trained: Tensor, parts: int, per_token: bool) -> t
 engine_sum_loss = engine.sum_loss
 
 
-def own_part_only(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def own_part_only(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     """Gradients of keys and values are not summed over context parallelism."""
-    size, rank = ctx.group.size(), ctx.group.rank()
-    return context.by_process(grad, size).chunk(size)[rank], None
+    return ctx.cut.own(grad, 0, ctx.group.rank()), None, None
 
 
-def first_angles(whole: Tensor, dim: int, group: Any) -> Tensor:
+def first_angles(whole: Tensor, dim: int, group: Any, cut: Any = None) -> Tensor:
     """Every process turns its heads as if it had the first positions."""
     return whole[: whole.size(0) // group.size()]
 

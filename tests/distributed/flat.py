@@ -1,5 +1,6 @@
 """The reference's padded micro-batches as packed ones: the same rows without their padding, one behind the other."""
 
+import math
 from collections.abc import Sequence
 
 import numpy
@@ -33,7 +34,8 @@ def steps_for(case: Case, steps: Steps) -> Steps:
     """The case's global batches: the reference's, or those packed."""
     if not case.packed:
         return steps
-    multiple = case.tensor if case.sequence_parallel else 1
+    tensor = case.tensor if case.sequence_parallel else 1
+    multiple = tensor if case.context == 1 else case.context * math.lcm(2, tensor)
     return [[flat_batch(batch, multiple) for batch in step] for step in steps]
 
 

@@ -16,7 +16,8 @@ import torch
 
 from tests.distributed import moe_reference
 from tests.distributed.cases import CLIP, MOE_EPSILON, SIZES, Arrays
-from tests.distributed.reference import ADAPTED, build_model, by_our_names, in_double, optimizer_of, saved_model
+from tests.distributed.double import InDouble, in_double
+from tests.distributed.reference import ADAPTED, build_model, by_our_names, optimizer_of, saved_model
 from tests.fixtures import write_tokenizer
 
 STEPS = 2
@@ -103,11 +104,11 @@ def make_expert_trainer(loss: Loss, folder: Path, name: str) -> Any:
         router_aux_loss_coef=0.0, **trl_settings(loss),
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": "the", "chosen": "cat", "rejected": "red"}])
-    base, other = (moe_reference.build_model(name).double() for _ in range(2))
+    base, other = (in_double(moe_reference.build_model(name)) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     trainer = DPOTrainer(base, ref_model=other, args=settings, processing_class=tokenizer, train_dataset=rows)
     trainer.model = moe_reference.add_adapter(base)
-    trainer.model.double()
+    in_double(trainer.model)
     trainer.data_collator.pad_token_id = 0
     return trainer
 
@@ -129,7 +130,8 @@ def redraw_adapter(base: Any) -> None:
 def batch_loss(trainer: Any, pairs: Sequence[Pair], alone: bool) -> torch.Tensor:
     """TRL's loss of a micro-batch; `alone` for the mean over its pairs, each by itself."""
     groups = [[pair] for pair in pairs] if alone else [pairs]
-    losses = [trainer.compute_loss(trainer.model, trainer.data_collator(list(group))) for group in groups]
+    with InDouble():
+        losses = [trainer.compute_loss(trainer.model, trainer.data_collator(list(group))) for group in groups]
     return sum(losses) / len(losses)
 
 

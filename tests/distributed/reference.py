@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, STEPS, WEIGHT_DECAY, Arrays
+from tests.distributed.double import InDouble, in_double
 
 IGNORE = -100
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -93,7 +94,7 @@ def build_model(tied: bool) -> Qwen3ForCausalLM:
         rope_theta=10000.0,
         tie_word_embeddings=tied,
         dtype="float32",
-        attn_implementation="sdpa",  # the eager form rounds its softmax to float32 in any model
+        attn_implementation="sdpa",
     )
     model = Qwen3ForCausalLM(config)
     generator = torch.Generator().manual_seed(5)
@@ -102,22 +103,6 @@ def build_model(tied: bool) -> Qwen3ForCausalLM:
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * drawn if parameter.dim() == 1 else 0.15 * drawn)
     return model.eval()
-
-
-class DoubleNorm(torch.nn.RMSNorm):
-    """transformers' norm in the type of its input: its own rounds to float32 in any model."""
-
-    def __init__(self, norm: torch.nn.Module) -> None:
-        super().__init__(norm.weight.shape, eps=norm.variance_epsilon)
-        self.weight = norm.weight
-
-
-def in_double(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """The model in float64 throughout, its parameters' values unchanged."""
-    for name, module in list(model.named_modules()):
-        if name.endswith("norm"):
-            model.set_submodule(name, DoubleNorm(module))
-    return model.double()
 
 
 def add_adapter(model: Qwen3ForCausalLM) -> torch.nn.Module:
@@ -184,7 +169,8 @@ def by_our_names(model: Qwen3ForCausalLM, lora: bool, gradients: bool) -> Arrays
 def forward(model: torch.nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, int]:
     """-> (logits [b, s, v], sum of losses, trained tokens)."""
     tokens, labels, real = (torch.as_tensor(batch[key]) for key in ("tokens", "labels", "real"))
-    logits = model(input_ids=tokens, attention_mask=real.long()).logits
+    with InDouble():  # nothing where the model is not in float64
+        logits = model(input_ids=tokens, attention_mask=real.long()).logits
     total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
     return logits, total, int((labels != IGNORE).sum())
 

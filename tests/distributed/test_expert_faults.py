@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.cases import Case
 from tests.distributed.compare import assert_exact, results
-from tests.distributed.test_moe_layouts import PADDED, SP, VPP, moe
+from tests.distributed.test_moe_layouts import CUT, PADDED, SP, VPP, moe
 
 ETP1 = {"world": 2, "expert_tensor": 1, **SP}
 SPREAD = {"expert": 2, **ETP1}
@@ -27,6 +27,10 @@ PLANTED = {
     "context: not reduced": (PADDED, "gradient-sync-skipped", "replicas differ"),
     "context: other angles": (PADDED, "angles-of-other-positions", "logits"),
     "context: another order": (PADDED, "pieces-in-another-order", "logits"),
+    "context: one process sees across rows": (CUT, "bound-crossed-by-one", "logits"),
+    "context: all see across rows": (replace(CUT, world=4, **SP), "bound-crossed", "logits"),
+    "context: rows' angles": (CUT, "position-reset-late", "logits"),
+    "context: rows' keys and values": (CUT, "context-gradients-not-summed", "gradient of"),
     "11: a frozen embedding": (Case(recompute="full"), "embedding-without-gradient", "gradient"),
 }
 

@@ -33,6 +33,7 @@ LAYOUTS = (
     Case(world=2, **VPP),
     Case(world=2, distributed_optimizer=True, overlap=True),
     Case(world=2, context=2),
+    Case(world=2, context=2, packed=True),
     Case(world=4, pipeline=2, fused=False, **SP),
     Case(world=4, distributed_optimizer=True, overlap=True, **VPP),
     Case(world=4, context=2, **SP),

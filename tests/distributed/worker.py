@@ -26,8 +26,8 @@ from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.models import gpt, parallel
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.config import ModelConfig
-from mindspeed_llm.models.context import own_positions
 from mindspeed_llm.training import engine as engine_module
+from mindspeed_llm.training import pipeline
 from mindspeed_llm.training.engine import (
     Engine,
     create_engine,
@@ -154,6 +154,7 @@ def engine_options(case: Case) -> gpt.EngineOptions:
         moe_aux_loss=case.balance,
         moe_aux_loss_type="seq_aux_loss" if case.balance_rows else "aux_loss",
         moe_z_loss=case.z_loss or None,
+        grouped_experts=not case.apart,
         **RECOMPUTE[case.recompute],
     )
 
@@ -219,9 +220,8 @@ def real_logits(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> list[nu
     """Logits [m, v] of every micro-batch's real positions, on the last stage; through the pipeline's own schedule."""
 
     def step(iterator: Any, model: Any) -> Any:
-        group = groups.get_context_parallel_group()
         batch = next(iterator)
-        tokens, real = (own_positions(batch[name], 1, group) for name in ("tokens", "real"))
+        tokens, real = pipeline.own(batch, "tokens", "real")
         labels = torch.where(real, 0, IGNORE)
         out = model(tokens, None, None, labels=labels, packed_seq_params=batch.get("packed"))
         return out, lambda out, **kwargs: out
@@ -242,7 +242,7 @@ def real_logits(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> list[nu
     )
     for chunk in engine.chunks:
         chunk.answers_logits = False
-    return [logits.numpy() for logits in found]
+    return [logits.float().numpy() for logits in found]
 
 
 def process_groups() -> list[tuple[str, Any]]:

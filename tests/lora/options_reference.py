@@ -13,8 +13,9 @@ from peft.optimizers import create_loraplus_optimizer
 from mindspeed_llm.arguments.lora import LoraOptions
 from tests.distributed import moe_reference
 from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays, Case
+from tests.distributed.double import in_double
 from tests.distributed.moe_reference import by_groups
-from tests.distributed.reference import ADAPTED, build_model, forward, global_batches, in_double, saved_model
+from tests.distributed.reference import ADAPTED, build_model, forward, global_batches, saved_model
 
 QKV, ALL = ["q_proj", "k_proj", "v_proj"], list(ADAPTED)
 
@@ -135,13 +136,11 @@ class Truth:
 
 def adapted(option: Option) -> torch.nn.Module:
     """peft's model with values of its own in every adapter; a fused layer's parts share one A."""
-    if option.model == "qwen3":
-        model = in_double(build_model(option.tied)).float()  # peft decomposes float32 weights only
-    else:
-        model = moe_reference.build_model(option.model)
+    # peft decomposes float32 weights only
+    model = build_model(option.tied) if option.model == "qwen3" else moe_reference.build_model(option.model)
     common = {"r": SIZES.rank, "lora_alpha": SIZES.alpha, "target_modules": list(option.targets)}
     with mock.patch.object(type(model.config), "model_type", "tiny"):  # see moe_reference.add_adapter
-        peft = get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False).double()
+        peft = in_double(get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False))
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():

@@ -7,6 +7,7 @@ from unittest import mock
 import numpy
 import torch
 
+from mindspeed_llm.device import rowwise
 from mindspeed_llm.models import rope
 from mindspeed_llm.models.config import ModelConfig
 from tests.checkpoint.tiny import hf_config
@@ -22,7 +23,7 @@ def rotated(rank: int, x: numpy.ndarray, angles: numpy.ndarray, interleaved: boo
     """`x` [s, b, n, d] turned by `angles` [s, pairs]."""
     pairs = torch.from_numpy(angles)
     whole = pairs.repeat_interleave(2, 1) if interleaved else torch.cat([pairs, pairs], 1)
-    return rope.rotate(torch.from_numpy(x), torch.stack([whole.cos(), whole.sin()], 1), interleaved).numpy()
+    return rowwise.rotate(torch.from_numpy(x), torch.stack([whole.cos(), whole.sin()], 1), interleaved).numpy()
 
 
 def tables_made(rank: int, scaling: dict[str, Any], lengths: Sequence[int]) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mindspeed_llm.device import rowwise
 from mindspeed_llm.models import head
 
 ALONE: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
@@ -44,7 +45,7 @@ def test_losses_and_gradients_equal_their_definition(
     rows: int, columns: int, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head, "ROWS", rows)
-    monkeypatch.setattr(head, "SLICE", columns)
+    monkeypatch.setattr(rowwise, "COLUMNS", columns)
     for found, wanted in zip(run(torch.float32, cap), truth(torch.float32, cap), strict=True):
         assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
     for found, wanted in zip(run(torch.bfloat16, cap), truth(torch.bfloat16, cap), strict=True):

@@ -46,7 +46,17 @@ JOBS = {
         cards=2, distributed_optimizer=True, lora=False, dtype="bfloat16"
     ),
     "CP2": job(context=2),
+    "DPO": job(pairs=True, trained=0.5, **WHOLE_VOCABULARY),
+    "DPO, modular, bf16": job(pairs=True, fused=False, dtype="bfloat16", trained=0.5),
+    "DPO, full recompute": job(layers=4, pairs=True, **UNIFORM),
+    "DPO, TP2 SP": job(pairs=True, trained=0.5, **SP),
+    "DPO, TP2": job(pairs=True, tp=2),
+    "DPO, PP2": job(pairs=True, pp=2, micro_batches=4),
+    "DPO, PP2 VPP2": job(layers=4, pairs=True, pp=2, chunk=1, micro_batches=4),
+    "DPO, DP2, distributed optimizer": job(pairs=True, cards=2, distributed_optimizer=True),
+    "DPO, CP2": job(pairs=True, context=2),
     "EP2": job(experts=True, cards=2, ep=2, etp=1),
+    "EP2, experts apart": job(experts=True, cards=2, ep=2, etp=1, experts_apart=True),
 }
 
 

@@ -76,11 +76,12 @@ def test_layouts_that_fit_come_first_and_the_fastest_of_them_first(folder: Path)
     assert rates == sorted(rates, reverse=True)
 
 
-def test_the_options_of_a_proposal_make_the_job_that_was_estimated(folder: Path) -> None:
-    found = propose(wish_of(options_of(folder, "--cards", 16, "--card-memory", "32GiB")))
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_options_of_a_proposal_make_the_job_that_was_estimated(stage: str, folder: Path) -> None:
+    found = propose(wish_of(options_of(folder, "--cards", 16, "--card-memory", "32GiB", "--stage", stage)))
     table = WeightTable(found[0].job.model)
     for one in found[:: max(1, len(found) // 25)]:
-        options = options_of(folder, "--cards", 16, *flags(one.job))
+        options = options_of(folder, "--cards", 16, "--stage", stage, *flags(one.job))
         layout = training_layout(options, table)
         made = job_of(options, one.job.model, one.job.lora, layout, 16, one.job.length, one.job.accelerator)
         assert made == one.job, shlex.join(flags(one.job))

@@ -44,6 +44,19 @@ def test_operations_of_products_are_predicted_within_5_percent(name: str) -> Non
         assert abs(flops - result["flops"]) <= 0.05 * result["flops"]
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "group"), [("DPO, TP2 SP", "tensor"), ("DPO, PP2", "pipeline"), ("DPO, CP2", "context")]
+)
+def test_a_forgotten_reference_pass_is_noticed_in_messages_and_operations(name: str, group: str) -> None:
+    one = replace(JOBS[name], pairs=False)
+    first = measured(name)[0]
+    assert predicted(one, first["stage"])[group] < 0.85 * first["sent"][group] - NOTHING
+    counted = replace(one, length=1, micro_batch=one.tokens)
+    work = micro_batch_work(counted, ModelWeights(one.model, one.lora), first["stage"])
+    assert work.flops * one.micro_batches < 0.9 * first["flops"]
+
+
 def test_the_time_of_a_step_is_work_over_rate_and_bytes_over_links() -> None:
     one, of = job(layers=4, pp=2, micro_batches=4, dtype="bfloat16"), card("h100", tflops=100.0, gbps=80.0)
     sums = ModelWeights(one.model, one.lora)

@@ -1,6 +1,7 @@
 """In the processes of a pool: one step of a job under the tracker."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state as groups
@@ -8,12 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mindspeed_llm import device
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
+from mindspeed_llm.device import native
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.models import gpt, parallel
 from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.tracker import LiveMemory
 from mindspeed_llm.training.engine import Engine, create_engine, train_step
 from mindspeed_llm.training.live_tensors import tensors_by_class
+from mindspeed_llm.training.preference import Preference
 from tests.distributed.collectives import Collectives
 
 
@@ -29,6 +32,7 @@ def options_of(job: Job) -> gpt.EngineOptions:
         sequence_parallel=job.sequence_parallel,
         dtype=gpt.DTYPES[job.dtype],
         variable_seq_lengths=False,
+        grouped_experts=not job.experts_apart,
         recompute_granularity=job.recompute,
         recompute_method=job.recompute_method,
         recompute_num_layers=job.recompute_layers,
@@ -50,7 +54,9 @@ def build(job: Job) -> Engine:
         inject(chunks, job.lora, job.fused, 1, job.fused_mlp)
         if job.recompute == "full":
             give_recompute_a_gradient(chunks)
-    return create_engine(chunks, OptimizerOptions(lr=1e-4), job.distributed_optimizer, False, job.overlap_param_gather)
+    preference = Preference() if job.pairs else None
+    overlap = False, job.overlap_param_gather
+    return create_engine(chunks, OptimizerOptions(lr=1e-4), job.distributed_optimizer, *overlap, preference=preference)
 
 
 def batches(job: Job) -> list[dict[str, torch.Tensor]]:
@@ -62,6 +68,9 @@ def batches(job: Job) -> list[dict[str, torch.Tensor]]:
         labels = tokens.roll(-1, 1)
         labels[:, : round(job.length * (1 - job.trained))] = -100
         made.append({"tokens": tokens, "labels": labels})
+        if job.pairs:
+            numbers = torch.arange(job.micro_batch)[:, None].expand(tokens.shape).contiguous()
+            made[-1] |= {"pairs": job.micro_batch // 2, "sequences": numbers}
     return made
 
 
@@ -100,7 +109,8 @@ def measure(rank: int, job: Job, tracker: type[LiveMemory] = LiveMemory) -> dict
         named = process_groups()
         with tracker(tensors_by_class(engine)) as seen, Collectives(named) as collectives:
             train_step(engine, batches(job))
-        with FlopCounterMode(display=False) as counted:
+        plain = mock.patch.object(native, "serves", lambda *tensors: False)  # the counter sees torch's operations
+        with plain, FlopCounterMode(display=False) as counted:
             train_step(engine, batches(job))
         for chunk in engine.wrapped:
             chunk.grad_accs.clear()  # a cycle through torch's graph, which Python's collector cannot see

@@ -66,7 +66,12 @@ def exported(rank: int, folder: Path, target: Path, **layout: Any) -> tuple[list
         fill(base, chunks)
         dtype = str(layout.get("dtype", torch.float32)).removeprefix("torch.")
         plan = export.Export(20_000, True, False, folder, str(folder), None)
-        export.export_model(chunks, dataclasses.replace(base.config, dtype=dtype), target, plan, torch.device("cpu"))
+        model = dataclasses.replace(base.config, dtype=dtype)
+        files = export.ModelExport(chunks, model, target, plan, torch.device("cpu"))
+        files.write()
+        files.check()
+        if rank == 0:
+            files.finish()
     return wrote, max(held)
 
 

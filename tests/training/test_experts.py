@@ -203,7 +203,6 @@ DENSE = {
     "balance": (1, ("--moe-aux-loss-coeff", 0.1), ["--moe-aux-loss-coeff", "no experts"]),
     "expert parallelism": (2, (EP, 2), ["expert parallel size 2", "no experts"]),
     "expert tensor parallelism": (2, (TP, 2, ETP, 1), ["--expert-tensor-parallel-size 1", "no experts"]),
-    "a sequence of rows cut over processes": (2, (CP, 2, "--padding-free"), ["--context-parallel-size 2", "neatly"]),
 }
 
 

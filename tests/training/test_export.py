@@ -136,6 +136,45 @@ def test_every_checkpoint_has_its_export_and_training_goes_on_from_it(tmp_path: 
     assert out.out
 
 
+EARLY = ("--save-interval", 2, "--lr", 0.002)
+ASYNC_LAYOUTS = {
+    "one process": (1, ()),
+    "TP2 DP2": (4, ("--tensor-model-parallel-size", 2, "--use-distributed-optimizer", "--ckpt-format", "torch_dist")),
+}
+
+
+def in_the_background(size: int, save: Path, *more: object, around: Any = export_faults.written_behind_step_3) -> str:
+    """A run whose first HF folder is written when training is one step further."""
+    return run(size, *training(save, *more, *SAVE, *EARLY, "--async-save", steps=4, lora=False), around=around)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ASYNC_LAYOUTS)
+def test_what_is_exported_in_the_background_is_the_step_it_was_asked_for(name: str, tmp_path: Path) -> None:
+    size, layout = ASYNC_LAYOUTS[name]
+    run(size, *training(tmp_path / "waiting", *layout, *SAVE, *EARLY, steps=4, lora=False))
+    out = in_the_background(size, tmp_path / "run", *layout)
+    if size == 1:  # several processes print for themselves
+        assert out.index(" iteration        3/") < out.index("successfully saved checkpoint from iteration       2")
+    for step in ("iter_0000002", "iter_0000004"):
+        same_files(tmp_path / "run" / step / "hf", tmp_path / "waiting" / step / "hf")
+
+
+def test_a_live_model_read_behind_training_is_noticed(tmp_path: Path) -> None:
+    run(1, *training(tmp_path / "waiting", *SAVE, *EARLY, steps=4, lora=False))
+    in_the_background(1, tmp_path / "run", around=export_faults.the_live_model_is_read_late)
+    with pytest.raises(AssertionError):
+        same_files(tmp_path / "run" / "iter_0000002" / "hf", tmp_path / "waiting" / "iter_0000002" / "hf")
+
+
+@pytest.mark.distributed
+def test_a_merged_model_is_exported_in_the_background_as_the_converter_would_write_it(tmp_path: Path) -> None:
+    size, layout = LAYOUTS["TP2 PP2 VPP2"]
+    save = tmp_path / "run"
+    run(size, *training(save, *layout, *SAVE, "--async-save", "--lora-ckpt-filter", "false"))
+    same_files(save / "iter_0000006" / "hf", converted(save, "--max-shard-size", "20KB"))
+
+
 def test_a_run_from_a_megatron_checkpoint_takes_config_and_tokenizer_from_the_recorded_base(tmp_path: Path) -> None:
     save = tmp_path / "run"
     run(1, *training(save, *SAVE, "--load", mcore_model(2, 2), lora=False, steps=3))
@@ -166,10 +205,13 @@ def test_a_size_that_is_none_is_refused_before_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("background", [(), ("--async-save",)], ids=["waiting", "in-the-background"])
 @pytest.mark.parametrize("around", [export_faults.killed_between_tensors, export_faults.killed_in_the_adapter])
-def test_a_kill_in_the_middle_of_the_export_leaves_nothing_visible(around: Any, tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_of_the_export_leaves_nothing_visible(
+    around: Any, background: tuple[str, ...], tmp_path: Path
+) -> None:
     save = tmp_path / "run"
-    argv = training(save, *SAVE, "--save-interval", 2, "--lora-ckpt-filter", "false")
+    argv = training(save, *SAVE, "--save-interval", 2, "--lora-ckpt-filter", "false", *background)
     assert killed(argv, around) == -signal.SIGKILL
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000002"]
     assert {path.name for path in (save / "iter_0000002").iterdir()} == {"args.json", "hf", "peft", "mp_rank_00"}
@@ -180,8 +222,17 @@ def test_a_kill_in_the_middle_of_the_export_leaves_nothing_visible(around: Any, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("around", [export_faults.a_tensor_left_out, export_faults.a_tensor_written_twice])
-def test_a_tensor_written_by_no_rank_or_by_two_is_noticed(around: Any, tmp_path: Path) -> None:
-    argv = training(tmp_path / "run", *TP_PP, *SAVE, lora=False, steps=3)
+@pytest.mark.parametrize(
+    ("around", "background"),
+    [
+        (export_faults.a_tensor_left_out, ()),
+        (export_faults.a_tensor_written_twice, ()),
+        (export_faults.a_tensor_left_out, ("--async-save",)),
+    ],
+)
+def test_a_tensor_written_by_no_rank_or_by_two_is_noticed(
+    around: Any, background: tuple[str, ...], tmp_path: Path
+) -> None:
+    argv = training(tmp_path / "run", *TP_PP, *SAVE, *background, lora=False, steps=3)
     refused(launch(4, "posttrain_gpt.py", argv, around=around), 1, r"tensors were written, the model has 47")
     assert not list((tmp_path / "run").glob("iter_*"))

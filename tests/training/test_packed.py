@@ -8,6 +8,7 @@ from mindspeed_llm.data.dataset import IndexedDataset
 from tests.fixtures import close, data, done, launch, losses, records, training, weights
 
 LONG = ("--seq-length", 256)
+CONTEXT = ("--context-parallel-size", 2)
 PACK = ("--pack", "--seq-length", "128")
 
 
@@ -28,8 +29,9 @@ def alike(one: Path, other: Path) -> None:
         (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
         (2, ("--pipeline-model-parallel-size", 2)),
         (2, ("--calculate-per-token-loss",)),
+        (2, CONTEXT),
     ],
-    ids=["alone", "sequence-parallel", "pipeline", "data-parallel"],
+    ids=["alone", "sequence-parallel", "pipeline", "data-parallel", "context-parallel"],
 )
 def test_a_padding_free_run_equals_a_padded_one(size: int, layout: tuple, tmp_path: Path) -> None:
     # Adam divides by the gradient's own size: with its usual epsilon it would show the rounding of the smallest ones
@@ -40,14 +42,17 @@ def test_a_padding_free_run_equals_a_padded_one(size: int, layout: tuple, tmp_pa
     assert [one["consumed_samples"] for one in flat] == [one["consumed_samples"] for one in padded]
 
 
-def test_a_neatly_packed_file_trains_as_the_rows_it_was_made_of(tmp_path: Path) -> None:
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [(), CONTEXT], ids=["alone", "context-parallel"])
+def test_a_neatly_packed_file_trains_as_the_rows_it_was_made_of(layout: tuple, tmp_path: Path) -> None:
     rows = data(rows=12, extra=("--seq-length", "128"))
     packs = data(rows=12, extra=(*PACK, "--neat-pack"))
     step = ("--seq-length", 128, "--micro-batch-size", 1, "--calculate-per-token-loss", "--no-shuffle")
     count = len(IndexedDataset(packs))
     assert 1 < count < len(IndexedDataset(rows)) == 12
     run(tmp_path / "rows", "--data-path", rows, "--global-batch-size", 12, *step)
-    run(tmp_path / "packs", "--data-path", packs, "--global-batch-size", count, *step)
+    packed = ("--data-path", packs, "--global-batch-size", count)
+    run(tmp_path / "packs", *packed, *step, *layout, size=2 if layout else 1)
     alike(tmp_path / "packs", tmp_path / "rows")
 
 

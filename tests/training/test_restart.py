@@ -61,8 +61,8 @@ def test_torchrun_restarts_a_run_which_goes_on_from_its_last_checkpoint(tmp_path
 @pytest.mark.distributed
 def test_kills_at_named_points_leave_weights_and_losses_as_they_were() -> None:
     words = [sys.executable, str(REPO / "benchmarks" / "kill_resume.py"), "--kills", "5"]
-    words += ["--only", "before-rename", "mid-optimizer", "mid-removal"]
+    words += ["--only", "before-rename", "mid-optimizer", "mid-removal", "mid-export"]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     lines = ended.stdout.splitlines()
-    assert len(lines) == 4 and all(": equal" in line for line in lines[:3]) and lines[3] == "0 of 3 differ"
+    assert len(lines) == 5 and all(": equal" in line for line in lines[:4]) and lines[4] == "0 of 4 differ"

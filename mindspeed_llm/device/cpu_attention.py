@@ -1,0 +1,141 @@
+"""Causal attention on a CPU: torch's flash kernel forward, and a faster way back where rows are short.
+
+Shapes: b batch, n query heads, g key-value heads, t tokens, d head dimension, i queries of a block.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_llm.device import kernels, native
+from mindspeed_llm.device.segments import Segments
+
+LONGEST = 1024
+"""Tokens up to which products of whole matrices are faster than torch's kernel on the way back. Measured, 1,024 tokens
+of 16 heads of 64, two cores: 128 tokens a row 8 ms against 21 in bfloat16, 512 13 against 20, 1,024 22 against 25, and
+2,048 tokens in one row 95 against 79; in float32 512 17 against 25, 1,024 31 against 32."""
+SHORT = 320
+"""Tokens up to which, without `native`, the float32 kernel is faster than the bfloat16 one, which costs as much per
+token at 32 tokens as at 768 (measured: 37 ms per 1,024 tokens of 16 heads on one core, against 6 to 22)."""
+SCORES = 1 << 21
+"""Scores that exist at a time, in float32."""
+QUERIES = 64, 256
+"""Least and largest number of queries of a block."""
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention of each segment, and of rows in a batch."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        parts = zip(*(one.split(lengths, 2) for one in (query, key, value)), strict=True)
+        outs, sums = zip(*(kernel(*part, 0.0, True, scale=scale) for part in parts), strict=True)
+        ctx.save_for_backward(query, key, value, *outs, *sums)
+        ctx.lengths, ctx.scale = lengths, scale
+        return _joined(outs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        count = len(ctx.lengths)
+        parts = zip(*(one.split(ctx.lengths, 2) for one in (grad, query, key, value)), kept[:count], strict=True)
+        found = [gradients(*part, log_sum, ctx.scale) for part, log_sum in zip(parts, kept[count:], strict=True)]
+        grads = (_joined(each).to(query.dtype) for each in zip(*found, strict=True))
+        return *grads, None, None
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """Segments one behind the other, in memory order [b, t, n, d]."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([one.transpose(1, 2) for one in parts], 1).transpose(1, 2)
+
+
+def gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, by the way that is fastest for this length and type.
+
+    Args:
+        grad, query, out: [b, n, t, d]; key, value: [b, g, t, d].
+        log_sums: of each query's exponentials, float32 [b, n, t].
+    """
+    b, n, t, _ = query.shape
+    if t <= LONGEST and native.serves(grad, query, key, value, out):
+        rows = max(1, SCORES // (n * t * QUERIES[0]))
+        parts = zip(*(one.split(rows) for one in (grad, query, key, value, out, log_sums)), strict=True)
+        found = [by_products(*part, scale) for part in parts]
+        return tuple(torch.cat(each) if len(found) > 1 else each[0] for each in zip(*found, strict=True))
+    given = grad, query, key, value, out
+    if query.dtype == torch.bfloat16 and t <= SHORT:
+        given = tuple(one.float() for one in given)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return kernel(*given, log_sums, 0.0, True, scale=scale)
+
+
+def by_products(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `gradients` as batched products over blocks of queries and the keys these see.
+
+    P = exp(s Q K^T - log_sums), dV = P^T dO, dS = s P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
+
+    P and dS are laid out by keys. Scores and dO V^T are float32: rounded to bfloat16 they would cost 3 ms of 13 less,
+    and twice the error. Sums over blocks are float32.
+    """
+    b, n, t, d = query.shape
+    g, m, dtype = key.size(1), n // key.size(1), query.dtype
+    block = min(max(SCORES // (b * n * t) // 32 * 32, QUERIES[0]), QUERIES[1])
+    keys, values = (one.reshape(b * g, t, d) for one in (key, value))
+    wide_keys, wide_values = keys.float(), values.float()
+    dots = _row_dots(grad, out)
+    dq = torch.empty(b, t, n, d, dtype=dtype).transpose(1, 2)
+    dk, dv = torch.zeros(b * g, t, d), torch.zeros(b * g, t, d)
+    for first in range(0, t, block):
+        rows, seen = slice(first, first + block), min(first + block, t)
+        q, do = (one[:, :, rows].reshape(b * g, -1, d) for one in (query, grad))  # m heads of a group, one by one
+        p = torch.bmm(wide_keys[:, :seen], q.float().transpose(1, 2))
+        ds = torch.bmm(wide_values[:, :seen], do.float().transpose(1, 2))
+        made = (
+            (p, ds) if dtype == torch.float32 else (torch.empty_like(p, dtype=dtype), torch.empty_like(p, dtype=dtype))
+        )
+        sums = (one[:, :, rows].contiguous() for one in (log_sums, dots))
+        sizes = b * g, seen, m, seen - first, first
+        native.run("softmax_backward", dtype, p.numel(), p, ds, *sums, *made, *sizes, scale)
+        p, ds = made
+        for total, left, right in ((dv, p, do), (dk, ds, q)):
+            if dtype == torch.float32:
+                total[:, :seen].baddbmm_(left, right)
+            else:
+                total[:, :seen] += torch.bmm(left, right)
+        dq[:, :, rows] = torch.bmm(ds.transpose(1, 2), keys[:, :seen]).view(b, n, -1, d)
+    return dq, dk.to(dtype).view(b, g, t, d), dv.to(dtype).view(b, g, t, d)
+
+
+def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """Sums over d of the products of two [b, n, t, d], float32 [b, n, t]."""
+    left, right = (one if one.stride(-1) == 1 else one.contiguous() for one in (left, right))
+    b, n, t, d = left.shape
+    found = torch.empty(b, n, t)
+    strides = *left.stride()[:3], *right.stride()[:3]
+    native.run("row_dots", left.dtype, left.numel(), left, right, found, b, n, t, d, *strides)
+    return found
+
+
+def causal(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, scale: float, window: int | None
+) -> Tensor | None:
+    """Rows, or their segments, of equal numbers of queries and keys; see `kernels.SegmentKernel`."""
+    backward = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    if window is not None or query.size(2) != key.size(2) or not backward:
+        return None
+    gains = query.dtype == torch.bfloat16 and segments is not None  # short segments, even without `native`
+    if not (gains or native.serves(query)):
+        return None
+    lengths = (query.size(2),) if segments is None else segments.lengths
+    return _Attention.apply(query, key, value, lengths, scale)
+
+
+attention = kernels.attention_with(causal, whole=True)

@@ -1,0 +1,184 @@
+"""The CPU's own kernels against their definitions in float64, and what takes their place without a compiler."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mindspeed_llm.device import cpu_attention, native, rowwise
+
+REPO = Path(__file__).resolve().parents[2]
+TYPES = [torch.float32, torch.bfloat16]
+needs_compiler = pytest.mark.skipif(not native.serves(torch.zeros(1)), reason="this machine has no C compiler")
+
+
+def draw(*shape: int, seed: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal values that `dtype` holds exactly, in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype).double()
+
+
+def close(found: Tensor, truth: Tensor, roundings: int = 1) -> None:
+    """Within 4 units in the last place of float32 or so many roundings to bfloat16, and 1e-6 of the largest value."""
+    assert found.shape == truth.shape
+    one = 2**-8 if found.dtype == torch.bfloat16 else 2**-21
+    allowed = truth.abs() * roundings * one + truth.abs().max() * 1e-6
+    assert ((found.double() - truth).abs() <= allowed).all()
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """With the kernels, and with torch's operations in their place; -> how often these round."""
+    if not request.param:
+        monkeypatch.setattr(native, "serves", lambda *tensors: False)
+    elif not native.serves(torch.zeros(1)):
+        pytest.skip("this machine has no C compiler")
+    return 1 if request.param else 3
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (65, 1030)], ids=str)
+def test_swiglu_and_its_gradient(either: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    hidden, grad = 3 * draw(shape[0], 2 * shape[1], dtype=dtype), draw(*shape, seed=3, dtype=dtype)
+    hidden = hidden.to(dtype).double()
+    leaf = hidden.clone().requires_grad_()
+    gate, up = leaf.chunk(2, -1)
+    out = torch.nn.functional.silu(gate) * up
+    (wanted,) = torch.autograd.grad(out, leaf, grad)
+    close(rowwise.swiglu(hidden.to(dtype)), out.detach(), either)
+    found, act = rowwise.swiglu_backward(grad.to(dtype), hidden.to(dtype))
+    close(found, wanted, either)
+    close(act, out.detach(), either)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("rotated", [8, 6])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_heads_are_turned_and_gradients_turned_back(
+    either: int, dtype: torch.dtype, rotated: int, interleaved: bool
+) -> None:
+    angles = draw(5, rotated // 2)
+    whole = angles.repeat_interleave(2, 1) if interleaved else torch.cat([angles, angles], 1)
+    table = torch.stack([torch.stack([whole.cos(), whole.sin()], 1)] * 2, 1).float()[:, 1]  # [s, 2, r] with a stride
+    heads = draw(3, 5, 4, 10, dtype=dtype).to(dtype)[..., :8].permute(1, 0, 2, 3)  # [s, b, h, d] of a wider tensor
+    x = heads.clone().requires_grad_() if rotated == 6 else heads.requires_grad_()
+    out = rowwise.rotate(x, table, interleaved)
+    pairs = x.detach().double()[..., :rotated].clone()
+    halves = pairs.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else pairs.chunk(2, -1)
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None, None]
+    turned = torch.view_as_real(torch.complex(*halves) * turns)  # [s, b, h, r/2, 2]
+    wanted = (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
+    error = 0.03 if dtype == torch.bfloat16 else 3e-6
+    assert (out.double()[..., :rotated] - wanted).abs().max() <= error
+    assert torch.equal(out[..., rotated:], x[..., rotated:])
+    grad = draw(*out.shape, seed=5).to(dtype)
+    (back,) = torch.autograd.grad(out, x, grad)
+    # a rotation is orthogonal: turning the gradient forward again gives what came in
+    assert (rowwise.rotate(back, table, interleaved).double() - grad.double()).abs().max() <= 2 * error
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_peaks_and_exponentials_of_rows(either: int, dtype: torch.dtype) -> None:
+    wide = 20 * draw(9, 2 * 3000, dtype=dtype)
+    logits = wide.to(dtype)[:, ::1][:, :3000]  # rows with a stride
+    truth = logits.double()
+    logits[3, 17], truth[3, 17] = -torch.inf, -torch.inf
+    peaks = rowwise.row_peaks(logits)
+    assert torch.equal(peaks.double(), truth.amax(-1))
+    untouched = wide.to(dtype)[:, 3000:]
+    sums = rowwise.exponentials_(logits, peaks)
+    wanted = (truth - peaks.double()[:, None]).exp()
+    close(sums, wanted.sum(-1), 4)
+    close(logits, wanted)
+    assert torch.equal(untouched, wide.to(dtype)[:, 3000:]) and logits[3, 17] == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_what_is_no_number_stays_none_and_the_rest_of_the_rows_is_untouched(dtype: torch.dtype) -> None:
+    hidden = torch.zeros(4, 64, dtype=dtype)
+    hidden[2, 5] = torch.nan
+    out = rowwise.swiglu(hidden)
+    assert out[2, 5].isnan() and out.isnan().sum() == 1
+    logits = torch.zeros(3, 40, dtype=dtype)
+    logits[1, 7] = torch.nan
+    assert rowwise.exponentials_(logits, torch.zeros(3)).isnan().tolist() == [False, True, False]
+
+
+def attention_errors(run: Callable, sizes: tuple[int, ...], dtype: torch.dtype) -> list[float]:
+    """Relative errors of the three gradients against float64."""
+    b, n, g, t, d = sizes
+    wide = [draw(t, b, heads, d, seed=heads + k).permute(1, 2, 0, 3) for k, heads in enumerate((n, g, g))]
+    inputs = [one.to(dtype) for one in wide]
+    grad = draw(b, t, n, d, seed=11).to(dtype).transpose(1, 2)
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*inputs, 0.0, True, scale=0.3)
+    leaves = [one.double().requires_grad_() for one in inputs]
+    exact = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3, enable_gqa=True)
+    truth = torch.autograd.grad(exact, leaves, grad.double())
+    found = run(grad, *inputs, out, sums, 0.3)
+    assert [one.shape for one in found] == [one.shape for one in inputs]
+    return [float((a.double() - b).norm() / b.norm().clamp(min=1.0)) for a, b in zip(found, truth, strict=True)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 1, 8), (2, 4, 2, 33, 16), (3, 2, 1, 200, 8), (1, 6, 3, 300, 24)], ids=str)
+def test_gradients_by_products_are_as_exact_as_torchs_kernel(
+    sizes: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "SCORES", 1 << 15)  # several blocks, and batches cut into rows
+    monkeypatch.setattr(cpu_attention, "QUERIES", (32, 96))
+    found = attention_errors(cpu_attention.gradients, sizes, dtype)
+
+    def torchs(*given: Tensor | float) -> tuple[Tensor, ...]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *given[:-1], 0.0, True, scale=given[-1]
+        )
+
+    allowed = attention_errors(torchs, sizes, dtype)
+    assert max(found) <= 1.2 * max(allowed) + 5e-7 and max(found) < (0.01 if dtype == torch.bfloat16 else 2e-6)
+
+
+SCRIPT = """
+import logging, sys, torch
+logging.basicConfig(level=logging.DEBUG)
+from mindspeed_llm.device import native
+print(native.serves(torch.zeros(1)), native.serves(torch.zeros(1).bfloat16()), native.serves(torch.zeros(1).double()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [({"CC": "/nowhere/cc"}, "/nowhere/cc"), ({"CC": "false"}, "false"), ({native.ENVIRONMENT_VARIABLE: "0"}, "")],
+    ids=["no compiler", "a compiler that fails", "not wanted"],
+)
+def test_without_a_compiler_torch_does_the_work(environment: dict[str, str], says: str, tmp_path: Path) -> None:
+    told = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPO), **environment}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=told, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.split() == ["False"] * 3
+    assert not list(tmp_path.rglob("*.so")) and says in done.stderr
+    assert ("not compiled" in done.stderr) == bool(says)
+
+
+@needs_compiler
+def test_kernels_are_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = native._built(())
+    before = first.stat().st_mtime_ns
+    assert native._built(()) == first and first.stat().st_mtime_ns == before
+    assert native._built(("-DBF16",)) != first
+    assert sorted(tmp_path.rglob("*")) == sorted([first.parent, first, native._built(("-DBF16",))])
+
+
+def test_the_runtime_of_the_threads_is_torchs_own() -> None:
+    loaded = Path("/proc/self/maps")
+    if not loaded.exists() or not native.serves(torch.zeros(1)):
+        pytest.skip("no compiler, or no list of loaded libraries")
+    runtimes = {line.split()[-1] for line in loaded.read_text().splitlines() if "gomp" in line or "libomp" in line}
+    logging.getLogger(__name__).info("%s", runtimes)
+    assert len({Path(one).name for one in runtimes}) <= 1
