@@ -29,6 +29,7 @@ from mindspeed_llm.lora.inject import gated_mlps
 from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.expert_marks import sum_partial_gradients
+from mindspeed_llm.models.experts import GroupedExperts
 from mindspeed_llm.models.packed import packed_rows
 from mindspeed_llm.training import pipeline
 from mindspeed_llm.training.balance import scale_balance, seen_balance
@@ -164,8 +165,8 @@ def await_adapters(chunk: DistributedDataParallel) -> None:
     """Let every adapter wait for its factors under `overlap_param_gather`.
 
     megatron-core finishes the gather of a parameter when the module that holds it is called. An adapter reads its
-    factors without calling the modules that hold them, an MLP computed in one step those of both its layers: they would
-    never be gathered, and ranks would drift apart.
+    factors without calling the modules that hold them, an MLP computed in one step those of both its layers, experts
+    computed together those of all: they would never be gathered, and ranks would drift apart.
     """
 
     def finish(layer: nn.Module, args: Any) -> None:
@@ -173,7 +174,9 @@ def await_adapters(chunk: DistributedDataParallel) -> None:
             if parameter in chunk.param_to_bucket_group:
                 chunk.param_to_bucket_group[parameter].finish_param_sync()
 
-    for layer in [*lora_layers(chunk), *(mlp for mlp in gated_mlps(chunk) if mlp.whole is not None)]:
+    mlps = [mlp for mlp in gated_mlps(chunk) if mlp.whole is not None]
+    experts = [one for one in chunk.modules() if isinstance(one, GroupedExperts) and one.together is not None]
+    for layer in [*lora_layers(chunk), *mlps, *experts]:
         layer.register_forward_pre_hook(finish)
 
 
