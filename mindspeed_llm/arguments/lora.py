@@ -21,8 +21,8 @@ class LoraOptions:
     )
     lora_target_modules: list[str] | None = option(
         None,
-        help="Layers that get an adapter; giving any turns LoRA on. megatron-core's names (linear_qkv), HF's (q_proj; "
-        "those of one fused layer together), all-linear, names of single layers (decoder.layers.3.mlp.linear_fc1), or "
+        help="Layers that get an adapter; giving any turns LoRA on. megatron-core's names (linear_qkv), HF's (q_proj "
+        "v_proj), all-linear, all-router, all-embedding, names of single layers (decoder.layers.3.mlp.linear_fc1), or "
         "regular expressions of whole names of either kind.",
     )
     lora_exclude_modules: list[str] | None = option(

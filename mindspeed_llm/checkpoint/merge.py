@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
+from mindspeed_llm.checkpoint.adapters.tied import untied_model
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.tables import WeightTable, is_lora
@@ -55,8 +56,7 @@ class MergedSource:
         self.config = base.config
         self.table = base.table
         if lora is not None and lora.unties:
-            raw = {**base.config.hf_config, "tie_word_embeddings": False} if base.config.hf_config else {}
-            self.config = dataclasses.replace(base.config, tie_word_embeddings=False, hf_config=raw)
+            self.config = untied_model(base.config)
             self.table = WeightTable(self.config)
         if dtype is not None:
             self.config = dataclasses.replace(self.config, dtype=str(dtype).removeprefix("torch."))

@@ -39,6 +39,8 @@ class LoraSettings:
         init: "default", or "pissa": the factors it started with are taken out of the base, and saved with it.
         dtype: of the trained factors, "float32" or "bfloat16"; "auto": the base's.
         modules_to_save: short or whole logical names of modules that are trained whole.
+        parts: short or whole module name -> the HF projections of that fused layer that are adapted (q_proj, v_proj),
+            where not all of them are; a whole name wins.
     """
 
     r: int
@@ -52,6 +54,7 @@ class LoraSettings:
     init: str = "default"
     dtype: str = "auto"
     modules_to_save: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rank(self, module: str) -> int:
         """Rank of a module, named logically in whole (`decoder.layers.0.mlp.linear_fc1`)."""
@@ -66,6 +69,10 @@ class LoraSettings:
         rank = self.rank(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def parts_of(self, module: str) -> tuple[str, ...] | None:
+        """HF names of the parts of a module, named logically in whole, that are adapted; None for all."""
+        return self.parts.get(module, self.parts.get(short_name(module)))
+
     def adapts(self, module: str) -> bool:
         """Whether a module, named logically in whole, is a target."""
         return module in self.target_modules or short_name(module) in self.target_modules
@@ -78,7 +85,8 @@ class LoraSettings:
     def from_dict(cls, values: Mapping[str, Any]) -> "LoraSettings":
         """The settings as args.json has them; those written before there were patterns have none."""
         lists = {key: tuple(values.get(key, ())) for key in ("target_modules", "modules_to_save")}
-        return cls(**{**values, **lists})
+        parts = {module: tuple(names) for module, names in values.get("parts", {}).items()}
+        return cls(**{**values, **lists, "parts": parts})
 
 
 def short_name(module: str) -> str:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mindspeed_llm.checkpoint.adapters.import_ import open_peft
+from mindspeed_llm.checkpoint.adapters.parts import adapted_parts, described_targets
 from mindspeed_llm.checkpoint.adapters.peft_folder import is_peft
-from mindspeed_llm.checkpoint.adapters.settings import module_entries, resolve_targets, settings_of, short_targets
+from mindspeed_llm.checkpoint.adapters.settings import chosen_parts, module_entries, settings_of
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.adapters.stored import show_stored
+from mindspeed_llm.checkpoint.adapters.tied import lookup_unties
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
@@ -128,7 +130,8 @@ def adapter_of(
     base = metadata.base if metadata else None
     if base is None and not checkpoint.missing_base:
         base = BaseRecord(str(checkpoint.folder), content_hash(checkpoint.base()))
-    lora = show_stored(LoraSource(tensors, settings, base, metadata, checkpoint))
+    unties = lookup_unties(checkpoint.config, ranks)
+    lora = show_stored(LoraSource(tensors, settings, base, metadata, checkpoint, unties))
     check_flags(lora, r, alpha, target_modules)
     return lora
 
@@ -142,11 +145,12 @@ def check_flags(lora: LoraSource, r: int | None, alpha: float | None, target_mod
         if given and given != value
     ]
     if target_modules:
-        given = resolve_targets(target_modules, table, partly=True)
-        if set(given) != set(short_targets(lora.modules(), module_entries(table))):
+        entries = module_entries(table)
+        given = chosen_parts(target_modules, entries, "--lora-target-modules")
+        if given != {module: set(adapted_parts(settings, module, entries[module])) for module in lora.modules()}:
             wrong.append(
                 f"--lora-target-modules says {' '.join(sorted(target_modules))}, the adapter says"
-                f" {' '.join(sorted(settings.target_modules))}"
+                f" {' '.join(described_targets(settings))}"
             )
     if wrong:
         raise UsageError(f"{'; '.join(wrong)} ({lora.path}); leave these flags out")

@@ -5,8 +5,12 @@ from dataclasses import replace
 from typing import TypeVar
 
 from mindspeed_llm.arguments.lora import LoraOptions
+from mindspeed_llm.checkpoint.adapters.parts import described_targets, named_parts
 from mindspeed_llm.checkpoint.adapters.settings import (
-    chosen_modules,
+    ROUTER,
+    TOKENS,
+    check_whole,
+    chosen_parts,
     default_and_pattern,
     is_named,
     module_entries,
@@ -14,7 +18,7 @@ from mindspeed_llm.checkpoint.adapters.settings import (
 )
 from mindspeed_llm.checkpoint.adapters.settings import hf_module as hf_module_of
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
-from mindspeed_llm.checkpoint.tables import Entry, WeightTable, expert_number
+from mindspeed_llm.checkpoint.tables import EMBEDDING, Entry, WeightTable, expert_number
 from mindspeed_llm.errors import UsageError, unknown
 from mindspeed_llm.models.config import ModelConfig
 from mindspeed_llm.models.families.base import Kind
@@ -23,16 +27,8 @@ DEFAULT_RANK = 16
 DEFAULT_ALPHA = 32
 LINEAR = (Kind.COLUMN, Kind.ROW, Kind.QKV, Kind.GATED, Kind.REPLICATED)
 Value = TypeVar("Value", int, float)
-WHOLE_ONLY = {
-    "all-router": "router",
-    "router": "router",
-    "all-embedding": "word_embeddings",
-    "embed_tokens": "word_embeddings",
-    "word_embeddings": "word_embeddings",
-    "lm_head": "output_layer",
-    "output_layer": "output_layer",
-}
-"""Targets of other programs that get no adapter here, and what --lora-modules-to-save calls them."""
+WHOLE_ONLY = ("lm_head", "output_layer")
+"""Names of the output layer, which gets no adapter here."""
 NEEDS_TARGETS = {
     "lora_r": None,
     "lora_alpha": None,
@@ -52,13 +48,21 @@ NEEDS_TARGETS = {
 
 
 def adaptable(table: WeightTable) -> dict[str, Entry]:
-    """The linear layers that training can adapt, by logical name: those of decoder layers, prediction layers aside."""
+    """What training can adapt, by logical name: the token embeddings, and in decoder layers linear ones and routers.
+
+    Prediction layers are not trained.
+    """
     return {
         module: entry
         for module, entry in module_entries(table).items()
-        if entry.kind in LINEAR and entry.layer is not None and "linear_" in module
-        and entry.layer < table.config.num_layers
-    }  # fmt: skip
+        if entry.name == EMBEDDING
+        or (entry.layer is not None and entry.layer < table.config.num_layers and is_layer(module, entry))
+    }
+
+
+def is_layer(module: str, entry: Entry) -> bool:
+    """Whether a module of a decoder layer is a linear layer or a router."""
+    return short_name(module) == ROUTER or (entry.kind in LINEAR and "linear_" in module)
 
 
 def settings_from_options(options: LoraOptions, table: WeightTable) -> LoraSettings | None:
@@ -75,13 +79,13 @@ def settings_from_options(options: LoraOptions, table: WeightTable) -> LoraSetti
             known = " ".join(sorted({short_name(module) for module in modules}))
             raise UsageError(f"{' and '.join(given)} given without --lora-target-modules; known: {known} all-linear")
         return None
-    targets = chosen_targets(options, modules)
+    chosen = chosen_targets(options, modules)
+    targets = list(chosen)
     r = DEFAULT_RANK if options.lora_r is None else options.lora_r
     alpha = DEFAULT_ALPHA if options.lora_alpha is None else options.lora_alpha
     ranks = by_pattern(options.lora_rank_pattern, targets, modules, r, "--lora-rank-pattern", positive_integer)
     alphas = by_pattern(options.lora_alpha_pattern, targets, modules, alpha, "--lora-alpha-pattern", positive_number)
-    if options.use_dora and (expert := next((one for one in targets if expert_number(one) is not None), None)):
-        raise UsageError(f"--use-dora: {expert} is an expert's, and peft has no DoRA of experts; exclude local_experts")
+    check_forms(options, targets)
     return LoraSettings(
         r,
         alpha,
@@ -94,7 +98,21 @@ def settings_from_options(options: LoraOptions, table: WeightTable) -> LoraSetti
         options.lora_init,
         options.lora_dtype,
         modules_to_save(options.lora_modules_to_save or (), targets, table),
+        named_parts(chosen, modules),
     )
+
+
+def check_forms(options: LoraOptions, targets: Sequence[str]) -> None:
+    """`UsageError` for a form of adapter that a target cannot have."""
+    if options.use_dora and (expert := next((one for one in targets if expert_number(one) is not None), None)):
+        raise UsageError(f"--use-dora: {expert} is an expert's, and peft has no DoRA of experts; exclude local_experts")
+    forms = {"--use-dora": options.use_dora, "--lora-init pissa": options.lora_init == "pissa"}
+    given = next((flag for flag, is_given in forms.items() if is_given), None)
+    for name, group in ((ROUTER, "all-router"), (TOKENS, "all-embedding")):
+        if given and any(short_name(target) == name for target in targets):
+            raise UsageError(
+                f"{given} is for linear layers, as in peft, and {name} is none; give --lora-exclude-modules {group}"
+            )
 
 
 def given_flags(options: LoraOptions) -> list[str]:
@@ -102,34 +120,39 @@ def given_flags(options: LoraOptions) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, left in NEEDS_TARGETS.items() if getattr(options, name) != left]
 
 
-def chosen_targets(options: LoraOptions, modules: Mapping[str, Entry]) -> list[str]:
+def chosen_targets(options: LoraOptions, modules: Mapping[str, Entry]) -> dict[str, set[int]]:
     """The logical modules that --lora-target-modules, --lora-exclude-modules and --lora-layers leave, in their order.
 
+    -> the numbers of their HF parts by module.
+
     Raises:
-        UsageError: a name or a layer that is not there, or nothing is left.
+        UsageError: a name or a layer that is not there, a part of an expert, or nothing is left.
     """
     names = own_names(options.lora_target_modules or (), modules)
     if whole := next((name for name in names if name in WHOLE_ONLY), None):
         raise UsageError(
-            f"--lora-target-modules {whole}: only linear layers get adapters here; train it whole with"
-            f" --lora-modules-to-save {WHOLE_ONLY[whole]}"
+            f"--lora-target-modules {whole}: the output layer gets no adapter here; train it whole with"
+            f" --lora-modules-to-save {whole}"
         )
-    chosen = set(chosen_modules(names, modules, "--lora-target-modules"))
+    chosen = chosen_parts(names, modules, "--lora-target-modules")
     if options.lora_exclude_modules:
-        excluded = own_names(options.lora_exclude_modules, modules)
-        chosen -= set(chosen_modules(excluded, modules, "--lora-exclude-modules"))
+        excluded = chosen_parts(own_names(options.lora_exclude_modules, modules), modules, "--lora-exclude-modules")
+        left = {module: parts - excluded.get(module, set()) for module, parts in chosen.items()}
+        chosen = {module: parts for module, parts in left.items() if parts}
     if options.lora_layers is not None:
-        layers = {entry.layer for entry in modules.values()}
-        wrong = sorted(set(options.lora_layers) - layers)
-        if wrong:
-            raise UsageError(f"--lora-layers {wrong[0]}: the model has the layers 0 to {max(layers)}")
-        chosen = {module for module in chosen if modules[module].layer in options.lora_layers}
+        last = max(entry.layer for entry in modules.values() if entry.layer is not None)
+        if wrong := [layer for layer in sorted(options.lora_layers) if not 0 <= layer <= last]:
+            raise UsageError(f"--lora-layers {wrong[0]}: the model has the layers 0 to {last}")
+        kept = (None, *options.lora_layers)
+        chosen = {module: parts for module, parts in chosen.items() if modules[module].layer in kept}
     if not chosen:
         raise UsageError(
             f"--lora-target-modules {' '.join(options.lora_target_modules or ())}: --lora-exclude-modules and"
             " --lora-layers leave no layer to adapt; name others"
         )
-    return [module for module in modules if module in chosen]
+    experts = {module: parts for module, parts in chosen.items() if modules[module].expert is not None}
+    check_whole(experts, modules, "--lora-target-modules", "peft adapts experts' as one")
+    return {module: chosen[module] for module in modules if module in chosen}
 
 
 def own_names(names: Sequence[str], modules: Mapping[str, Entry]) -> list[str]:
@@ -211,7 +234,8 @@ def modules_to_save(names: Sequence[str], targets: Sequence[str], table: WeightT
         raise UsageError(
             f"--lora-modules-to-save {head}: this model's output layer is its embedding; name embed_tokens"
         )
-    chosen = chosen_modules(names, modules, "--lora-modules-to-save") if names else []
+    chosen = chosen_parts(names, modules, "--lora-modules-to-save")
+    check_whole(chosen, modules, "--lora-modules-to-save", "are trained as one")
     if twice := [module for module in chosen if module in targets]:
         raise UsageError(f"--lora-modules-to-save and --lora-target-modules both name {twice[0]}; choose one")
     return short_targets(chosen, modules)
@@ -250,7 +274,8 @@ def check_given(settings: LoraSettings, options: LoraOptions, table: WeightTable
     if options.lora_target_modules and (patterns or narrowed or options.lora_modules_to_save):
         wanted = settings_from_options(options, table)
         named = {
-            "--lora-target-modules with its exclusions": wanted.target_modules != settings.target_modules,
+            "--lora-target-modules with its exclusions": (wanted.target_modules, wanted.parts)
+            != (settings.target_modules, settings.parts),
             "--lora-rank-pattern": patterns and dict(wanted.rank_pattern) != dict(settings.rank_pattern),
             "--lora-alpha-pattern": patterns and dict(wanted.alpha_pattern) != dict(settings.alpha_pattern),
             "--lora-modules-to-save": wanted.modules_to_save != settings.modules_to_save,
@@ -287,7 +312,7 @@ def described(settings: LoraSettings, fused: bool, base_dtype: str) -> str:
     if settings.dtype not in ("auto", base_dtype):
         modular = modular or f"{settings.dtype} factors on a {base_dtype} base"
     words = [
-        f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(settings.target_modules)}",
+        f"LoRA r {settings.r} alpha {settings.alpha} on {' '.join(described_targets(settings))}",
         "other ranks or alphas by name" if settings.rank_pattern or settings.alpha_pattern else "",
         "rsLoRA" if settings.use_rslora else "",
         "DoRA" if settings.use_dora else "",

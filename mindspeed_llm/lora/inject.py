@@ -6,19 +6,41 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from mindspeed_llm.checkpoint.adapters.parts import adapted_rows
+from mindspeed_llm.checkpoint.formats.lazy import InMemory, part_of
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
-from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, is_lora, logical_name
+from mindspeed_llm.checkpoint.tables import EMBEDDING, MAGNITUDE, OUTPUT_LAYER, WeightTable, is_lora, logical_name
 from mindspeed_llm.lora.fused_attention import AdaptedAttention
 from mindspeed_llm.lora.fused_mlp import AdaptedMlp
 from mindspeed_llm.lora.grouped import group_adapters
-from mindspeed_llm.lora.layers import CUSTOM_MODULES, ParallelLora, RowParallelLora, is_lora_parameter, uniform_init
+from mindspeed_llm.lora.layers import (
+    ColumnParallelLora,
+    ParallelLora,
+    ReplicatedLora,
+    RowParallelLora,
+    is_lora_parameter,
+    uniform_init,
+)
+from mindspeed_llm.lora.lookups import EmbeddingLora, RouterLora, normal_init
 from mindspeed_llm.lora.pissa import shared_factors
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.attention import RotarySelfAttention
+from mindspeed_llm.models.linear import ReplicatedLinear
 from mindspeed_llm.models.mlp import GatedMLP
+from mindspeed_llm.models.moe import Router
+
+CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    ColumnParallelLinear: ColumnParallelLora,
+    RowParallelLinear: RowParallelLora,
+    ReplicatedLinear: ReplicatedLora,
+    Router: RouterLora,
+    VocabParallelEmbedding: EmbeddingLora,
+}
+"""megatron-core's modules, and ours, that get an adapter, and its type."""
 
 
 def inject(
@@ -50,6 +72,7 @@ def inject(
         for name, layer in adapters_by_name(chunk).items():
             layer.adopt(settings, name)
             layer.use_fused = fused
+        hold_parts(chunk, settings)
         group_adapters(chunk)
         set_trainable(chunk, settings)
         for attention in attentions(chunk) if fused else ():
@@ -68,6 +91,16 @@ def adapters_by_name(chunk: nn.Module) -> dict[str, ParallelLora]:
         for name, module in chunk.named_modules()
         if isinstance(module, ParallelLora)
     }
+
+
+def hold_parts(chunk: nn.Module, settings: LoraSettings) -> None:
+    """Adapt only those rows of fused layers that belong to adapted projections."""
+    table = WeightTable(chunk.model) if settings.parts else None
+    for module, layer in adapters_by_name(chunk).items() if table else ():
+        rows = adapted_rows(settings, module, table.entries[f"{module}.weight"])
+        if rows is not None:
+            axis = table.shard_map(f"{module}.{MAGNITUDE}.weight", layer.group.size())
+            layer.adapt_only(part_of(InMemory(rows).read, axis, layer.group.rank()))
 
 
 def set_trainable(chunk: nn.Module, settings: LoraSettings) -> None:
@@ -124,13 +157,16 @@ def initialise(chunk: nn.Module, settings: LoraSettings, seed: int) -> None:
     A is drawn by its logical name and B is zero, or both come from the base's singular vectors (PiSSA). DoRA's lengths
     are those of the base's rows: the adapters change nothing yet.
     """
+    table = WeightTable(chunk.model) if settings.init == "pissa" else None
     for module, layer in adapters_by_name(chunk).items():
         name = layer.active_adapters[0]
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         with torch.no_grad():
-            if settings.init == "pissa":
-                split = {"column": 0, "row": 1, "replicated": None}[layer.kind]
-                found = shared_factors(layer.base_layer.weight, a.size(0), layer.scaling[name], split, layer.group)
+            if table is not None:
+                weight, rows = layer.base_layer.weight, layer.adapted_rows
+                weight = weight if rows is None else weight * rows.unsqueeze(1)
+                axis = table.shard_map(f"{module}.weight", layer.group.size())
+                found = shared_factors(weight, a.size(0), layer.scaling[name], axis, layer.group)
                 for factor, value in zip((a, b), found, strict=True):
                     factor.copy_(value)
                 layer.lora_A_start[name].weight.copy_(a)
@@ -145,6 +181,8 @@ def initialise(chunk: nn.Module, settings: LoraSettings, seed: int) -> None:
 def drawn_share(layer: ParallelLora, module: str, r: int, seed: int) -> torch.Tensor:
     """This rank's share of A's initial values, fp32; `module` is the layer's logical name."""
     digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    if isinstance(layer, EmbeddingLora):
+        return normal_init((r, layer.in_features), int.from_bytes(digest[:6], "big"))
     split = layer.group.size() if isinstance(layer, RowParallelLora) else 1
     width = layer.in_features
     whole = uniform_init((r, width * split), int.from_bytes(digest[:6], "big"))

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -41,7 +39,6 @@ from mindspeed_llm.lora.dora import Magnitude, row_norms, with_lengths
 from mindspeed_llm.lora.dropout import Dropout
 from mindspeed_llm.lora.overlap import CHUNK_BYTES
 from mindspeed_llm.models.expert_marks import mark_expert_parameter
-from mindspeed_llm.models.linear import ReplicatedLinear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Types of factors that are not simply the base's."""
@@ -55,6 +52,7 @@ class ParallelLora(nn.Module, LoraLayer):
         chunk_bytes: least bytes of a chunk in the fused form.
         leg: while this layer is part of a larger computation, what gives its output, or None.
         kind: "column", "row" or "replicated".
+        adapted_rows: bool [o] or [o/t], the output rows that are adapted; None for all.
     """
 
     use_fused = False
@@ -62,16 +60,22 @@ class ParallelLora(nn.Module, LoraLayer):
     leg: Callable[[Tensor], Tensor] | None = None
     kind: str
     split_factor: int | None = None  # which of A (0) and B (1) is cut over the ranks
+    adapted_rows: Tensor | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.group = base_layer.tp_group
         self.of_expert = getattr(base_layer, "is_expert", False)
-        self.sequence_parallel = base_layer.sequence_parallel and not self.of_expert
+        self.sequence_parallel = self.sees_local_tokens(base_layer) and not self.of_expert
         self._active_adapter = adapter_name
         self.lora_A_start, self.lora_B_start = nn.ModuleDict(), nn.ModuleDict()
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
+
+    @staticmethod
+    def sees_local_tokens(base_layer: nn.Module) -> bool:
+        """Whether ranks hold their own tokens on a side of the layer: sequence parallelism."""
+        return base_layer.sequence_parallel
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         out_features, in_features = module.weight.shape
@@ -87,14 +91,17 @@ class ParallelLora(nn.Module, LoraLayer):
         made = {"bias": False, "device": weight.device, "dtype": weight.dtype}
         self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, **made)
         self.lora_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, self.out_features, **made)
-        factors = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        if self.of_expert:
-            for number, factor in enumerate(factors):
-                split = self.split_factor == number
-                mark_expert_parameter(factor, self.group, (1 - number) if split else None)
-        else:
-            self.mark_parameters(*factors)
+        self.mark(self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight)
         self.set_adapter(self.active_adapters)
+
+    def mark(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Tell megatron-core how the ranks share a pair of factors, and which of them hold the same."""
+        if not self.of_expert:
+            self.mark_parameters(a, b)
+            return
+        for number, factor in enumerate((a, b)):
+            split = self.split_factor == number
+            mark_expert_parameter(factor, self.group, (1 - number) if split else None)
 
     def adopt(self, settings: LoraSettings, module: str) -> None:
         """Take on what `settings` say beyond peft's part of this layer (`module`); new tensors hold no values."""
@@ -105,6 +112,8 @@ class ParallelLora(nn.Module, LoraLayer):
             for factor, start in ((self.lora_A, self.lora_A_start), (self.lora_B, self.lora_B_start)):
                 start[name] = copy.deepcopy(factor[name])
                 start[name].requires_grad_(False)
+            # copies have no marks; without them replicas of all experts would be made equal at the start
+            self.mark(self.lora_A_start[name].weight, self.lora_B_start[name].weight)
         if settings.use_dora:
             magnitude = self.lora_magnitude_vector[name] = Magnitude(weight)
             if self.kind == "column":
@@ -113,6 +122,12 @@ class ParallelLora(nn.Module, LoraLayer):
                 magnitude.weight.sequence_parallel = self.sequence_parallel
         for own in (self.lora_A, self.lora_B, self.lora_A_start, self.lora_B_start, self.lora_magnitude_vector):
             own.to(dtype or weight.dtype)
+
+    def adapt_only(self, rows: Tensor) -> None:
+        """Leave all output rows but `rows` (bool [o] or [o/t]) to the base: no gradients there, and B stays 0."""
+        self.adapted_rows = rows.to(self.base_layer.weight.device)
+        chosen = self.adapted_rows.unsqueeze(1)
+        self.lora_B[self.active_adapters[0]].weight.register_hook(lambda grad: grad * chosen)
 
     @property
     def fuses(self) -> bool:
@@ -167,7 +182,8 @@ class ParallelLora(nn.Module, LoraLayer):
     def length_factors(self, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """DoRA's m / |W + s B A|, float32 [o] or [o/t]."""
         lengths = self.lora_magnitude_vector[self.active_adapters[0]].weight
-        return lengths.float() / self.row_norms(a, b, scaling)
+        factors = lengths.float() / self.row_norms(a, b, scaling)
+        return factors if self.adapted_rows is None else torch.where(self.adapted_rows, factors, 1.0)
 
     def plan(self, case: str) -> fused.Plan:
         """How the fused form runs `case` on this layer's group."""
@@ -266,13 +282,6 @@ class ReplicatedLora(ParallelLora):
     def case(self) -> str:
         """Nothing is communicated, with sequence parallelism or without."""
         return "single"
-
-
-CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
-    ColumnParallelLinear: ColumnParallelLora,
-    RowParallelLinear: RowParallelLora,
-    ReplicatedLinear: ReplicatedLora,
-}
 
 
 def lora_layers(module: nn.Module) -> list[ParallelLora]:

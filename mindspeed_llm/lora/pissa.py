@@ -10,34 +10,41 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from mindspeed_llm.checkpoint.formats.lazy import InMemory, assemble, part_of
+from mindspeed_llm.checkpoint.kinds import AxisMap, adapter_map
+
 
 def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A [r, i] and B [o, r] in float32 with s B A the best approximation of rank r of `weight` [o, i].
 
-    The largest value of each row of A is positive, so that equal weights give equal factors.
+    The largest value of each row of A is positive, so that equal weights give equal factors. Rows of zeros (parts of a
+    fused layer that are not adapted) take no part: theirs in B are zero.
     """
-    u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+    rows = weight.any(dim=1)
+    u, s, v = torch.linalg.svd(weight[rows].float(), full_matrices=False)
     roots = (s[:r] / scaling).sqrt()
     a = v[:r] * roots[:, None]
     signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
-    return a * signs, u[:, :r] * roots * signs.t()
+    b = a.new_zeros(weight.size(0), r)
+    b[rows] = u[:, :r] * roots * signs.t()
+    return a * signs, b
 
 
 @torch.no_grad()
-def shared_factors(
-    weight: Tensor, r: int, scaling: float, split: int | None, group: ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def shared_factors(weight: Tensor, r: int, scaling: float, axis: AxisMap, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     """This rank's A and B for its share of a weight; collective over `group`, whose first rank decomposes the whole.
+
+    The whole has its rows in their logical order, so that every layout starts from the same factors.
 
     Args:
         weight: this rank's share.
-        split: dimension along which the ranks share the weight; None where each has it whole.
+        axis: how the ranks of `group` share the weight.
     """
-    if split is None or group.size() == 1:
+    if axis.dim is None or group.size() == 1:
         return principal_factors(weight, r, scaling)
     shares = [torch.empty_like(weight) for _ in range(group.size())]
     torch.distributed.all_gather(shares, weight.contiguous(), group=group)
-    whole = torch.cat(shares, split)
+    whole = assemble([InMemory(share) for share in shares], axis)
     a = torch.empty(r, whole.size(1), device=weight.device)
     b = torch.empty(whole.size(0), r, device=weight.device)
     if group.rank() == 0:
@@ -46,7 +53,6 @@ def shared_factors(
         b.copy_(found[1])
     for factor in (a, b):
         torch.distributed.broadcast(factor, torch.distributed.get_global_rank(group, 0), group=group)
-    own = group.rank()
-    if split == 0:
-        return a, b.chunk(group.size())[own]
-    return a.chunk(group.size(), 1)[own], b
+    own = (("lora_A", a), ("lora_B", b))
+    a, b = (part_of(InMemory(one).read, adapter_map(axis, name), group.rank()) for name, one in own)
+    return a, b

@@ -8,6 +8,7 @@ from torch import nn
 from mindspeed_llm.arguments.lora import LoraOptions
 from mindspeed_llm.checkpoint.adapters.factors import AdapterTensors
 from mindspeed_llm.checkpoint.adapters.replaced import SourceTensor
+from mindspeed_llm.checkpoint.adapters.settings import ROUTER, TOKENS
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.formats.lazy import TensorSource
 from mindspeed_llm.checkpoint.layout import ExpertShare
@@ -44,7 +45,11 @@ def shared_hash(base: TensorSource) -> str:
 
 def live_obstacles(adapter: LoraSource) -> list[str]:
     """What of an adapter has no place in the live model's adapters; empty when all of it has."""
-    others = [module for module in adapter.modules() if not short_name(module).startswith("linear_")]
+    others = [
+        module
+        for module in adapter.modules()
+        if not (short_name(module).startswith("linear_") or short_name(module) in (ROUTER, TOKENS, "output_layer"))
+    ]
     return [*adapter.obstacles(), *(f"an adapter of {module}" for module in others)]
 
 

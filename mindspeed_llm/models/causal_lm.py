@@ -28,6 +28,7 @@ class CausalLM(GPTModel):
     Where the model has them, the embedding's output is scaled and the logits are capped.
 
     Attributes:
+        model: what is described by the family and config.json.
         first_layer: global number of this chunk's first decoder layer.
         vocabulary: true vocabulary size; rows from here on are padding and never win.
         answers_logits: with labels given, return the logits [m, v] of the labelled positions instead of their losses.
@@ -62,6 +63,7 @@ class CausalLM(GPTModel):
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
+        self.model = model
         if not model.multi_latent_attention:  # latent attention has its own embedding, within each layer
             self.rotary_pos_emb = Rotary(model, place, self.pg_collection.cp)
         self.vocabulary, self.logit_softcap = model.vocab_size, model.logit_softcap

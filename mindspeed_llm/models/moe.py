@@ -123,9 +123,21 @@ class Router(TopKRouter):
         config.add_bias_linear = model.moe_router_bias  # megatron-core's one switch; the other modules do not see it
         super().__init__(config, pg_collection)
         self.model = model
+        self.sequence_parallel = config.sequence_parallel
         if model.moe_expert_bias:
             del self.expert_bias  # megatron-core's is one that every step moves, and for sigmoid scores only
             self.register_buffer("expert_bias", torch.zeros(model.num_experts, dtype=torch.float32))
+
+    def forward(
+        self, input: Tensor, padding_mask: Tensor | None = None, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [s, b, h] -> (weights [t, e], chosen [t, e]), as `routing`.
+
+        Args:
+            added: [s, b, e] fp32, an adapter's share of the logits; None without one.
+        """
+        logits = self.gating(input)
+        return self.routing(logits if added is None else logits + added, padding_mask)
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [s, b, e] fp32 of hidden states [s, b, h]."""

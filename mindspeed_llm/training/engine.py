@@ -29,6 +29,7 @@ from mindspeed_llm.lora.inject import attentions, gated_mlps
 from mindspeed_llm.lora.layers import lora_layers
 from mindspeed_llm.models.causal_lm import IGNORE, CausalLM
 from mindspeed_llm.models.expert_marks import sum_partial_gradients
+from mindspeed_llm.models.experts import GroupedExperts
 from mindspeed_llm.models.packed import packed_rows
 from mindspeed_llm.training import pipeline
 from mindspeed_llm.training.balance import scale_balance, seen_balance
@@ -36,8 +37,8 @@ from mindspeed_llm.training.optimizer_state import inner_optimizers
 from mindspeed_llm.training.pipeline import Batch
 from mindspeed_llm.training.preference import FIGURES, Preference, with_reference
 
-LORAPLUS = ("*.lora_B.*", "*.lora_magnitude_vector.*")
-"""Parameters that learn faster under LoRA+."""
+LORAPLUS = ("*layers.*.lora_B.*", "*layers.*.lora_magnitude_vector.*")
+"""Parameters that learn faster under LoRA+: those of the decoder's layers. As in peft, an embedding's do not."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ def await_adapters(chunk: DistributedDataParallel) -> None:
 
     megatron-core finishes the gather of a parameter when the module that holds it is called. An adapter reads its
     factors without calling the modules that hold them, an MLP or an attention computed in one step those of both its
-    layers: they would never be gathered, or too late, and ranks would drift apart.
+    layers, experts computed together those of all: they would never be gathered, or too late, and ranks would drift
+    apart.
     """
 
     def finish(layer: nn.Module, args: Any) -> None:
@@ -174,7 +176,8 @@ def await_adapters(chunk: DistributedDataParallel) -> None:
                 chunk.param_to_bucket_group[parameter].finish_param_sync()
 
     whole = [one for one in (*gated_mlps(chunk), *attentions(chunk)) if one.whole is not None]
-    for layer in (*lora_layers(chunk), *whole):
+    experts = [one for one in chunk.modules() if isinstance(one, GroupedExperts) and one.together is not None]
+    for layer in (*lora_layers(chunk), *whole, *experts):
         layer.register_forward_pre_hook(finish)
 
 

@@ -24,6 +24,7 @@ from mindspeed_llm.checkpoint.adapters.export import write_peft
 from mindspeed_llm.checkpoint.adapters.factors import AdapterTensors, Assembled
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.adapters.stored import show_stored
+from mindspeed_llm.checkpoint.adapters.tied import untied_model
 from mindspeed_llm.checkpoint.convert_job import recorded_folders
 from mindspeed_llm.checkpoint.formats.hf import HfFiles, HFSource, copy_companions
 from mindspeed_llm.checkpoint.formats.lazy import InMemory, TensorSource
@@ -33,7 +34,15 @@ from mindspeed_llm.checkpoint.merge import MergedSource
 from mindspeed_llm.checkpoint.metadata import LoraSettings
 from mindspeed_llm.checkpoint.open import adapter_of, config_differences, open_checkpoint
 from mindspeed_llm.checkpoint.sizes import parse_size
-from mindspeed_llm.checkpoint.tables import MAGNITUDE, WeightTable, expert_number, is_lora, logical_name
+from mindspeed_llm.checkpoint.tables import (
+    EMBEDDING,
+    MAGNITUDE,
+    OUTPUT_LAYER,
+    WeightTable,
+    expert_number,
+    is_lora,
+    logical_name,
+)
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.causal_lm import CausalLM
@@ -139,6 +148,8 @@ class ModelExport:
         """
         self.export, self.place = export, place
         self.model = replace(model, mtp_num_layers=0)  # prediction layers are neither trained nor in the live model
+        if export.settings is not None and export.settings.adapts(EMBEDDING.removesuffix(".weight")):
+            self.model = untied_model(self.model)  # what is looked up is adapted, the output layer is not
         shares = LiveShares(chunks, self.model, copies)
         self.folder, self.first = checkpoint / MODEL_FOLDER, torch.distributed.get_rank() == 0
         if self.first:
@@ -192,7 +203,8 @@ class LiveShares:
 
     Attributes:
         table: the whole model's.
-        shares: base tensors and LoRA factors of all chunks; a tied output layer is left to the embedding.
+        shares: base tensors and LoRA factors of all chunks; a tied output layer is left to the embedding, unless
+            `model` unties the two.
         copies: of the same tensors on the CPU, where there are any; they stay as they are while training goes on.
     """
 
@@ -214,6 +226,8 @@ class LiveShares:
                     self.shares[name] = tensor.detach()
                     if copied is not None:
                         self.copies[name] = copied[local]
+            if chunk.post_process and not model.tie_word_embeddings and OUTPUT_LAYER not in self.shares:
+                self.shares[OUTPUT_LAYER] = chunk.head_weight.detach()  # the embedding's, which is frozen
         self.common = getattr(torch, model.dtype)
         own = {name: tensor.dtype for name, tensor in self.shares.items() if tensor.dtype != self.common}
         found: list[Any] = [None] * torch.distributed.get_world_size()

@@ -18,6 +18,7 @@ Not counted: element-wise work, what DoRA adds, the scores that flash attention 
 from dataclasses import dataclass
 
 from mindspeed_llm.checkpoint.metadata import LoraSettings
+from mindspeed_llm.checkpoint.tables import EMBEDDING
 from mindspeed_llm.models.config import ModelConfig
 
 STREAM, UP, OUT, MLP_IN, MLP_OUT = range(5)
@@ -122,7 +123,10 @@ class StepFlops:
         # window (None: all keys) -> how often the forward operations of an attention with it are spent, over the layers
         self.core: dict[int | None, int] = {}
         # whether the input of what comes next needs a gradient; full recomputation gives the embedding's output one
-        needed = settings is None or recompute == "full"
+        table = EMBEDDING.removesuffix(".weight")
+        needed = settings is None or recompute == "full" or settings.saves(table) or settings.adapts(table)
+        if settings is not None and settings.adapts(table):  # B's rows are looked up; A's product, and both gradients
+            self.adapters += 6 * settings.rank(table) * model.hidden_size
         for layer in range(model.num_layers):
             needed = self._layer(layer, settings, recompute, needed)
 

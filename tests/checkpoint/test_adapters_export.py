@@ -1,5 +1,6 @@
 """What is exported as a PEFT folder peft loads whole, and it computes the same; read again, it is the same bits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,24 @@ def test_experts_are_exported_one_by_one(family: str, ranks: str, tmp_path: Path
     write_peft(first, tmp_path / "second", str(base))
     same_logits(loaded(base, tmp_path / "second"), expected)
     same_adapter(open_lora(tmp_path / "second", base=source), first)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("with_experts", [False, True])
+def test_routers_are_exported_as_parameters(family: str, with_experts: bool, tmp_path: Path) -> None:
+    base = saved_moe(EXPERTS[family])
+    source = HFSource(base)
+    parameters = ["mlp.router.weight" if family == "gpt-oss" else "mlp.gate.weight"]
+    parameters += ["experts.gate_up_proj", "experts.down_proj"] if with_experts else []
+    modules = ["embed_tokens", "o_proj"] if with_experts else []
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": modules, "target_parameters": parameters}
+    expected = adapt(base, tmp_path / "first", **settings)
+    first = open_lora(tmp_path / "first", base=source)
+    assert "router" in first.settings.target_modules
+    first = replace(first, settings=replace(first.settings, dropout=0.1))  # peft loads no parameters with dropout
+    write_peft(first, tmp_path / "second", str(base))
+    same_logits(loaded(base, tmp_path / "second"), expected)
+    same_logits(logits(transformers_of(MergedSource(source, first), base, tmp_path / "merged")), expected)
 
 
 MIXED = {

@@ -11,12 +11,19 @@ from safetensors.torch import load_file, save_file
 
 from mindspeed_llm.checkpoint.adapters.export import write_peft
 from mindspeed_llm.checkpoint.adapters.servers import describe_servers
-from mindspeed_llm.checkpoint.adapters.settings import resolve_targets, settings_of
+from mindspeed_llm.checkpoint.adapters.settings import (
+    check_whole,
+    chosen_parts,
+    module_entries,
+    settings_of,
+    short_targets,
+)
 from mindspeed_llm.checkpoint.fingerprint import content_hash
 from mindspeed_llm.checkpoint.formats.hf import HFSource
 from mindspeed_llm.checkpoint.layout import Layout
 from mindspeed_llm.checkpoint.metadata import BaseRecord, LoraSettings, Metadata, read_metadata, write_metadata
 from mindspeed_llm.checkpoint.open import check_base, open_lora
+from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.errors import InputError, UsageError
 from tests.checkpoint.peft_tiny import adapt, qwen3
 from tests.checkpoint.tiny import TARGETS, random_adapter, write_adapter
@@ -24,6 +31,12 @@ from tests.models.tiny_moe import QWEN3_MOE
 from tests.models.tiny_moe import saved as saved_moe
 
 LAYER = "decoder.layers.1."
+
+
+def targets(names: list[str], table: WeightTable) -> tuple[str, ...]:
+    """What target names stand for, as settings spell it."""
+    modules = module_entries(table)
+    return short_targets(chosen_parts(names, modules, "--flag"), modules)
 
 
 def test_settings_say_rank_and_alpha_of_every_module() -> None:
@@ -70,22 +83,27 @@ def test_the_shortest_settings_give_every_module_its_own(tmp_path: Path) -> None
     ],
 )
 def test_target_names_of_both_worlds_are_understood(names: list[str], expected: tuple, tmp_path: Path) -> None:
-    assert resolve_targets(names, HFSource(qwen3(tmp_path / "base")).table) == expected
+    assert targets(names, HFSource(qwen3(tmp_path / "base")).table) == expected
 
 
-def test_targets_that_fit_nothing_or_a_part_of_a_layer_are_refused(tmp_path: Path) -> None:
-    table = HFSource(qwen3(tmp_path / "base")).table
+def test_targets_that_fit_nothing_are_refused_and_parts_of_a_layer_are_told(tmp_path: Path) -> None:
+    modules = module_entries(HFSource(qwen3(tmp_path / "base")).table)
     with pytest.raises(UsageError, match="did you mean 'q_proj'"):
-        resolve_targets(["q_pro"], table)
-    with pytest.raises(UsageError, match="names q_proj v_proj, but q_proj k_proj v_proj are one layer"):
-        resolve_targets(["q_proj", "v_proj"], table)
-    assert resolve_targets(["q_proj"], table, partly=True) == ("linear_qkv",)
+        chosen_parts(["q_pro"], modules, "--flag")
+    found = chosen_parts(["q_proj", "v_proj", "layers.0.mlp.linear_fc1"], modules, "--flag")
+    assert found["decoder.layers.1.self_attention.linear_qkv"] == {0, 2}
+    assert found["decoder.layers.0.mlp.linear_fc1"] == {0, 1} and len(found) == 4
+    with pytest.raises(
+        UsageError, match="names q_proj v_proj, but q_proj k_proj v_proj are one layer .* and are saved"
+    ):
+        check_whole(found, modules, "--flag", "are saved")
 
 
 def test_all_linear_means_the_experts_and_not_their_router() -> None:
     table = HFSource(saved_moe(QWEN3_MOE)).table
-    assert resolve_targets(["all-linear"], table) == tuple(sorted(TARGETS))
-    assert resolve_targets(["gate"], table) == ("router",)
+    assert targets(["all-linear"], table) == tuple(sorted(TARGETS))
+    assert targets(["gate"], table) == targets(["all-router"], table) == ("router",)
+    assert targets(["embed_tokens"], table) == targets(["all-embedding"], table) == ("word_embeddings",)
 
 
 def test_flags_are_held_against_a_peft_adapter(tmp_path: Path) -> None:
@@ -93,7 +111,11 @@ def test_flags_are_held_against_a_peft_adapter(tmp_path: Path) -> None:
     adapt(base, tmp_path / "adapter", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
     source = HFSource(base)
     open_lora(tmp_path / "adapter", 4, 8, ["q_proj", "down_proj"], base=source)
-    open_lora(tmp_path / "adapter", 4, 8, ["linear_fc2", "linear_qkv"], base=source)
+    open_lora(tmp_path / "adapter", 4, 8, ["linear_fc2", "self_attn.q_proj"], base=source)
+    with pytest.raises(
+        UsageError, match=r"says linear_fc2 linear_qkv, the adapter says linear_fc2 linear_qkv \(q_proj\)"
+    ):
+        open_lora(tmp_path / "adapter", target_modules=["linear_fc2", "linear_qkv"], base=source)
     with pytest.raises(UsageError, match="--lora-r says 8, the adapter says 4"):
         open_lora(tmp_path / "adapter", 8, base=source)
     with pytest.raises(UsageError, match="--lora-alpha says 9, the adapter says 8"):

@@ -58,6 +58,7 @@ class Case:
         dtype: of parameters; the reference is fp32.
         context: CP. expert, expert_tensor: EP, ETP (None: as TP).
         model: "qwen3", or a model with experts (`moe_reference.MODELS`).
+        lookups: adapters on routers and token embeddings too.
         balance, z_loss: coefficients of the losses on routers; balance_rows: balance every row by itself.
         fault: what is broken on purpose (see `worker`).
     """
@@ -84,6 +85,7 @@ class Case:
     expert: int = 1
     expert_tensor: int | None = None
     model: str = "qwen3"
+    lookups: bool = False
     balance: float = 0.0
     balance_rows: bool = False
     z_loss: float = 0.0
@@ -102,7 +104,7 @@ class Case:
     @property
     def truth(self) -> "Case":
         """The case without what must not change the numbers."""
-        kept = ("tied", "lora", "ragged", "per_token", "model", "balance", "balance_rows", "z_loss")
+        kept = ("tied", "lora", "ragged", "per_token", "model", "lookups", "balance", "balance_rows", "z_loss")
         return Case(**{name: getattr(self, name) for name in kept})
 
     def __str__(self) -> str:
@@ -123,6 +125,7 @@ class Case:
             "mlp" if self.fused_mlp else "",
             "apart" if self.apart else "",
             f"recompute-{self.recompute}" if self.recompute else "",
+            "lookups" if self.lookups else "",
             "packed" if self.packed else "" if self.ragged else "padded",
             "per-token" if self.per_token else "",
             "tied" if self.tied else "",

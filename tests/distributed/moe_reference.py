@@ -91,6 +91,7 @@ PLAIN = (  # ours, and transformers' modules of which ours is made; their adapte
     ("mlp.shared_experts.linear_fc1", ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
     ("mlp.shared_experts.linear_fc2", ("mlp.shared_expert.down_proj",)),
 )
+ROUTER = "mlp.gate"
 EXPERTS = {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}
 
 
@@ -153,14 +154,19 @@ def submodule(layer: torch.nn.Module, name: str) -> Any:
     return layer
 
 
-def add_adapter(model: Any) -> Any:
-    """peft's LoRA on every linear layer and every expert, B not zero; what our layers fuse shares one A."""
+def add_adapter(model: Any, lookups: bool = False) -> Any:
+    """peft's LoRA on every linear layer and every expert, B not zero; what our layers fuse shares one A.
+
+    Args:
+        lookups: on the routers, which are parameters to peft, and on the token embeddings too.
+    """
     linear = tuple(f".{name}" for _, names in PLAIN for name in names)
+    linear += (".embed_tokens",) * lookups
     settings = LoraConfig(
         r=SIZES.rank,
         lora_alpha=SIZES.alpha,
         target_modules=[name for name, _ in model.named_modules() if name.endswith(linear)],
-        target_parameters=[f"mlp.experts.{name}" for name in EXPERTS.values()],
+        target_parameters=[f"mlp.experts.{name}" for name in EXPERTS.values()] + [f"{ROUTER}.weight"] * lookups,
     )
     # by the type, peft would take names of dense layers for the experts' blocks, and double their rank
     with mock.patch.object(type(model.config), "model_type", "tiny"):
@@ -219,6 +225,12 @@ def adapter_by_name(model: Any, gradients: bool) -> Arrays:
             rows = [take(part.lora_B.default.weight) for part in parts]
             found[f"{prefix}{ours}.lora_B.weight"] = by_groups(*rows) if len(rows) == 3 else torch.cat(rows)
         found |= experts_by_name(prefix, layer, take)
+        if hasattr(router := submodule(layer, ROUTER), "lora_A"):
+            found[f"{prefix}mlp.router.lora_A.weight"] = take(router.lora_A.default.weight)
+            found[f"{prefix}mlp.router.lora_B.weight"] = take(router.lora_B.default.weight)
+    if hasattr(table := model.model.embed_tokens, "lora_embedding_A"):
+        found["embedding.word_embeddings.lora_A.weight"] = take(table.lora_embedding_B.default).t()
+        found["embedding.word_embeddings.lora_B.weight"] = take(table.lora_embedding_A.default).t()
     return {name: value.numpy() if gradients else value.float().numpy() for name, value in found.items()}
 
 
@@ -260,11 +272,13 @@ def router_logits(model: Any) -> Iterator[list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
     hooks = []
     for _, layer in layers_of(model):
-        gate = submodule(layer, "mlp.gate")
-        if gate is not None and not hasattr(gate, "lora_A") and hasattr(layer.mlp, "experts"):
+        gate = submodule(layer, ROUTER)
+        if gate is not None and hasattr(layer.mlp, "experts"):
 
             def keep(module: torch.nn.Module, args: Any) -> None:
-                seen.append(args[0].flatten(0, -2) @ module.weight.t())
+                adapted = hasattr(module, "lora_A")
+                weight = module.base_layer.weight + module.get_delta_weight("default") if adapted else module.weight
+                seen.append(args[0].flatten(0, -2) @ weight.t())
 
             hooks.append(gate.register_forward_pre_hook(keep))
     yield seen
@@ -309,7 +323,7 @@ def moe_reference(case: Case) -> Reference:
         case: of its fields only what changes the numbers: model, lora, per_token, and the losses on routers.
     """
     base = in_double(build_model(case.model))
-    model: Any = add_adapter(base) if case.lora else base
+    model: Any = add_adapter(base, case.lookups) if case.lora else base
     named = adapter_by_name if case.lora else weights_by_name
     in_double(model)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -81,6 +81,13 @@ def forget_sequence_parallel_mark(chunk: CausalLM) -> None:
             parameter.sequence_parallel = False
 
 
+def forget_the_mark_of_lookups(chunk: CausalLM) -> None:
+    """Planted fault: the same of adapters of routers and token embeddings alone."""
+    for name, parameter in chunk.named_parameters():
+        if parameter.requires_grad and ("router" in name or "word_embeddings" in name):
+            parameter.sequence_parallel = False
+
+
 def swap_gate_and_up(chunk: CausalLM) -> None:
     """Planted fault: up where gate belongs, in the loaded base weights."""
     for name, parameter in chunk.named_parameters():
@@ -102,6 +109,7 @@ def slice_pending(out: Tensor, x: Tensor, group: Any, hidden: bool) -> overlap.P
 CHUNK_FAULTS: dict[str, Callable[[CausalLM], None]] = {
     **expert_faults.CHUNK,
     "no-sequence-parallel-mark": forget_sequence_parallel_mark,
+    "lookups-without-mark": forget_the_mark_of_lookups,
     "gate-and-up-swapped": swap_gate_and_up,
 }
 FUSED_FAULTS = {

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from mindspeed_llm.lora import inject as inject_module
-from mindspeed_llm.lora import layers
+from mindspeed_llm.lora import layers, lookups
 
 
 def local_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, group: Any) -> torch.Tensor:
@@ -40,6 +40,16 @@ def frozen_copy(chunk: Any, settings: Any) -> None:
         parameter.requires_grad_(layers.is_lora_parameter(name))
 
 
+def adapt_every_row(self: Any, rows: torch.Tensor) -> None:
+    """`adapt_only`, but the other rows are trained too."""
+
+
+def own_rows_of_b(self: Any, tokens: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`lookup`, but a token that another rank has gets a row of this rank's too."""
+    rows = torch.nn.functional.embedding(tokens % b.size(0), b)
+    return lookups.reduce_from_tensor_model_parallel_region(rows, group=self.group)
+
+
 ADOPT = layers.ParallelLora.adopt
 FAULTS: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
     None: nullcontext,
@@ -47,5 +57,7 @@ FAULTS: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
     "unmarked-lengths": lambda: mock.patch.object(layers.ParallelLora, "adopt", unmarked),
     "plain-scaling": lambda: mock.patch.object(layers.ParallelLora, "adopt", plain_scaling),
     "kept-base": lambda: mock.patch.object(layers.ParallelLora, "factors", kept_base),
+    "every-row": lambda: mock.patch.object(layers.ParallelLora, "adapt_only", adapt_every_row),
+    "unmasked-lookup": lambda: mock.patch.object(lookups.EmbeddingLora, "lookup", own_rows_of_b),
     "frozen-copy": lambda: mock.patch.object(inject_module, "set_trainable", frozen_copy),
 }

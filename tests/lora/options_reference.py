@@ -2,28 +2,33 @@
 
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
 from mindspeed_llm.arguments.lora import LoraOptions
-from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays
+from tests.distributed import moe_reference
+from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays, Case
 from tests.distributed.double import in_double
-from tests.distributed.reference import ADAPTED, build_model, by_groups, forward, global_batches
+from tests.distributed.moe_reference import by_groups
+from tests.distributed.reference import ADAPTED, build_model, forward, global_batches, saved_model
 
 QKV, ALL = ["q_proj", "k_proj", "v_proj"], list(ADAPTED)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Option:
     """One use of options: in our words and in peft's.
 
     Attributes:
         name: of the test. ours: fields of `LoraOptions` beside rank, alpha and targets.
         peft: fields of peft's LoraConfig beside them. targets: HF names, for both.
-        ratio: LoRA+'s, or None.
+        ratio: LoRA+'s, or None. tied: the base's output layer is its embedding.
+        fresh: our own initial values are held against peft's. model: "qwen3", or one of `moe_reference.MODELS`.
     """
 
     name: str
@@ -32,6 +37,17 @@ class Option:
     targets: tuple[str, ...] = ADAPTED
     ratio: float | None = None
     fresh: bool = False
+    tied: bool = False
+    model: str = "qwen3"
+
+    @property
+    def folder(self) -> Path:
+        """The base as an HF folder."""
+        return saved_model(self.tied) if self.model == "qwen3" else moe_reference.saved_model(self.model)
+
+    def steps(self) -> tuple:
+        """Two global batches."""
+        return (global_batches(True) if self.model == "qwen3" else moe_reference.global_batches())[:2]
 
     def options(self) -> LoraOptions:
         """As the command line gives them."""
@@ -76,8 +92,35 @@ OPTIONS = {
             ("o_proj", "down_proj"),
             fresh=True,
         ),
+        Option("some-projections", {}, {}, ("q_proj", "v_proj", "up_proj")),
+        Option("dora-of-a-projection", {"use_dora": True}, {"use_dora": True}, ("v_proj", "gate_proj", "o_proj")),
+        Option(
+            "pissa-of-a-projection",
+            {"lora_init": "pissa"},
+            {"init_lora_weights": "pissa"},
+            ("v_proj", "gate_proj"),
+            fresh=True,
+        ),
+        Option("embedding", {"use_rslora": True}, {"use_rslora": True}, ("embed_tokens", "down_proj")),
+        Option("tied-embedding-and-loraplus", {}, {}, ("embed_tokens", "o_proj"), ratio=8.0, tied=True),
     )
 }
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+SPREAD = {
+    option.name: option
+    for option in (
+        Option("dora", {"use_dora": True}, {"use_dora": True}, (*QKV, "o_proj"), model="qwen3-moe"),
+        Option(
+            "pissa",
+            {"lora_init": "pissa"},
+            {"target_modules": ["o_proj"], "target_parameters": list(EXPERTS)},
+            ("o_proj", r".*\.local_experts\..*"),
+            fresh=True,
+            model="qwen3-moe",
+        ),
+    )
+}
+"""Options on a model with experts, for layouts that spread it and cut sequences."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +136,11 @@ class Truth:
 
 def adapted(option: Option) -> torch.nn.Module:
     """peft's model with values of its own in every adapter; a fused layer's parts share one A."""
-    model = build_model(False)  # peft decomposes float32 weights only
+    # peft decomposes float32 weights only
+    model = build_model(option.tied) if option.model == "qwen3" else moe_reference.build_model(option.model)
     common = {"r": SIZES.rank, "lora_alpha": SIZES.alpha, "target_modules": list(option.targets)}
-    peft = in_double(get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False))
+    with mock.patch.object(type(model.config), "model_type", "tiny"):  # see moe_reference.add_adapter
+        peft = in_double(get_peft_model(model, LoraConfig(**{**common, **option.peft}), autocast_adapter_dtype=False))
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
@@ -107,15 +152,35 @@ def adapted(option: Option) -> torch.nn.Module:
                 parameter.copy_(parameter.float())
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            for leader, *followers in (
-                (attention.q_proj, attention.k_proj, attention.v_proj),
-                (mlp.gate_proj, mlp.up_proj),
-            ):
-                for follower in followers if hasattr(leader, "lora_A") else ():
-                    follower.lora_A.default.weight = leader.lora_A.default.weight
-            for module in (attention.o_proj, mlp.down_proj) if option.fresh else ():
-                flip(module.lora_A.default.weight, module.lora_B.default.weight)
+            dense = [(mlp.gate_proj, mlp.up_proj)] if hasattr(mlp, "gate_proj") else []
+            for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), *dense):
+                sharing = [part for part in parts if hasattr(part, "lora_A")]
+                for follower in sharing[1:]:
+                    follower.lora_A.default.weight = sharing[0].lora_A.default.weight
+            if option.fresh and not dense:
+                take_out_the_principal_part(layer)
+            for module in (*attention.children(), *mlp.children()) if option.fresh and dense else ():
+                if hasattr(module, "lora_A"):
+                    flip(module.lora_A.default.weight, module.lora_B.default.weight)
     return peft
+
+
+def take_out_the_principal_part(layer: torch.nn.Module) -> None:
+    """PiSSA of an attention's output projection and of every expert, which peft does not decompose."""
+    scaling = SIZES.alpha / SIZES.rank
+    attention = layer.self_attn.o_proj
+    places = [(attention.base_layer.weight, attention.lora_A.default.weight, attention.lora_B.default.weight)]
+    for wrapper in moe_reference.expert_wrappers(layer).values():
+        count, a, b = wrapper.num_experts, wrapper.lora_A.default.weight, wrapper.lora_B.default.weight
+        each = a.view(count, -1, a.size(-1)), b.view(b.size(0), -1, count).permute(2, 0, 1)
+        places += zip(wrapper.get_param(), *each, strict=True)
+    for weight, a, b in places:
+        u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        roots = (s[: SIZES.rank] / scaling).sqrt()
+        a.copy_(v[: SIZES.rank] * roots[:, None])
+        b.copy_(u[:, : SIZES.rank] * roots)
+        flip(a, b)
+        weight -= scaling * b @ a
 
 
 def flip(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -137,49 +202,65 @@ def take(model: torch.nn.Module, gradients: bool) -> Arrays:
         if copy is not None:
             found[name] = value(copy.default.weight)
 
+    def lengths(part: torch.nn.Module) -> torch.Tensor:
+        if hasattr(part, "lora_A"):
+            return value(part.lora_magnitude_vector.default.weight)
+        return torch.zeros(part.out_features) if gradients else part.weight.detach().norm(dim=1)
+
     def factors(name: str, parts: list[torch.nn.Module], join: Any) -> None:
-        if not hasattr(parts[0], "lora_A"):
+        adapted = [part for part in parts if hasattr(part, "lora_A")]
+        if not adapted:
             return
-        found[f"{name}.lora_A.weight"] = value(parts[0].lora_A.default.weight)
-        found[f"{name}.lora_B.weight"] = join(*(value(part.lora_B.default.weight) for part in parts))
-        if "default" in parts[0].lora_magnitude_vector:
-            lengths = (value(part.lora_magnitude_vector.default.weight) for part in parts)
-            found[f"{name}.lora_magnitude_vector.weight"] = join(*lengths)
+        a = value(adapted[0].lora_A.default.weight)
+        found[f"{name}.lora_A.weight"] = a
+        rows = (
+            value(part.lora_B.default.weight) if part in adapted else a.new_zeros(part.out_features, len(a))
+            for part in parts
+        )
+        found[f"{name}.lora_B.weight"] = join(*rows)
+        if "default" in adapted[0].lora_magnitude_vector:
+            found[f"{name}.lora_magnitude_vector.weight"] = join(*map(lengths, parts))
 
     for number, layer in enumerate(model.model.layers):
         name, attention, mlp = f"decoder.layers.{number}", layer.self_attn, layer.mlp
         factors(f"{name}.self_attention.linear_qkv", [attention.q_proj, attention.k_proj, attention.v_proj], by_groups)
         factors(f"{name}.self_attention.linear_proj", [attention.o_proj], lambda one: one)
-        factors(f"{name}.mlp.linear_fc1", [mlp.gate_proj, mlp.up_proj], lambda *both: torch.cat(both))
-        factors(f"{name}.mlp.linear_fc2", [mlp.down_proj], lambda one: one)
+        if hasattr(mlp, "gate_proj"):
+            factors(f"{name}.mlp.linear_fc1", [mlp.gate_proj, mlp.up_proj], lambda *both: torch.cat(both))
+            factors(f"{name}.mlp.linear_fc2", [mlp.down_proj], lambda one: one)
+        found |= moe_reference.experts_by_name(f"{name}.", layer, value)
         whole(f"{name}.input_layernorm.weight", layer.input_layernorm)
     whole("embedding.word_embeddings.weight", model.model.embed_tokens)
+    if hasattr(table := model.model.embed_tokens, "lora_embedding_A"):
+        found["embedding.word_embeddings.lora_A.weight"] = value(table.lora_embedding_B.default).t()
+        found["embedding.word_embeddings.lora_B.weight"] = value(table.lora_embedding_A.default).t()
     whole("output_layer.weight", model.lm_head)
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
-def optimizer_of(peft: torch.nn.Module, ratio: float | None) -> torch.optim.Optimizer:
+def optimizer_of(peft: torch.nn.Module, ratio: float | None, epsilon: float) -> torch.optim.Optimizer:
     """AdamW that decays matrices alone; peft's LoRA+ with a ratio."""
     if ratio is not None:
-        kwargs = {"lr": LEARNING_RATE, "loraplus_lr_ratio": ratio, "loraplus_weight_decay": WEIGHT_DECAY}
+        kwargs = {"lr": LEARNING_RATE, "loraplus_lr_embedding": LEARNING_RATE, "loraplus_lr_ratio": ratio}
+        kwargs["loraplus_weight_decay"] = WEIGHT_DECAY
         return create_loraplus_optimizer(peft, torch.optim.AdamW, **kwargs)
     parameters = [p for p in peft.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, eps=epsilon)
 
 
 @cache
-def truth(name: str) -> Truth:
+def truth(option: Option) -> Truth:
     """Two steps of peft's model with an option: the first's logits and gradients, both losses."""
-    peft = adapted(OPTIONS[name])
+    peft = adapted(option)
     model: Any = peft.get_base_model()
     adapter = {key: value.astype("float32") for key, value in take(model, False).items()}
-    optimizer = optimizer_of(peft, OPTIONS[name].ratio)
+    optimizer = optimizer_of(peft, option.ratio, Case(model=option.model).epsilon)
     logits, losses, gradients = [], [], {}
-    steps = global_batches(True)[:2]
+    steps = option.steps()
     for number, step in enumerate(steps):
         optimizer.zero_grad()
         loss = torch.zeros(())

@@ -52,12 +52,42 @@ ALL = ("linear_fc1", "linear_fc2", "linear_proj", "linear_qkv")
         (("all-linear",), {"lora_exclude_modules": ["o_proj", ".*mlp.*"]}, ("linear_qkv",)),
         (("linear_fc2",), {"lora_layers": [1, 1]}, ("decoder.layers.1.mlp.linear_fc2",)),
         (("linear_fc2",), {"lora_layers": list(range(LAYERS))}, ("linear_fc2",)),
+        (("all-embedding", "linear_fc2"), {}, ("linear_fc2", "word_embeddings")),
+        (("model.embed_tokens",), {"lora_layers": [1]}, ("word_embeddings",)),
+        (("word_embeddings", "all-linear"), {"lora_exclude_modules": [".*mlp.*", "linear_proj"]},
+         ("linear_qkv", "word_embeddings")),
     ],
 )  # fmt: skip
 def test_targets_are_named_in_both_worlds_by_expressions_and_layers(
     targets: tuple[str, ...], more: dict, expected: tuple[str, ...]
 ) -> None:
     assert settings(*targets, **more).target_modules == expected
+
+
+PARTS = {"linear_qkv": ("q_proj", "v_proj")}
+FIRST = {f"decoder.layers.{layer}.self_attention.linear_qkv": ("q_proj", "v_proj") for layer in (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("targets", "more", "expected"),
+    [
+        (("q_proj", "v_proj"), {}, PARTS),
+        (("q_proj", "v_proj", "down_proj"), {"lora_layers": [1]}, PARTS),
+        ((r"model\.layers\.[02]\.self_attn\.[qv]_proj", "layers.1.self_attention.linear_qkv"), {}, FIRST),
+        (("all-linear",), {"lora_exclude_modules": ["k_proj", "gate_proj"]}, {**PARTS, "linear_fc1": ("up_proj",)}),
+        (("q_proj", "linear_qkv"), {}, {}),
+        (("q_proj", "k_proj", "v_proj"), {}, {}),
+    ],
+)
+def test_parts_of_a_fused_layer_are_targets_of_their_own(
+    targets: tuple[str, ...], more: dict, expected: dict[str, tuple[str, ...]]
+) -> None:
+    assert settings(*targets, **more).parts == expected
+
+
+def test_parts_of_experts_are_refused() -> None:
+    with pytest.raises(UsageError, match="names up_proj, but gate_proj up_proj are one layer .* experts' as one"):
+        settings("up_proj", family="qwen3_moe")
 
 
 def test_the_first_pattern_that_fits_gives_a_layers_rank_and_alpha() -> None:
@@ -84,9 +114,11 @@ def test_the_first_pattern_that_fits_gives_a_layers_rank_and_alpha() -> None:
         ({"lora_dropout": 0.1}, "--lora-dropout given without --lora-target-modules"),
         ({"use_dora": True}, "--use-dora given without --lora-target-modules"),
         ({"lora_target_modules": ["linear_qkw"]}, "linear_qkw.*linear_qkv"),
-        ({"lora_target_modules": ["q_proj"]}, "names q_proj, but q_proj k_proj v_proj are one layer"),
         ({"lora_target_modules": ["(linear"]}, "not a regular expression"),
-        ({"lora_target_modules": ["all-linear", "all-embedding"]}, "--lora-modules-to-save word_embeddings"),
+        ({"lora_target_modules": ["all-linear", "lm_head"]}, "output layer gets no adapter .*-to-save lm_head"),
+        ({"lora_target_modules": ["all-linear", "all-router"]}, "entry 'all-router'"),
+        ({"lora_target_modules": ["embed_tokens"], "use_dora": True}, "--use-dora is for linear layers.* all-embedd"),
+        ({"lora_target_modules": ["all-embedding"], "lora_init": "pissa"}, "--lora-init pissa is for linear layers"),
         ({**QKV, "lora_exclude_modules": ["linear_qkv"]}, "leave no layer to adapt"),
         ({**QKV, "lora_exclude_modules": ["fc1"]}, "--lora-exclude-modules entry 'fc1'"),
         ({**QKV, "lora_layers": [1, 7]}, "--lora-layers 7: .*0 to 3"),
@@ -95,6 +127,7 @@ def test_the_first_pattern_that_fits_gives_a_layers_rank_and_alpha() -> None:
         ({**QKV, "lora_rank_pattern": ["linear_fc1=2"]}, "name 'linear_fc1'.*linear_qkv"),
         ({**QKV, "lora_alpha_pattern": ["linear_qkv=nan"]}, "'nan' is no alpha"),
         ({**QKV, "lora_modules_to_save": ["linear_qkv"]}, "both name .*linear_qkv"),
+        ({**QKV, "lora_modules_to_save": ["up_proj"]}, "names up_proj, but gate_proj up_proj are one layer .* as one"),
         ({**QKV, "lora_modules_to_save": ["norms"]}, "--lora-modules-to-save entry"),
     ],
 )  # fmt: skip
@@ -110,6 +143,13 @@ def test_a_tied_output_layer_is_trained_whole_by_the_embeddings_name() -> None:
         settings_from_options(options, tied)
     options.lora_modules_to_save = ["embed_tokens"]
     assert settings_from_options(options, tied).modules_to_save == ("word_embeddings",)
+
+
+@pytest.mark.parametrize("target", ["all-router", "router", "mlp.gate", "gate"])
+def test_routers_are_named_in_both_worlds(target: str) -> None:
+    assert settings(target, family="qwen3_moe").target_modules == ("router",)
+    with pytest.raises(UsageError, match="--use-dora is for linear layers, .* router is none"):
+        settings(target, "linear_qkv", family="qwen3_moe", use_dora=True)
 
 
 def test_dora_of_experts_is_refused() -> None:
@@ -145,6 +185,7 @@ def test_options_that_contradict_a_saved_adapter_are_named() -> None:
         (LoraOptions(use_rslora=True), "--use-rslora True contradicts the saved adapter in folder"),
         (LoraOptions(lora_init="pissa"), "--lora-init pissa contradicts"),
         (LoraOptions(lora_target_modules=["linear_qkv"], lora_layers=[2]), "with its exclusions contradicts"),
+        (LoraOptions(lora_target_modules=["q_proj"], lora_layers=[1]), "with its exclusions contradicts"),
     ):
         with pytest.raises(UsageError, match=message):
             check_given(saved, options, table(), "folder")

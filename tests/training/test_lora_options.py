@@ -28,6 +28,16 @@ OPTIONS = {
         (*PP, *EVERY, "--lora-init", "pissa", "--loraplus-lr-ratio", 4, "--lora-fusion", "--use-fused-mlp"),
         {"init": "pissa", "r": 3},
     ),
+    "DoRA of q, v and up alone; TP2 with sequence parallelism": (
+        2,
+        (*TP_SP, "--lora-target-modules", "q_proj", "v_proj", "up_proj", "--use-dora"),
+        {"parts": {"linear_fc1": ["up_proj"], "linear_qkv": ["q_proj", "v_proj"]}},
+    ),
+    "PiSSA of q alone": (
+        1,
+        ("--lora-target-modules", "q_proj", "o_proj", "--lora-init", "pissa", "--lora-fusion"),
+        {"parts": {"linear_qkv": ["q_proj"]}},
+    ),
     "DoRA and modules trained whole": (
         1,
         (*EVERY, "--use-dora", "--lora-modules-to-save", "embed_tokens", "lm_head", "input_layernorm"),
@@ -72,6 +82,9 @@ def test_an_adapter_with_options_goes_all_the_way(name: str, tmp_path: Path) -> 
     same(weights(again), weights(save))
 
     exported = save / "iter_0000006" / "peft"
+    if parts := recorded.get("parts"):
+        targets = json.loads((exported / "adapter_config.json").read_text())["target_modules"]
+        assert {name for name in targets if name != "o_proj"} == {name for own in parts.values() for name in own}
     adapted = logits(PeftModel.from_pretrained(loaded(hf_model()), exported).eval())
     assert (adapted - logits(loaded(hf_model()))).abs().max() > 0.1
     assert_close(logits(loaded(with_adapter(save))), adapted)

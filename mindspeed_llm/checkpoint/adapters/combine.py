@@ -3,6 +3,7 @@
 w1 * s1 * B1 A1 + w2 * s2 * B2 A2  =  s * [B1, f * B2] [A1; A2]        s = w1 * s1,  f = w2 * s2 / s
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from mindspeed_llm.checkpoint.adapters.factors import (
     logical_tensors,
     untied,
 )
+from mindspeed_llm.checkpoint.adapters.parts import adapted_parts, named_parts
 from mindspeed_llm.checkpoint.adapters.replaced import SourceTensor
 from mindspeed_llm.checkpoint.adapters.settings import settings_of
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.kinds import AxisMap, Segment
 from mindspeed_llm.checkpoint.open import config_differences
-from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER
+from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, WeightTable
 from mindspeed_llm.errors import InputError, UsageError
 
 
@@ -62,8 +64,19 @@ def combine(adapters: Sequence[tuple[LoraSource, float]]) -> LoraSource:
         {module: one.scaling for module, one in joined.items()},
         first.tensors.table,
     )
+    settings = dataclasses.replace(settings, parts=joined_parts([lora for lora, _ in kept], table))
     known = [lora.base for lora, _ in kept if lora.base and lora.base.hash] or [lora.base for lora, _ in kept]
     return LoraSource(tensors, settings, known[0], None, None, any(lora.unties for lora, _ in kept))
+
+
+def joined_parts(adapters: Sequence[LoraSource], table: WeightTable) -> dict[str, tuple[str, ...]]:
+    """`LoraSettings.parts` of a sum: a part is adapted where one of them adapts it."""
+    entries = {module: table.entries[f"{module}.weight"] for lora in adapters for module in lora.modules()}
+    chosen: dict[str, set[int]] = {module: set() for module in entries}
+    for lora in adapters:
+        for module in lora.modules():
+            chosen[module].update(adapted_parts(lora.settings, module, entries[module]))
+    return named_parts(chosen, entries)
 
 
 def joined_pairs(adapters: Sequence[tuple[LoraSource, float]]) -> dict[str, Joined]:

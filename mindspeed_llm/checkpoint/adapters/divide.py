@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from mindspeed_llm.checkpoint.adapters.expert_blocks import PARAMETERS, blocks_of, joined_parts
-from mindspeed_llm.checkpoint.adapters.settings import hf_module
+from mindspeed_llm.checkpoint.adapters.parts import adapted_parts
+from mindspeed_llm.checkpoint.adapters.settings import hf_module, peft_module
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.tables import EMBEDDING, MAGNITUDE, OUTPUT_LAYER, Entry, WeightTable
 from mindspeed_llm.errors import InputError
@@ -102,7 +103,9 @@ def module_shares(lora: LoraSource, table: WeightTable, module: str, trimmed: di
     entry = table.entries[f"{module}.weight"]
     if entry.expert is None:
         used = used_ranks(lora, module, entry)
-        used = used if any(used) else [every_rank(lora, module)] * len(entry.hf)
+        if not any(used):
+            adapted = adapted_parts(lora.settings, module, entry)
+            used = [every_rank(lora, module) * (part in adapted) for part in range(len(entry.hf))]
     else:
         used = trimmed.get(module) or [every_rank(lora, module)] * len(entry.hf)
     scaling = lora.settings.scaling(module)
@@ -114,7 +117,9 @@ def module_shares(lora: LoraSource, table: WeightTable, module: str, trimmed: di
         ]
         used = [ranks or every_rank(lora, module) * has for ranks, has in zip(used, lengths, strict=True)]
     shares = [
-        Share(hf_module(hf.name), factor_keys(hf_module(hf.name)), (module,), part, ranks, scaling, entry, False, has)
+        Share(
+            peft_module(hf.name), factor_keys(peft_module(hf.name)), (module,), part, ranks, scaling, entry, False, has
+        )
         for part, (hf, ranks, has) in enumerate(zip(entry.hf, used, lengths, strict=True))
         if ranks
     ]

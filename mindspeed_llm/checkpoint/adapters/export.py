@@ -13,12 +13,12 @@ from mindspeed_llm.checkpoint.adapters.peft_config import FILE
 from mindspeed_llm.checkpoint.adapters.peft_folder import PREFIX, SAFETENSORS, write_base_record
 from mindspeed_llm.checkpoint.adapters.replaced import BasePart
 from mindspeed_llm.checkpoint.adapters.servers import describe_servers
-from mindspeed_llm.checkpoint.adapters.settings import default_and_pattern, hf_module, short_targets
+from mindspeed_llm.checkpoint.adapters.settings import ROUTER, default_and_pattern, hf_module, short_targets
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_text
 from mindspeed_llm.checkpoint.formats.blocks import check_values, write_values
 from mindspeed_llm.checkpoint.formats.safetensors_file import SafetensorsWriter
-from mindspeed_llm.checkpoint.metadata import BaseRecord
+from mindspeed_llm.checkpoint.metadata import BaseRecord, short_name
 from mindspeed_llm.checkpoint.tables import EMBEDDING, Entry, WeightTable
 from mindspeed_llm.errors import InputError
 
@@ -147,7 +147,7 @@ def peft_config(
         "inference_mode": True,
         "r": r,
         "lora_alpha": number(alpha),
-        "lora_dropout": lora.settings.dropout,
+        "lora_dropout": 0.0 if parameters else lora.settings.dropout,  # peft loads no parameters with dropout
         "bias": "none",
         "use_rslora": False,
         "use_dora": bool(lora.magnitudes),
@@ -162,9 +162,10 @@ def peft_config(
 
 
 def is_parameter(share: Share, table: WeightTable) -> bool:
-    """Whether peft has to be told of a parameter: of experts, or of a layer it would otherwise take for experts."""
+    """Whether peft has to be told of a parameter: of experts, of a router, or of what it would take for experts."""
     mistaken = share.entry.expert is None and share.hf.rpartition(".")[2] in LEAVES_OF_EXPERTS
-    return share.parameter or (table.config.num_experts > 0 and mistaken)
+    router = short_name(share.modules[0]) == ROUTER
+    return share.parameter or router or (table.config.num_experts > 0 and mistaken)
 
 
 def suffix(share: Share) -> str:

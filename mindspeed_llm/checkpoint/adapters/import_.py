@@ -4,7 +4,7 @@ adapter_config.json, adapter_model.safetensors -> pairs by HF module -> placed i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,11 @@ from mindspeed_llm.checkpoint.adapters.factors import (
     logical_tensors,
     untied,
 )
+from mindspeed_llm.checkpoint.adapters.parts import named_parts
 from mindspeed_llm.checkpoint.adapters.peft_config import PeftConfig
 from mindspeed_llm.checkpoint.adapters.peft_folder import read_base_record, read_tensors
 from mindspeed_llm.checkpoint.adapters.replaced import token_tensors, whole_tensors
-from mindspeed_llm.checkpoint.adapters.settings import hf_module, settings_of
+from mindspeed_llm.checkpoint.adapters.settings import hf_module, peft_module, settings_of
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.adapters.stored import with_stored
 from mindspeed_llm.checkpoint.adapters.tied import Ends, resolve_tie
@@ -68,7 +69,7 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
     found = read_tensors(folder)
     table = untied(base.table)
     blocks = find_blocks(found.factors, config, table)
-    plain = {module: own for module, own in found.factors.items() if module not in blocks}
+    plain = {peft_module(module): own for module, own in found.factors.items() if module not in blocks}
     check_targets(plain, config, table, bool(blocks))
     modules = {**plain_modules(plain, config, table), **block_modules(blocks, config)}
     joined = {name: join(one.axis, one.entry.shape[0], one.placed) for name, one in modules.items()}
@@ -78,7 +79,7 @@ def open_peft(path: str | Path, base: TensorSource) -> LoraSource:
     unties = base.config.tie_word_embeddings and resolve_tie(ends, config, table)
     lora = LoraSource(
         AdapterTensors(folder, base.table, logical_tensors(ends.joined, ends.replaced, table)),
-        import_settings(ends.joined, config, base.table),
+        import_settings(ends.joined, config, base.table, modules),
         read_base_record(folder, config),
         metadata=None,
         checkpoint=None,
@@ -105,17 +106,16 @@ def check_targets(
 ) -> None:
     """`InputError` when the file and the config do not speak of the same modules: peft would drop or invent some."""
     targeted = set()
-    for hf, (entry, _) in table.hf_names.items():
-        if len(entry.shape) != 2 or not hf.endswith(".weight"):
-            continue
+    known = by_module(table)
+    for module, (entry, _) in known.items():
         linear = entry.name not in (EMBEDDING, OUTPUT_LAYER)
-        if config.targets(hf_module(hf), linear) or config.targets_parameter(hf):
-            targeted.add(hf_module(hf))
+        if config.targets(module, linear) or config.targets_parameter(f"{module}.weight"):
+            targeted.add(module)
     ends = {hf_module(table.entries[name].hf[0].name) for name in (EMBEDDING, OUTPUT_LAYER)}
     if config.ensure_weight_tying and targeted & ends:
         targeted |= ends & set(factors)
     for module in factors:
-        if module + ".weight" not in table.hf_names:
+        if module not in known:
             raise InputError(f"{config.path.parent}: {module} is unknown to a {table.config.family} model")
         if module not in targeted:
             raise InputError(
@@ -131,14 +131,23 @@ def check_targets(
         raise InputError(f"{config.path}: targets {lost[0]}{more}, which the adapter's file holds no factors for")
 
 
+def by_module(table: WeightTable) -> dict[str, tuple[Entry, int]]:
+    """The HF modules, as peft names them, that a pair of factors can be on, in the order of the network."""
+    return {
+        peft_module(name): (entry, part)
+        for name, (entry, part) in table.hf_names.items()
+        if len(entry.shape) == 2 and name.endswith(".weight")
+    }
+
+
 def plain_modules(
     factors: Mapping[str, Mapping[str, LazyTensor]], config: PeftConfig, table: WeightTable
 ) -> dict[str, Module]:
     """The logical modules that pairs of single HF modules adapt, in the order of the network."""
     found: dict[str, Module] = {}
-    order = [hf_module(name) for name in table.hf_names]
-    for hf in (module for module in order if module in factors):
-        entry, part = table.hf_names[hf + ".weight"]
+    for hf, (entry, part) in by_module(table).items():
+        if hf not in factors:
+            continue
         own = dict(factors[hf])
         magnitude = own.pop(MAGNITUDE, None)
         if (magnitude is not None) != config.use_dora:
@@ -199,10 +208,15 @@ def magnitudes(module: Module) -> InMemory:
     return InMemory(torch.cat([parts[part][start:stop] for part, start, stop in module.axis.locate()]))
 
 
-def import_settings(joined: Mapping[str, Joined], config: PeftConfig, table: WeightTable) -> LoraSettings:
+def import_settings(
+    joined: Mapping[str, Joined], config: PeftConfig, table: WeightTable, modules: Mapping[str, Module]
+) -> LoraSettings:
     """The settings of the joined modules; those of the config where it adapts nothing but whole tensors."""
     if not joined:
         return LoraSettings(config.r, float(config.lora_alpha), (), config.lora_dropout)
     ranks = {name: one.rank for name, one in joined.items()}
     scalings = {name: one.scaling for name, one in joined.items()}
-    return settings_of(ranks, scalings, table, config.lora_dropout)
+    fused = {name: one for name, one in modules.items() if name in joined and one.axis.parts > 1}
+    chosen = {name: {place.part for place in one.placed} for name, one in fused.items()}
+    parts = named_parts(chosen, {name: one.entry for name, one in fused.items()})
+    return replace(settings_of(ranks, scalings, table, config.lora_dropout), parts=parts)

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from mindspeed_llm.checkpoint.metadata import LoraSettings, short_name
@@ -11,9 +11,17 @@ from mindspeed_llm.checkpoint.tables import Entry, WeightTable
 from mindspeed_llm.errors import UsageError, unknown
 
 ALL_LINEAR = "all-linear"
+ROUTER, TOKENS = "router", "word_embeddings"
+"""megatron-core's short names of a router and of the table of token embeddings."""
 EXPRESSION = re.compile(r"[\\^$*+?()\[\]{}|]")
 """What makes a name a regular expression."""
-T = TypeVar("T", int, float)
+GROUPS: Mapping[str, Callable[[str], bool]] = {
+    ALL_LINEAR: lambda short: short.startswith("linear_"),
+    "all-router": lambda short: short == ROUTER,
+    "all-embedding": lambda short: short == TOKENS,
+}
+"""Target names that stand for all modules of a sort, told by their short names."""
+T = TypeVar("T")
 
 
 def module_entries(table: WeightTable) -> dict[str, Entry]:
@@ -30,23 +38,22 @@ def hf_module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def resolve_targets(names: Sequence[str], table: WeightTable, partly: bool = False) -> tuple[str, ...]:
-    """The modules that target names stand for, as `LoraSettings.target_modules` spells them.
+def peft_module(name: str) -> str:
+    """The HF module of a weight as peft sees it: transformers 5 calls Mixtral's router otherwise than its files."""
+    return hf_module(name).replace(".block_sparse_moe.gate", ".mlp.gate")
+
+
+def chosen_parts(names: Sequence[str], modules: Mapping[str, Entry], flag: str) -> dict[str, set[int]]:
+    """The logical modules among `modules` that names given with `flag` stand for, and which of their HF parts.
 
     Args:
-        names: megatron-core's (`linear_qkv`), HF's (`q_proj`), whole names of either, regular expressions of whole
-            names of either, or `all-linear`: all linear layers within the decoder's layers, routers excepted.
-        partly: a name may stand for a part of a module's rows, as `q_proj` alone does.
+        names: megatron-core's (`linear_qkv`), HF's (`q_proj`, a part of that), whole names of either, regular
+            expressions of whole names of either, or one of `GROUPS`: `all-linear` is all linear layers within the
+            decoder's layers, routers excepted.
 
     Raises:
-        UsageError: a name matches nothing, or only a part of a module that is adapted as one.
+        UsageError: a name matches nothing.
     """
-    modules = module_entries(table)
-    return short_targets(chosen_modules(names, modules, "--lora-target-modules", partly), modules)
-
-
-def chosen_modules(names: Sequence[str], modules: Mapping[str, Entry], flag: str, partly: bool = False) -> list[str]:
-    """The logical modules among `modules` that names given with `flag` stand for; see `resolve_targets`."""
     chosen: dict[str, set[int]] = {}
     for name in names:
         found = [
@@ -56,21 +63,29 @@ def chosen_modules(names: Sequence[str], modules: Mapping[str, Entry], flag: str
             if is_named(name, module, hf_module(hf.name), flag)
         ]
         if not found:
-            known = {short_name(module) for module in modules} | {ALL_LINEAR}
+            known = {short_name(module) for module in modules} | set(GROUPS)
             hf_names = {short_name(hf_module(hf.name)) for entry in modules.values() for hf in entry.hf}
             raise unknown(f"{flag} entry", name, sorted(known | hf_names))
         for module, part in found:
             chosen.setdefault(module, set()).add(part)
+    return chosen
+
+
+def check_whole(chosen: Mapping[str, set[int]], modules: Mapping[str, Entry], flag: str, why: str) -> None:
+    """`UsageError` when only parts of a module are chosen.
+
+    Args:
+        why: that cannot be, for the error: "get one adapter".
+    """
     for module, parts in chosen.items():
         every = modules[module].hf
-        if len(parts) < len(every) and not partly:
+        if len(parts) < len(every):
             given = " ".join(short_name(hf_module(every[part].name)) for part in sorted(parts))
             whole = " ".join(short_name(hf_module(hf.name)) for hf in every)
             raise UsageError(
-                f"{flag} names {given}, but {whole} are one layer here ({short_name(module)}) and get"
-                f" one adapter; name them all, or {short_name(module)}"
+                f"{flag} names {given}, but {whole} are one layer here ({short_name(module)}) and {why}; name them"
+                f" all, or {short_name(module)}"
             )
-    return list(chosen)
 
 
 def is_named(name: str, module: str, hf: str, flag: str = "--lora-target-modules") -> bool:
@@ -79,8 +94,8 @@ def is_named(name: str, module: str, hf: str, flag: str = "--lora-target-modules
     Raises:
         UsageError: it is meant as a regular expression, and is none.
     """
-    if name == ALL_LINEAR:
-        return short_name(module).startswith("linear_")
+    if name in GROUPS:
+        return GROUPS[name](short_name(module))
     if not EXPRESSION.search(name):
         return any(known == name or known.endswith(f".{name}") for known in (module, hf))
     try:

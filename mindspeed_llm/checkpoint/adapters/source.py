@@ -64,13 +64,16 @@ class LoraSource:
 
     def obstacles(self) -> list[str]:
         """What training on from it, and a live model, cannot hold; empty when they hold everything."""
-        ends = [module for module in self.modules() if f"{module}.weight" in (EMBEDDING, OUTPUT_LAYER)]
+        ends, modules = (EMBEDDING, OUTPUT_LAYER), self.modules()
+        held_as_one = self.tensors.config.tie_word_embeddings and not self.unties
+        lost = [m for m in modules if f"{m}.weight" == OUTPUT_LAYER or (f"{m}.weight" == EMBEDDING and held_as_one)]
         names = self.whole()
-        saved = [name for name in names if not self.unties and self.live_settings.saves(name.removesuffix(".weight"))]
+        kept = [name for name in names if not (self.unties and name in ends)]
+        saved = [name for name in kept if self.live_settings.saves(name.removesuffix(".weight"))]
         held = {name.removesuffix(f".{MAGNITUDE}.weight") for name in self.live.names()}
         return [
             *(f"the whole tensor {name}" for name in names if name not in saved),
-            *(f"an adapter of {module}" for module in ends),
+            *(f"an adapter of {module}" for module in lost),
             *(f"the DoRA magnitude of {module}" for module in self.magnitudes if module not in held),
         ]
 

@@ -5,7 +5,8 @@ them tied (`ensure_weight_tying`). A tensor saved without a copy (`save_embeddin
 go into the shared table itself.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from mindspeed_llm.checkpoint.adapters.factors import Joined, same_values
@@ -14,6 +15,22 @@ from mindspeed_llm.checkpoint.adapters.settings import hf_module
 from mindspeed_llm.checkpoint.formats.lazy import Readable
 from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, WeightTable
 from mindspeed_llm.errors import InputError
+from mindspeed_llm.models.config import ModelConfig
+
+
+def untied_model(config: ModelConfig) -> ModelConfig:
+    """The description of a model with an output layer of its own."""
+    raw = {**config.hf_config, "tie_word_embeddings": False} if config.hf_config else {}
+    return replace(config, tie_word_embeddings=False, hf_config=raw)
+
+
+def lookup_unties(config: ModelConfig, modules: Iterable[str]) -> bool:
+    """Whether an adapter of training makes a tied base's embedding and output layer differ.
+
+    Args:
+        modules: the logical modules it has factors of: the embedding's change what is looked up, as in peft.
+    """
+    return config.tie_word_embeddings and hf_module(EMBEDDING) in modules
 
 
 @dataclass
