@@ -54,6 +54,7 @@ class Case:
         ragged: micro-batches differ in length; else all are padded to one.
         packed: the rows of a micro-batch stand one behind the other, without padding.
         lora: train an adapter; else every weight.
+        routers: train the routers whole, beside the adapter.
         steps: global batches to train on.
         dtype: of parameters; the reference is fp32.
         context: CP. expert, expert_tensor: EP, ETP (None: as TP).
@@ -79,6 +80,7 @@ class Case:
     per_token: bool = False
     tied: bool = False
     lora: bool = True
+    routers: bool = False
     steps: int = STEPS
     dtype: str = "float32"
     context: int = 1
@@ -104,7 +106,9 @@ class Case:
     @property
     def truth(self) -> "Case":
         """The case without what must not change the numbers."""
-        kept = ("tied", "lora", "ragged", "per_token", "model", "lookups", "balance", "balance_rows", "z_loss")
+        kept = (
+            "tied", "lora", "routers", "ragged", "per_token", "model", "lookups", "balance", "balance_rows", "z_loss",
+        )  # fmt: skip
         return Case(**{name: getattr(self, name) for name in kept})
 
     def __str__(self) -> str:
@@ -124,6 +128,7 @@ class Case:
             "full-tuning" if not self.lora else "fused" if self.fused else "modular",
             "mlp" if self.fused_mlp else "",
             "apart" if self.apart else "",
+            "routers" if self.routers else "",
             f"recompute-{self.recompute}" if self.recompute else "",
             "lookups" if self.lookups else "",
             "packed" if self.packed else "" if self.ragged else "padded",

@@ -31,6 +31,13 @@ def left_partial(chunk: CausalLM) -> None:
         parameter.expert_partial = False
 
 
+def routers_of_own_tokens(chunk: CausalLM) -> None:
+    """Trained routers keep the gradient of their process's part of the sequence."""
+    for name, parameter in chunk.named_parameters():
+        if name.endswith("router.weight"):
+            parameter.sequence_parallel = False
+
+
 def counted_by_dense_rank(chunk: CausalLM) -> None:
     """Experts that are whole on every process count in the gradient norm where the dense tensor rank is 0."""
     for parameter in expert_parameters(chunk):
@@ -69,6 +76,7 @@ def one_after_another(rank: int, size: int) -> tuple[int, int]:
 CHUNK: dict[str, Callable[[CausalLM], None]] = {
     "experts-in-dense-group": in_dense_group,
     "partial-factors-kept": left_partial,
+    "routers-of-own-tokens": routers_of_own_tokens,
     "experts-counted-by-dense-rank": counted_by_dense_rank,
     "default-messages": default_messages,
 }

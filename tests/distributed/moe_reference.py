@@ -266,6 +266,13 @@ def weights_by_name(model: Any, gradients: bool) -> Arrays:
     return {name: value.numpy() for name, value in found.items()}
 
 
+def routers_by_name(model: Any, gradients: bool) -> Arrays:
+    """The routers' weights, or their gradients, by our names."""
+    gates = ((prefix, submodule(layer, "mlp.gate.weight")) for prefix, layer in layers_of(model))
+    kept = {f"{prefix}mlp.router.weight": weight.grad if gradients else weight for prefix, weight in gates}
+    return {name: value.detach().clone().numpy() for name, value in kept.items()}
+
+
 @contextmanager
 def router_logits(model: Any) -> Iterator[list[torch.Tensor]]:
     """The logits [rows x length, e] of every router, in the order of the layers, of the calls made meanwhile."""
@@ -324,10 +331,20 @@ def moe_reference(case: Case) -> Reference:
     """
     base = in_double(build_model(case.model))
     model: Any = add_adapter(base, case.lookups) if case.lora else base
-    named = adapter_by_name if case.lora else weights_by_name
+
+    def named(trained: Any, gradients: bool) -> Arrays:
+        """What the case trains, or its gradients."""
+        if not case.lora:
+            return weights_by_name(trained, gradients)
+        routers = routers_by_name(trained, gradients) if case.routers else {}
+        return adapter_by_name(trained, gradients) | routers
+
     in_double(model)
+    if case.routers:
+        for _, layer in layers_of(base):
+            layer.mlp.gate.weight.requires_grad_(True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    adapter = named(base, False) if case.lora else {}
+    adapter = adapter_by_name(base, False) if case.lora else {}
     optimizer, steps = dense.optimizer_of(parameters, case.epsilon), global_batches()
     logits: list[numpy.ndarray] = []
     gradients: Arrays = {}

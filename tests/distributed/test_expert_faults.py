@@ -18,6 +18,7 @@ PLANTED = {
     "experts in the dense group, spread": (moe(world=4, expert=2), "experts-in-dense-group", "logits"),
     "a partial factor": (moe(world=2, **SP), "partial-factors-kept", "gradients .*replicas differ"),
     "the norm of half the experts": (moe(**SPREAD), "experts-counted-by-dense-rank", "first gradient norm"),
+    "routers of half the tokens": (moe(routers=True, **SPREAD), "routers-of-own-tokens", "router.weight"),
     "gradients not reduced": (moe(world=2, expert=2), "gradient-sync-skipped", "gradient"),
     "balance of half the tokens": (moe(balance=0.3, **SPREAD), "balance-of-own-tokens", "gradient of"),
     "balance of half the sequence": (moe(world=2, context=2, balance=0.3), "balance-of-own-tokens", "gradient of"),

@@ -120,12 +120,19 @@ FUSED = (
     replace(PADDED, fused_mlp=True),
     replace(PADDED, fused_mlp=True, world=4, **SP),
 )
+ROUTERS = (
+    moe(routers=True, balance=0.3),
+    moe(routers=True, world=2, expert=2, expert_tensor=1, balance=0.3, z_loss=0.01, fused=True, **SP),
+    moe(routers=True, world=2, context=2, recompute="full"),
+)
 IN_DOUBLE = (
     replace(PADDED, per_token=True, fused=False),
     moe(world=2, fused=True, expert_tensor=2, **SP),
     moe(model="deepseek-v3", world=2, fused=True, fused_mlp=True, **SP),
 )
-EVERY = (*EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT, *FUSED, *PACKED, *PACKED_CONTEXT)
+EVERY = (
+    *EXPERTS, *RECOMPUTED, *BALANCED, *LATE, *FAMILIES, *FULL, *CONTEXT, *FUSED, *PACKED, *PACKED_CONTEXT, *ROUTERS
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)

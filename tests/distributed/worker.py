@@ -169,7 +169,9 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
         load_live(live_tensors(chunk), base, rank, case.tensor, chunk.first_layer, experts=experts)
     if case.lora:
         targets = sorted({name.removesuffix(".lora_A.weight").rpartition(".")[2] for name in adapter if "_A" in name})
-        inject(chunks, LoraSettings(SIZES.rank, SIZES.alpha, tuple(targets)), case.fused, 1, case.fused_mlp)
+        saved = ("router",) if case.routers else ()
+        settings = LoraSettings(SIZES.rank, SIZES.alpha, tuple(targets), modules_to_save=saved)
+        inject(chunks, settings, case.fused, 1, case.fused_mlp)
         if case.recompute == "full" and case.fault != "embedding-without-gradient":
             give_recompute_a_gradient(chunks)
         source = Factors(base.config, adapter)
