@@ -145,7 +145,8 @@ def check_flags(lora: LoraSource, r: int | None, alpha: float | None, target_mod
         if given and given != value
     ]
     if target_modules:
-        entries = module_entries(table)
+        layers = table.config.num_layers  # those after them predict further tokens, and have no adapters
+        entries = {name: one for name, one in module_entries(table).items() if one.layer is None or one.layer < layers}
         given = chosen_parts(target_modules, entries, "--lora-target-modules")
         if given != {module: set(adapted_parts(settings, module, entries[module])) for module in lora.modules()}:
             wrong.append(

@@ -1,6 +1,7 @@
 """The processes that tokenise: chunks of rows out, their tokens back in the same order."""
 
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Job, Chunk, Made = TypeVar("Job"), TypeVar("Chunk"), TypeVar("Made")
 THREADS = 3
+GRACE_SECONDS = 1.0  # for a process to be seen to have ended
 AHEAD = 2  # chunks that wait for each process, so that it has the next one at hand
 
 
@@ -83,8 +85,9 @@ class _Processes(Generic[Job, Chunk, Made]):
         return self
 
     def __exit__(self, *error: object) -> None:
+        for process, _ in self._members:
+            process.kill()  # none has anything to write
         for process, connection in self._members:
-            process.kill()  # none has anything to write, and none waits for a result to be taken
             process.join()
             connection.close()
 
@@ -95,7 +98,7 @@ class _Processes(Generic[Job, Chunk, Made]):
         try:
             self._members[self._given % self._workers][1].send(chunk)
         except OSError as error:
-            raise _killed() from error
+            raise self._ended() from error
         self._given += 1
 
     def take(self) -> Made:
@@ -103,15 +106,25 @@ class _Processes(Generic[Job, Chunk, Made]):
 
         connection = self._members[self._taken % self._workers][1]
         if connection not in wait([connection, *(process.sentinel for process, _ in self._members)]):
-            raise _killed()
+            raise self._ended()
         try:
             made, error, trace = connection.recv()
         except (EOFError, OSError) as gone:
-            raise _killed() from gone
+            raise self._ended() from gone
         self._taken += 1
         if error is not None:
             raise error from (None if isinstance(error, InputError) else RuntimeError(f"in a worker process:\n{trace}"))
         return made
+
+    def _ended(self) -> Exception:
+        """What to say of processes that have gone."""
+        for process, _ in self._members:
+            process.join(GRACE_SECONDS)
+        statuses = [process.exitcode for process, _ in self._members if process.exitcode]
+        if not statuses or min(statuses) < 0:  # by a signal
+            why = "has been killed, most likely for want of memory; give fewer --workers"
+            return InputError(f"a process that tokenises {why}")
+        return RuntimeError(f"a process that tokenises has ended with status {statuses[0]}; its error stands above")
 
     def _start(self) -> None:
         """Start one more process, whole: an interrupt waits until it is known here.
@@ -134,10 +147,6 @@ class _Processes(Generic[Job, Chunk, Made]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _killed() -> InputError:
-    return InputError("a process that tokenises has been killed, most likely for want of memory; give fewer --workers")
-
-
 def _serve(work: Callable[[Job, Chunk], Made], job: Job, connection: "Connection") -> None:
     """A worker process: answer every chunk by (what is made of it, error, traceback), in their order.
 
@@ -152,8 +161,17 @@ def _serve(work: Callable[[Job, Chunk], Made], job: Job, connection: "Connection
         try:
             answer = work(job, chunk), None, ""
         except Exception as error:
-            answer = None, error, traceback.format_exc()
+            answer = None, _portable(error), traceback.format_exc()
         connection.send(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its text where it cannot travel between processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(repr(error))
+    return error
 
 
 def _take_in(connection: "Connection", chunks: "SimpleQueue[Chunk]") -> None:

@@ -36,16 +36,16 @@ class _Attention(torch.autograd.Function):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         parts = zip(*(one.split(lengths, 2) for one in (query, key, value)), strict=True)
         outs, sums = zip(*(kernel(*part, 0.0, True, scale=scale) for part in parts), strict=True)
-        ctx.save_for_backward(query, key, value, *outs, *sums)
+        out = _joined(outs)  # kept as it is handed on, so that there is one of it
+        ctx.save_for_backward(query, key, value, out, *sums)
         ctx.lengths, ctx.scale = lengths, scale
-        return _joined(outs)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        count = len(ctx.lengths)
-        parts = zip(*(one.split(ctx.lengths, 2) for one in (grad, query, key, value)), kept[:count], strict=True)
-        found = [gradients(*part, log_sum, ctx.scale) for part, log_sum in zip(parts, kept[count:], strict=True)]
+        query, key, value, out, *sums = ctx.saved_tensors
+        parts = zip(*(one.split(ctx.lengths, 2) for one in (grad, query, key, value, out)), sums, strict=True)
+        found = [gradients(*part, ctx.scale) for part in parts]
         grads = (_joined(each).to(query.dtype) for each in zip(*found, strict=True))
         return *grads, None, None
 
@@ -99,7 +99,7 @@ def by_products(
     wide_keys, wide_values = keys.float(), values.float()
     dots = _row_dots(grad, out)
     dq = torch.empty(b, t, n, d, dtype=dtype).transpose(1, 2)
-    dk, dv = torch.zeros(b * g, t, d), torch.zeros(b * g, t, d)
+    dk, dv = (torch.zeros(b * g, t, d, dtype=torch.float32) for _ in range(2))
     for first in range(0, t, block):
         rows, seen = slice(first, first + block), min(first + block, t)
         q, do = (one[:, :, rows].reshape(b * g, -1, d) for one in (query, grad))  # m heads of a group, one by one
@@ -123,7 +123,7 @@ def _row_dots(left: Tensor, right: Tensor) -> Tensor:
     """Sums over d of the products of two [b, n, t, d], float32 [b, n, t]."""
     left, right = (one if one.stride(-1) == 1 else one.contiguous() for one in (left, right))
     b, n, t, d = left.shape
-    found = torch.empty(b, n, t)
+    found = torch.empty(b, n, t, dtype=torch.float32)
     strides = *left.stride()[:3], *right.stride()[:3]
     native.run("row_dots", left.dtype, left.numel(), left, right, found, b, n, t, d, *strides)
     return found
@@ -139,7 +139,9 @@ def causal(
     gains = query.dtype == torch.bfloat16 and segments is not None  # short segments, even without `native`
     if not (gains or native.serves(query)):
         return None
-    lengths = (query.size(2),) if segments is None else segments.lengths
+    lengths = (query.size(2),) if segments is None else tuple(one for one in segments.lengths if one)
+    if not query.numel():
+        return None
     return _Attention.apply(query, key, value, lengths, scale)
 
 

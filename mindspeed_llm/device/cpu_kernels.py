@@ -58,13 +58,14 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        flat, wide = x.reshape(-1, x.size(-1)), weight.float()
+        flat = x.reshape(-1, x.size(-1))
         out = torch.empty_like(flat, memory_format=torch.contiguous_format)
-        if native.serves(flat, weight):
-            flat, inverse = flat.contiguous(), torch.empty(flat.size(0), 1)
+        if native.serves(flat, weight) and weight.is_contiguous():
+            flat, inverse = flat.contiguous(), torch.empty(flat.size(0), 1, dtype=torch.float32)
             native.run("rms_norm", x.dtype, x.numel(), flat, weight, out, inverse, *flat.shape, eps)
             ctx.save_for_backward(flat, weight, inverse)
             return out.view(x.shape)
+        wide = weight.float()
         length = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float32)
         # one value per row, in float64: rounded to float32, a root and its square double the gradients' rounding
         inverse = length.double().square_().div_(flat.size(1)).add_(eps).rsqrt_().float()
@@ -76,12 +77,13 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        flat, wide = grad.reshape(x.shape), weight.float()
+        flat = grad.reshape(x.shape)
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        if wants_x and not wants_weight and native.serves(flat, x, weight):
+        if wants_x and not wants_weight and native.serves(flat, x, weight) and weight.is_contiguous():
             dx = torch.empty_like(x)
             native.run("rms_norm_backward", x.dtype, x.numel(), flat.contiguous(), x, weight, inverse, dx, *x.shape)
             return dx.view(grad.shape), None, None
+        wide = weight.float()
         dx = torch.empty_like(x) if wants_x else None
         dw = torch.zeros_like(wide) if wants_weight else None
         for rows in _blocks(*x.shape):

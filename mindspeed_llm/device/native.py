@@ -21,8 +21,10 @@ from torch import Tensor
 ENVIRONMENT_VARIABLE = "MINDSPEED_LLM_NATIVE"
 SOURCE = Path(__file__).with_name("native_kernels.c")
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11", "-mprefer-vector-width=512")
-TUNING = {"x86_64": "-march=native", "AMD64": "-march=native"}  # elsewhere -mcpu=native
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
+X86 = ("-march=native", "-mprefer-vector-width=512")
+TUNING = {"x86_64": X86, "AMD64": X86}
+ELSEWHERE = ("-mcpu=native",)
 SECONDS = 60  # after which a compiler is given up
 ALONE = 1 << 15  # elements below which a second thread costs more than it brings
 
@@ -72,8 +74,11 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(_built(TYPES[dtype])))
-    except (OSError, subprocess.SubprocessError) as error:
+    except FileNotFoundError as error:
         log.debug("CPU kernels are not compiled (%s); torch's operations take their place", error)
+        return None
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home folder
+        log.warning("CPU kernels are not compiled (%s); torch's operations, which are slower, take their place", error)
         return None
     for name, kinds in SIGNATURES.items():
         function: Callable = getattr(library, name)
@@ -85,13 +90,14 @@ def _built(defines: tuple[str, ...]) -> Path:
     """The compiled library, from the cache or made now and put there whole.
 
     Raises:
-        OSError: no compiler, or no folder to write to.
+        FileNotFoundError: no compiler.
+        OSError, RuntimeError: no folder to write to.
         CalledProcessError, TimeoutExpired: the compiler fails.
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler")
-    flags = (*FLAGS, TUNING.get(platform.machine(), "-mcpu=native"), *defines)
+    flags = (*FLAGS, *TUNING.get(platform.machine(), ELSEWHERE), *defines)
     told = "\n".join((SOURCE.read_text(encoding="utf-8"), compiler, *flags, _processor()))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindspeed_llm"
     made = folder / f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"

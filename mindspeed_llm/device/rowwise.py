@@ -45,7 +45,7 @@ def row_peaks(logits: Tensor) -> Tensor:
     """The largest of each row of [m, v], float32 [m]."""
     if not native.serves(logits) or not logits.size(1):
         return logits.amax(-1).float() if logits.size(1) else torch.full(logits.shape[:1], -torch.inf).to(logits.device)
-    found = torch.empty(logits.size(0))
+    found = torch.empty(logits.size(0), dtype=torch.float32)
     native.run("row_peaks", logits.dtype, logits.numel(), logits, found, *logits.shape, logits.stride(0))
     return found
 
@@ -99,7 +99,7 @@ def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
         table: [s, 2, r], cosine and sine, float32.
         interleaved: component 2i belongs with 2i + 1, not i with i + r/2.
     """
-    plain = table.dtype == torch.float32 and table.stride()[1:] == (table.size(-1), 1)
+    plain = table.dtype == torch.float32 and table.stride()[1:] == (table.size(-1), 1) and table.size(0) == x.size(0)
     if not interleaved and plain and native.serves(x):
         return _Rotation.apply(x, table)
     cosine, sine = table.to(x.dtype).unsqueeze(1).unsqueeze(1).unbind(3)  # [s, 1, 1, r]

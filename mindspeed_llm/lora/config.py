@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from mindspeed_llm.arguments.lora import LoraOptions
-from mindspeed_llm.checkpoint.adapters.parts import described_targets, named_parts
+from mindspeed_llm.checkpoint.adapters.parts import adapted_parts, described_targets, named_parts
 from mindspeed_llm.checkpoint.adapters.settings import (
     ROUTER,
     TOKENS,
@@ -248,16 +248,10 @@ def continued(settings: LoraSettings, options: LoraOptions) -> LoraSettings:
     return settings if options.lora_dtype == "auto" else replace(settings, dtype=options.lora_dtype)
 
 
-def plain_targets(options: LoraOptions) -> list[str] | None:
-    """The targets, where no other option takes some of them out: those a saved adapter can be held against as named."""
-    narrowed = options.lora_exclude_modules or options.lora_layers is not None
-    return None if narrowed else options.lora_target_modules
-
-
 def check_given(settings: LoraSettings, options: LoraOptions, table: WeightTable, where: object) -> None:
     """`UsageError` when the options ask for another adapter than the saved one; those left out ask for nothing.
 
-    Rank, alpha and plain targets are checked where the adapter is opened.
+    Rank and alpha are checked where the adapter is opened.
 
     Args:
         settings: of the saved adapter.
@@ -270,12 +264,18 @@ def check_given(settings: LoraSettings, options: LoraOptions, table: WeightTable
     }
     wrong = [f"{flag} {given}" for flag, (given, own) in said.items() if given not in (False, "default", own)]
     patterns = options.lora_rank_pattern or options.lora_alpha_pattern
-    narrowed = options.lora_exclude_modules or options.lora_layers is not None
-    if options.lora_target_modules and (patterns or narrowed or options.lora_modules_to_save):
+    if options.lora_target_modules:
+        modules = adaptable(table)
+        own = {
+            name: set(adapted_parts(settings, name, entry)) for name, entry in modules.items() if settings.adapts(name)
+        }
+        narrowed = options.lora_exclude_modules or options.lora_layers is not None
+        targets = "--lora-target-modules with its exclusions" if narrowed else "--lora-target-modules"
+        if chosen_targets(options, modules) != own:
+            wrong.append(targets)
+    if options.lora_target_modules and (patterns or options.lora_modules_to_save):
         wanted = settings_from_options(options, table)
         named = {
-            "--lora-target-modules with its exclusions": (wanted.target_modules, wanted.parts)
-            != (settings.target_modules, settings.parts),
             "--lora-rank-pattern": patterns and dict(wanted.rank_pattern) != dict(settings.rank_pattern),
             "--lora-alpha-pattern": patterns and dict(wanted.alpha_pattern) != dict(settings.alpha_pattern),
             "--lora-modules-to-save": wanted.modules_to_save != settings.modules_to_save,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from mindspeed_llm.lora.fused import Product
+from mindspeed_llm.lora.fused import CASES, Product
 from mindspeed_llm.lora.layers import ColumnParallelLora, ParallelLora, RowParallelLora
 from mindspeed_llm.lora.overlap import Chunks, Pending, all_gather, all_reduce, joined, reduce_scatter
 
@@ -264,6 +264,8 @@ class AdaptedAttention:
         drops = self.qkv.training and any(p.p for one in (self.qkv, self.proj) for p in one.lora_dropout.values()
                                           if isinstance(p, nn.Dropout))  # fmt: skip
         if self.qkv.disable_adapters or self.proj.disable_adapters or drops:
+            return 1
+        if not all(one.fuses and one.case in CASES for one in (self.qkv, self.proj)):
             return 1
         ranks = self.qkv.group.size() if self.qkv.sequence_parallel else 1
         row_bytes = x.size(0) * ranks * x.size(2) * x.element_size()

@@ -16,7 +16,7 @@ from mindspeed_llm.checkpoint.live import live_tensors, load_live
 from mindspeed_llm.checkpoint.metadata import short_name
 from mindspeed_llm.checkpoint.open import BaseSource, check_base, open_base, open_lora, source_hash
 from mindspeed_llm.checkpoint.tables import OUTPUT_LAYER, logical_name
-from mindspeed_llm.lora.config import check_given, plain_targets
+from mindspeed_llm.lora.config import check_given
 
 
 def open_pair(load: str, options: LoraOptions, family_name: str | None) -> tuple[BaseSource, LoraSource]:
@@ -27,8 +27,7 @@ def open_pair(load: str, options: LoraOptions, family_name: str | None) -> tuple
         InputError: nothing there, or an adapter of another base.
     """
     base = open_base(load, family_name, with_adapter=True)
-    given = (options.lora_r, options.lora_alpha, plain_targets(options))
-    adapter = open_lora(options.lora_load or "", *given, family_name=family_name, base=base)
+    adapter = open_lora(options.lora_load or "", options.lora_r, options.lora_alpha, family_name=family_name, base=base)
     check_given(adapter.live_settings, options, base.table, adapter.path)
     check_base(adapter, base, load, shared_hash)
     return base, adapter

@@ -7,6 +7,7 @@ all-to-all, and twice that as an all-reduce, which is one after the other (ring)
 from collections import Counter
 from dataclasses import dataclass, fields
 
+from mindspeed_llm.checkpoint.tables import EMBEDDING
 from mindspeed_llm.planning.activations import expert_pairs, tokens_between
 from mindspeed_llm.planning.job import FULL_PRECISION, Job
 from mindspeed_llm.planning.weights import ModelWeights, Pieces, held
@@ -179,7 +180,10 @@ def attention_flops(job: Job, layer: int) -> float:
 
 def needs_no_input_gradient(job: Job, layer: int) -> bool:
     """Whether nothing is trained before a layer's first projection; full recomputation asks for a gradient there."""
-    return layer == 0 and job.lora is not None and job.recompute != "full" and not job.model.multi_latent_attention
+    if layer or job.lora is None or job.recompute == "full" or job.model.multi_latent_attention:
+        return False
+    embedding = EMBEDDING.removesuffix(".weight")
+    return not (job.lora.adapts(embedding) or job.lora.saves(embedding))
 
 
 def products(pieces: Pieces, job: Job, tokens: float, pairs: float) -> tuple[float, float]:

@@ -38,7 +38,8 @@ from mindspeed_llm.training.pipeline import Batch
 from mindspeed_llm.training.preference import FIGURES, Preference, with_reference
 
 LORAPLUS = ("*layers.*.lora_B.*", "*layers.*.lora_magnitude_vector.*")
-"""Parameters that learn faster under LoRA+: those of the decoder's layers. As in peft, an embedding's do not."""
+"""Parameters that learn faster under LoRA+: those of the decoder's layers. An embedding's do not; peft has another rate
+for them."""
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,13 @@ def export_adapter(checkpoint: Path, export: Export) -> str:
     return write_peft(adapter, checkpoint / ADAPTER_FOLDER, export.base_path)
 
 
+def exported_model(model: ModelConfig, settings: LoraSettings | None) -> ModelConfig:
+    """The model that a run writes, of the one it trains."""
+    model = replace(model, mtp_num_layers=0)  # prediction layers are neither trained nor in the live model
+    adapts_lookup = settings is not None and settings.adapts(EMBEDDING.removesuffix(".weight"))
+    return untied_model(model) if adapts_lookup else model  # the output layer keeps what is not adapted
+
+
 class ModelExport:
     """The HF folder of a checkpoint while it is written, merged where there is an adapter.
 
@@ -147,9 +154,7 @@ class ModelExport:
                 other while they are written.
         """
         self.export, self.place = export, place
-        self.model = replace(model, mtp_num_layers=0)  # prediction layers are neither trained nor in the live model
-        if export.settings is not None and export.settings.adapts(EMBEDDING.removesuffix(".weight")):
-            self.model = untied_model(self.model)  # what is looked up is adapted, the output layer is not
+        self.model = exported_model(model, export.settings)
         shares = LiveShares(chunks, self.model, copies)
         self.folder, self.first = checkpoint / MODEL_FOLDER, torch.distributed.get_rank() == 0
         if self.first:

@@ -55,10 +55,11 @@ def lengths_of(options: PosttrainOptions, parts: Parts | None) -> Lengths:
     if parts is None:
         return Lengths(longest, longest, 1.0, f"--seq-length {longest}; no data named")
     own = np.minimum(parts.train.source.lengths, longest)
-    reports = [one for file in parts.files for one in file.reports if one is not None]
+    told = [file for file in parts.files if all(one is not None for one in file.reports)]
+    reports = [one for file in told for one in file.reports]
     trained = 1.0
     if sum(one["tokens"] for one in reports):
-        places = sum(int(np.sum(file.lengths)) for file in parts.files) * (2 if options.prefers else 1)
+        places = sum(int(np.sum(file.lengths)) for file in told) * (2 if options.prefers else 1)
         trained = min(1.0, sum(one["trained_tokens"] for one in reports) / places)
     return laid_out(options, own, trained, f"{len(own):,} {noun(options)}")
 
@@ -95,6 +96,8 @@ def raw_lengths(options: PosttrainOptions, tokenizer: str | None) -> Lengths:
     """
     longest, what = options.data.seq_length, noun(options)
     named = [options.rows.input] if options.rows.input else [parse_spec(one).path for one in options.sources.dataset]
+    if options.sources.dataset_dir is not None:  # names of entries; those that lie on the hub only are told when read
+        named = []
     far = [one for one in named if not Path(one).expanduser().exists() and not is_self_cognition(one)]
     if tokenizer is None or far:
         why = f"{far[0]} is not on this machine" if far else "--tokenizer-name-or-path, which counts tokens, is missing"

@@ -27,7 +27,14 @@ from mindspeed_llm.errors import InputError
 from mindspeed_llm.training import checkpointing
 from mindspeed_llm.training.checkpointing import barrier, current_place, own_place
 from mindspeed_llm.training.engine import finish_parameter_sync
-from mindspeed_llm.training.export import ADAPTER_FOLDER, MODEL_FOLDER, ModelExport, export_adapter, sum_over_ranks
+from mindspeed_llm.training.export import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    ModelExport,
+    export_adapter,
+    exported_model,
+    sum_over_ranks,
+)
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.retention import about_to_save, best_checkpoint, iterations, link_best, remove, surplus
 from mindspeed_llm.training.setup import Run
@@ -139,8 +146,9 @@ class Saver:
         export = self.run.export
         if export is None or not export.model:
             return 0
-        itemsize = getattr(torch, self.run.metadata.model.dtype).itemsize
-        return itemsize * sum(torch.Size(entry.shape).numel() for entry in self.run.start.base.table.entries.values())
+        model = exported_model(self.run.metadata.model, export.settings)
+        sizes = (torch.Size(entry.shape).numel() for entry in WeightTable(model).entries.values())
+        return getattr(torch, model.dtype).itemsize * sum(sizes)
 
     def room(self) -> int:
         """Bytes free for checkpoints, as rank 0 sees them; collective."""

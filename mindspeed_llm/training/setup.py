@@ -263,8 +263,8 @@ def build_engine(options: PosttrainOptions, start: Start, engine: EngineOptions,
         inject(chunks, start.settings, lora.lora_fusion, options.training.seed, lora.use_fused_mlp, fresh)
         if engine.recompute_granularity == "full":
             give_recompute_a_gradient(chunks)
-        unlike = unlike_layers(start.settings, start.base.config) if engine.grouped_experts else []
-        if unlike and torch.distributed.get_rank() == 0:
+        tells = engine.grouped_experts and torch.distributed.get_rank() == 0
+        if unlike := unlike_layers(start.settings, start.base.config) if tells else []:
             said = ", ".join(map(str, unlike))
             say(f"experts of layers {said} are not all adapted alike: they run one after another, not together")
     if start.adapter is not None:

@@ -17,7 +17,7 @@ from mindspeed_llm.checkpoint.open import (
     open_checkpoint,
 )
 from mindspeed_llm.errors import InputError, UsageError
-from mindspeed_llm.lora.config import check_given, continued, plain_targets, settings_from_options
+from mindspeed_llm.lora.config import check_given, continued, settings_from_options
 from mindspeed_llm.lora.sources import open_pair, shared_hash
 from mindspeed_llm.training.retention import LEFTOVER, iterations
 
@@ -83,7 +83,7 @@ def _resumed(options: PosttrainOptions, checkpoint: TrainingCheckpoint) -> Start
         return Start(checkpoint.base(), options.checkpoint.load or str(checkpoint.folder), None, None, checkpoint)
     if not options.checkpoint.load:
         raise UsageError(f"--load is missing: the base of the adapter in {checkpoint.folder}")
-    adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha, plain_targets(lora))
+    adapter = adapter_of(checkpoint, lora.lora_r, lora.lora_alpha)
     base = open_base(options.checkpoint.load, options.model.model_type_hf, with_adapter=True)
     check_given(adapter.live_settings, lora, base.table, adapter.path)
     check_base(adapter, base, options.checkpoint.load, shared_hash)

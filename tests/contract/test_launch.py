@@ -13,6 +13,11 @@ PROGRAM = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
 os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}\\n".encode())  # one call: two processes share the pipe
+shown = __file__ + ".shown"
+if rank == 0:
+    open(shown, "w").close()
+while not os.path.exists(shown):  # the first to fail ends the other
+    time.sleep(0.01)
 if rank == 1:
     %s
 if %r:

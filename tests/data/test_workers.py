@@ -5,6 +5,7 @@ import signal
 import time
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,14 +65,20 @@ def test_a_process_that_is_killed_while_it_sends_is_noticed(tmp_path: Path) -> N
 
 def failing(message: str, chunk: int) -> int:
     """The chunk, and an error at the third."""
+    if chunk == 3 and message == "lambda":
+        raise ValueError(lambda: 3)  # which cannot travel between processes
     if chunk == 3:
         raise InputError(message) if message else KeyError(chunk)
     return chunk
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(("message", "error"), [("row 3 is bad", InputError), ("", KeyError)])
-def test_an_error_comes_back_in_its_turn_as_it_was_raised(message: str, error: type[Exception], workers: int) -> None:
+@pytest.mark.parametrize(
+    ("message", "error"), [("row 3 is bad", InputError), ("", KeyError), ("lambda", (ValueError, RuntimeError))]
+)
+def test_an_error_comes_back_in_its_turn_as_it_was_raised(
+    message: str, error: type[Exception] | tuple[type[Exception], ...], workers: int
+) -> None:
     made = in_order(failing, message, iter(range(1, 9)), workers)
     assert [next(made), next(made)] == [1, 2]
     with pytest.raises(error, match=message or "3"):

@@ -81,3 +81,13 @@ def test_bfloat16_segments_of_all_lengths_are_as_close_to_the_truth_as_torchs_ke
         assert ours.dtype == torch.bfloat16
         error, allowed = ((one.double() - wanted).norm() / wanted.norm() for one in (ours, theirs))
         assert error <= 1.05 * allowed and error < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_segment_without_tokens_is_passed_over(dtype: torch.dtype) -> None:
+    query, key, value = (draw(1, 2, 8, 16, seed=n).to(dtype).requires_grad_() for n in range(3))
+    with_empty, without = (Segments(lengths, torch.empty(0)) for lengths in ((5, 0, 3), (5, 3)))
+    outs = [cpu_attention.attention(query, key, value, causal=True, scale=0.3, segments=one)
+            for one in (with_empty, without)]  # fmt: skip
+    grads = [torch.autograd.grad(out.sum(), query)[0] for out in outs]
+    assert torch.equal(*outs) and torch.equal(*grads)

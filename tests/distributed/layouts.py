@@ -134,8 +134,8 @@ NOTES = """
 - **Experts** of a process are computed together, in one grouped product per layer; **apart**
   (`--moe-grouped-gemm false`) one after another. An expert's adapter has its own A and B; under ETP they are cut as the
   expert is. The factor that is whole on every part is completed over ETP once a step.
-- **Routers** are frozen with adapters, unless `--lora-modules-to-save router` trains them whole, and trained with all
-  weights. The correction of DeepSeek-V3 and GLM-4 MoE stays.
+- **Routers** are frozen with adapters, unless `all-router` adapts them or `--lora-modules-to-save router` trains them
+  whole, and trained with all weights. The correction of DeepSeek-V3 and GLM-4 MoE stays.
 - **Gradient norm**: the root of the sum of squares of dense and expert parameters, each counted once.
 - **Checkpoints**: optimizer state is stored by parameter, so a run goes on at any other layout (defect 8 of
   megatron-core's own format does not arise).

@@ -116,7 +116,7 @@ def test_template_and_thinking_come_from_the_checkpoint_and_contradictions_are_r
         (("--prompt-type", "alpaca"), "--prompt-type alpaca: the checkpoint was tuned with qwen3"),
         (("--lora-r", 9), "--lora-r says 9, the adapter says 3"),
         (("--lora-alpha", 9), "--lora-alpha says 9, the adapter says 6"),
-        (("--lora-target-modules", "linear_qkv"), "lora-target-modules says"),
+        (("--lora-target-modules", "linear_qkv"), "lora-target-modules contradicts"),
         (("--hidden-size", 9), "hidden.size.*9.*24|24.*9"),
     ):
         words = ["--load", hf_model(), "--lora-load", tuned(), "--prompt", "x", *flags]

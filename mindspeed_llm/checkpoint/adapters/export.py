@@ -13,7 +13,13 @@ from mindspeed_llm.checkpoint.adapters.peft_config import FILE
 from mindspeed_llm.checkpoint.adapters.peft_folder import PREFIX, SAFETENSORS, write_base_record
 from mindspeed_llm.checkpoint.adapters.replaced import BasePart
 from mindspeed_llm.checkpoint.adapters.servers import describe_servers
-from mindspeed_llm.checkpoint.adapters.settings import ROUTER, default_and_pattern, hf_module, short_targets
+from mindspeed_llm.checkpoint.adapters.settings import (
+    ROUTER,
+    default_and_pattern,
+    hf_module,
+    peft_module,
+    short_targets,
+)
 from mindspeed_llm.checkpoint.adapters.source import LoraSource
 from mindspeed_llm.checkpoint.atomic import StagedDirectory, write_text
 from mindspeed_llm.checkpoint.formats.blocks import check_values, write_values
@@ -114,8 +120,8 @@ def saved_tensors(lora: LoraSource, shares: list[Share], table: WeightTable) -> 
         if name == EMBEDDING and stays_tied(lora):
             names.append(f"{head_of(table)}.weight")
         for number, hf in enumerate(names):
-            module = hf_module(hf)
-            key = f"{module}.base_layer.weight" if module in adapted else hf
+            module = peft_module(hf)
+            key = f"{module}.base_layer.weight" if module in adapted else f"{module}.weight"
             found.append(Saved(key, module, BasePart(lora.tensors, entry, min(number, len(entry.hf) - 1))))
     return found
 

@@ -97,7 +97,9 @@ def saved_modules(lora: LoraSource, config: PeftConfig) -> tuple[str, ...]:
     entries = lora.tensors.table.entries
     parts = {name: entries[name].hf for name in weights if name in entries}
     return tuple(
-        hf_module(name) for name, hf in parts.items() if all(config.saves(hf_module(part.name)) for part in hf)
+        hf_module(name)
+        for name, hf in parts.items()
+        if all(config.saves(hf_module(part.name)) or config.saves(peft_module(part.name)) for part in hf)
     )
 
 

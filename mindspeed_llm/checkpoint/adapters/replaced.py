@@ -8,7 +8,7 @@ import torch
 from mindspeed_llm.checkpoint.adapters.factors import Assembled, common_dtype, is_identity, same_values
 from mindspeed_llm.checkpoint.adapters.peft_config import PeftConfig
 from mindspeed_llm.checkpoint.adapters.peft_folder import PeftTensors
-from mindspeed_llm.checkpoint.adapters.settings import hf_module
+from mindspeed_llm.checkpoint.adapters.settings import peft_module
 from mindspeed_llm.checkpoint.formats.lazy import LazyTensor, Readable, TensorSource, cut_ranges
 from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.tables import Entry, WeightTable
@@ -112,7 +112,9 @@ def whole_tensors(
         InputError: a tensor the base has no place for, or of another shape.
     """
     parts: dict[str, dict[int, LazyTensor]] = {}
-    for name, tensor in found.whole.items():
+    named = {f"{peft_module(name)}.weight": name for name in table.hf_names if name.endswith(".weight")}
+    for given, tensor in found.whole.items():
+        name = named.get(given, given)
         if name not in table.hf_names:
             raise InputError(f"{config.path.parent}: {name} is unknown to a {table.config.family} model")
         entry, part = table.hf_names[name]
@@ -123,7 +125,7 @@ def whole_tensors(
                 f" {list(entry.stored_shape(part))}; give the base it was trained on, resized likewise"
             )
         # peft saves an embedding that has factors along with them, as it was; that replaces nothing.
-        if config.saves(hf_module(name)) or not same_values(tensor, stored):
+        if config.saves(given.removesuffix(".weight")) or not same_values(tensor, stored):
             parts.setdefault(entry.name, {})[part] = tensor
     return {name: completed(table.entries[name], own, base) for name, own in parts.items()}
 

@@ -91,7 +91,7 @@ class Subject:
             dtype: of weights and activations.
             adapter: runs beside the base.
         """
-        self.options = EngineOptions(dtype=dtype)
+        self.options = EngineOptions(dtype=dtype, grouped_experts=False)  # factors stand beside each expert's layers
         self.source, self.device, self.streamed, self.adapter = source, device, streamed, adapter
         self.truth: Trace | None = None
         self.trace = Trace()
