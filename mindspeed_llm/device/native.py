@@ -21,7 +21,8 @@ from torch import Tensor
 ENVIRONMENT_VARIABLE = "MINDSPEED_LLM_NATIVE"
 SOURCE = Path(__file__).with_name("native_kernels.c")
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
+# Products and sums are not contracted, so that a rotation in float32 has the bits of torch's operations.
+FLAGS = ("-O3", "-fno-math-errno", "-ffp-contract=off", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
 X86 = ("-march=native", "-mprefer-vector-width=512")
 TUNING = {"x86_64": X86, "AMD64": X86}
 ELSEWHERE = ("-mcpu=native",)

@@ -39,20 +39,25 @@ static inline float load(const T *p) { return *p; }
 static inline void store(T *p, float value) { *p = value; }
 #endif
 
+#ifdef __FP_FAST_FMAF
+#define MULTIPLY_ADD(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
+
 /* e^x to 2 units in the last place, 0 below -87.3; Cody and Waite's reduction and the polynomial of Cephes' expf. */
 static inline float exponential(float x) {
     float low = x < -87.3f ? 0.0f : 1.0f;
     x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
-    float shifted = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
+    float shifted = MULTIPLY_ADD(x, 1.44269504088896341f, 12582912.0f); /* 1.5 * 2^23: rounds to an integer */
     float n = shifted - 12582912.0f;
-    float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
+    float f = MULTIPLY_ADD(n, 2.12194440e-4f, MULTIPLY_ADD(n, -0.693359375f, x));
+    float p = MULTIPLY_ADD(1.9875691500e-4f, f, 1.3981999507e-3f);
+    p = MULTIPLY_ADD(p, f, 8.3334519073e-3f);
+    p = MULTIPLY_ADD(p, f, 4.1665795894e-2f);
+    p = MULTIPLY_ADD(p, f, 1.6666665459e-1f);
+    p = MULTIPLY_ADD(p, f, 5.0000001201e-1f);
+    p = MULTIPLY_ADD(p, f * f, f + 1.0f);
     return low * p * from_bits((uint32_t)((int32_t)n + 127) << 23);
 }
 

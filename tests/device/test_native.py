@@ -183,3 +183,13 @@ def test_the_runtime_of_the_threads_is_torchs_own() -> None:
     runtimes = {line.split()[-1] for line in loaded.read_text().splitlines() if "gomp" in line or "libomp" in line}
     logging.getLogger(__name__).info("%s", runtimes)
     assert len({Path(one).name for one in runtimes}) <= 1
+
+
+@needs_compiler
+def test_a_rotation_in_float32_has_the_bits_of_torchs_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    angles = draw(40, 8).float()
+    whole = torch.cat([angles, angles], 1)
+    x, table = draw(40, 2, 3, 16, seed=4).float(), torch.stack([whole.cos(), whole.sin()], 1)
+    found = rowwise.rotate(x, table, False)
+    monkeypatch.setattr(native, "serves", lambda *tensors: False)
+    assert torch.equal(found, rowwise.rotate(x, table, False))
