@@ -5,7 +5,6 @@ import signal
 import time
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
 
 import pytest
 

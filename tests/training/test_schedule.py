@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from mindspeed_llm import device
 from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.errors import UsageError
+
+device.select("cpu")  # before megatron-core is imported, as the programs do it
+from mindspeed_llm.training.schedule import Schedule  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def schedule() -> Callable[..., list[float]]:
     """Rates of steps 1..n under given options."""
-    from mindspeed_llm import device
-
-    device.select("cpu")
-    from mindspeed_llm.training.schedule import Schedule
 
     def rates(steps: int, **options: object) -> list[float]:
         groups = [
