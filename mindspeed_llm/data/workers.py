@@ -118,8 +118,9 @@ class _Processes(Generic[Job, Chunk, Made]):
 
     def _ended(self) -> Exception:
         """What to say of processes that have gone."""
-        for process, _ in self._members:
-            process.join(GRACE_SECONDS)
+        from multiprocessing.connection import wait
+
+        wait([process.sentinel for process, _ in self._members], GRACE_SECONDS)
         statuses = [process.exitcode for process, _ in self._members if process.exitcode]
         if not statuses or min(statuses) < 0:  # by a signal
             why = "has been killed, most likely for want of memory; give fewer --workers"

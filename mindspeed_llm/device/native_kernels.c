@@ -146,7 +146,7 @@ void rope(const T *x, const float *table, T *y, int64_t s, int64_t b, int64_t n,
             const T *from = x + row / b * s_stride + row % b * b_stride + k * n_stride;
             T *to = y + (row * n + k) * d;
             #pragma omp simd
-        for (int64_t j = 0; j < half; j++) {
+            for (int64_t j = 0; j < half; j++) {
                 float first = load(from + j), second = load(from + half + j);
                 store(to + j, first * cosine[j] - sign * second * sine[sign > 0 ? j : half + j]);
                 store(to + half + j, second * cosine[half + j] + sign * first * sine[sign > 0 ? half + j : j]);

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from mindspeed_llm.checkpoint.formats.lazy import InMemory, assemble, part_of
 from mindspeed_llm.checkpoint.kinds import AxisMap, adapter_map
+from mindspeed_llm.errors import UsageError
 
 
 def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -19,8 +20,12 @@ def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, T
 
     The largest value of each row of A is positive, so that equal weights give equal factors. Rows of zeros (parts of a
     fused layer that are not adapted) take no part: theirs in B are zero.
+
+    Raises:
+        UsageError: the matrix has fewer singular vectors than r.
     """
     rows = weight.any(dim=1)
+    check_rank(rows, weight, r)
     u, s, v = torch.linalg.svd(weight[rows].float(), full_matrices=False)
     roots = (s[:r] / scaling).sqrt()
     a = v[:r] * roots[:, None]
@@ -28,6 +33,16 @@ def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, T
     b = a.new_zeros(weight.size(0), r)
     b[rows] = u[:, :r] * roots * signs.t()
     return a * signs, b
+
+
+def check_rank(rows: Tensor, weight: Tensor, r: int) -> None:
+    """`UsageError` where the adapted rows of a weight (True in `rows`) have fewer singular vectors than r."""
+    most = min(int(rows.sum()), weight.size(1))
+    if most < r:
+        raise UsageError(
+            f"--lora-init pissa: {int(rows.sum())} adapted rows of {weight.size(1)} columns have {most} singular"
+            f" vectors, --lora-r asks for {r}; give a smaller rank"
+        )
 
 
 @torch.no_grad()
@@ -45,6 +60,7 @@ def shared_factors(weight: Tensor, r: int, scaling: float, axis: AxisMap, group:
     shares = [torch.empty_like(weight) for _ in range(group.size())]
     torch.distributed.all_gather(shares, weight.contiguous(), group=group)
     whole = assemble([InMemory(share) for share in shares], axis)
+    check_rank(whole.any(dim=1), whole, r)  # on every rank, so that none waits for one that has refused
     a = torch.empty(r, whole.size(1), device=weight.device)
     b = torch.empty(whole.size(0), r, device=weight.device)
     if group.rank() == 0:
