@@ -1,7 +1,7 @@
 /* Row-wise work that torch does operation by operation on a CPU, in one pass over memory each.
  *
- * Compiled at first use by `native.py`. T is float, or with -DBF16 bfloat16; all arithmetic is in float, results
- * are rounded once. Rows are contiguous unless a stride is given; strides count elements. Threads are
+ * Compiled at first use by `native.py`. T is float, or with -DBF16 bfloat16; arithmetic is in float,
+ * results are rounded once. Rows are contiguous unless a stride is given; strides count elements. Threads are
  * those of torch's own OpenMP runtime, `threads` of them.
  */
 
@@ -23,6 +23,7 @@ static inline uint32_t to_bits(float value) {
 
 #ifdef BF16
 typedef uint16_t T;
+typedef float Sum; /* exact enough for eight bits */
 
 static inline float load(const T *p) { return from_bits((uint32_t)*p << 16); }
 
@@ -33,6 +34,7 @@ static inline void store(T *p, float value) { /* to nearest, ties to even; NaN s
 }
 #else
 typedef float T;
+typedef double Sum; /* a sum's error would scale a whole row */
 
 static inline float load(const T *p) { return *p; }
 
@@ -57,7 +59,7 @@ static inline float exponential(float x) {
     p = MULTIPLY_ADD(p, f, 4.1665795894e-2f);
     p = MULTIPLY_ADD(p, f, 1.6666665459e-1f);
     p = MULTIPLY_ADD(p, f, 5.0000001201e-1f);
-    p = MULTIPLY_ADD(p, f * f, f + 1.0f);
+    p = MULTIPLY_ADD(p, f * f, f) + 1.0f; /* 1 last: the sum's own rounding is the largest */
     return low * p * from_bits((uint32_t)((int32_t)n + 127) << 23);
 }
 
@@ -69,10 +71,10 @@ void rms_norm(const T *x, const T *w, T *y, float *inverse, int64_t n, int64_t h
     for (int64_t i = 0; i < n; i++) {
         const T *from = x + i * h;
         T *to = y + i * h;
-        float sum = 0.0f;
+        Sum sum = 0;
         #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < h; j++) {
-            float value = load(from + j);
+            Sum value = load(from + j);
             sum += value * value;
         }
         float r = (float)(1.0 / sqrt((double)sum / (double)h + eps)); /* rounded once: it scales the whole row */
@@ -90,11 +92,12 @@ void rms_norm_backward(const T *dy, const T *x, const T *w, const float *inverse
     for (int64_t i = 0; i < n; i++) {
         const T *grad = dy + i * h, *from = x + i * h;
         T *to = dx + i * h;
-        float dot = 0.0f, r = inverse[i];
+        float r = inverse[i];
+        Sum dot = 0;
         #pragma omp simd reduction(+ : dot)
         for (int64_t j = 0; j < h; j++)
-            dot += load(grad + j) * load(w + j) * load(from + j);
-        float along = dot * r * r / (float)h;
+            dot += (Sum)(load(grad + j) * load(w + j)) * load(from + j);
+        float along = (float)(dot * r * r / h);
         #pragma omp simd
         for (int64_t j = 0; j < h; j++)
             store(to + j, r * (load(grad + j) * load(w + j) - along * load(from + j)));
@@ -163,11 +166,11 @@ void row_dots(const T *a, const T *b, float *sums, int64_t n0, int64_t n1, int64
     for (int64_t i = 0; i < n0 * n1 * n2; i++) {
         int64_t x = i / (n1 * n2), y = i / n2 % n1, z = i % n2;
         const T *left = a + x * a0 + y * a1 + z * a2, *right = b + x * b0 + y * b1 + z * b2;
-        float sum = 0.0f;
+        Sum sum = 0;
         #pragma omp simd reduction(+ : sum)
         for (int64_t l = 0; l < d; l++)
-            sum += load(left + l) * load(right + l);
-        sums[i] = sum;
+            sum += (Sum)load(left + l) * load(right + l);
+        sums[i] = (float)sum;
     }
 }
 
