@@ -15,11 +15,11 @@ from mindspeed_llm.checkpoint.recorded import holds_tokenizer, tokenizer_folder
 from mindspeed_llm.checkpoint.sizes import parse_size
 from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.data.dataset import PAIR_FIELDS, IndexedDataset
-from mindspeed_llm.data.on_the_fly import found_rows
+from mindspeed_llm.data.on_the_fly import found_rows, plan_rows
 from mindspeed_llm.data.pairs import PairDataset
 from mindspeed_llm.data.plan import CHAT_FIELDS
 from mindspeed_llm.data.prefixes import Parts, open_parts
-from mindspeed_llm.data.sample_lengths import sample_lengths
+from mindspeed_llm.data.sample_lengths import Sampled, sample_lengths
 from mindspeed_llm.data.sources import is_self_cognition, parse_spec
 from mindspeed_llm.device import cards
 from mindspeed_llm.device.base import Device
@@ -88,8 +88,9 @@ def laid_out(options: PosttrainOptions, own: np.ndarray, trained: float, said: s
 def raw_lengths(options: PosttrainOptions, tokenizer: str | None) -> Lengths:
     """Raw rows as batches will hold them: as an earlier run has prepared them, else as the first of them are.
 
-    Memory is planned for rows of --seq-length where not all rows were read. Where none can be, for want of a tokenizer
-    or because they are on the hub, every row is taken to be that long, which is said.
+    No file is read to its end for this, but one whose rows are all among those first. Memory is planned for rows of
+    --seq-length where not all rows were read. Where none can be, for want of a tokenizer or because they are on the
+    hub, every row is taken to be that long, which is said.
 
     Args:
         tokenizer: the HF folder whose tokenizer the rows are made with.
@@ -103,22 +104,32 @@ def raw_lengths(options: PosttrainOptions, tokenizer: str | None) -> Lengths:
         why = f"{far[0]} is not on this machine" if far else "--tokenizer-name-or-path, which counts tokens, is missing"
         return Lengths(longest, longest, 1.0, f"{what} of --seq-length {longest} each, assumed: {why}")
     fields, made = PAIR_FIELDS if options.prefers else CHAT_FIELDS, preprocess_options(options, tokenizer)
-    prepared = found_rows(made, cache_place(options, raw_folder(options)), fields)
+    plan = plan_rows(made, fields)
+    prepared = found_rows(plan, cache_place(options, raw_folder(options)))
     if prepared is not None:
         kind = PairDataset if options.prefers else IndexedDataset
-        return lengths_of(options, open_parts(data_of(options, prepared), kind))
-    seen = sample_lengths(made, fields)
+        found = lengths_of(options, open_parts(data_of(options, prepared), kind))
+        return replace(found, origin=f"{found.origin}; as prepared in {prepared.parent}")
+    seen = sample_lengths(plan)
     own = np.minimum(seen.lengths, longest)
     share = seen.trained / (int(seen.lengths.sum()) * (2 if options.prefers else 1))
     if options.rows.pack:
         packs = f"the first {len(own):,} {what}, {own.mean():,.0f} tokens on average, packed to --seq-length {longest}"
         return Lengths(longest, longest, share, packs)
-    every = seen.whole is not None and seen.whole <= len(own)
-    of = "" if every else f" of about {seen.whole:,}" if seen.whole is not None else " of more"
-    found = laid_out(options, own, share, f"{'all' if every else 'the first'} {len(own):,} {what}{of},")
-    if every or found.longest == longest:
+    found = laid_out(options, own, share, sampled_text(seen, what))
+    if seen.every or found.longest == longest:
         return found
     return replace(found, longest=longest, origin=f"{found.origin}; memory for {longest}, as longer ones may follow")
+
+
+def sampled_text(seen: Sampled, what: str) -> str:
+    """Which rows were read, for people."""
+    some = f"{'all' if seen.every else 'the first'} {len(seen.lengths):,} {what}"
+    if seen.whole is not None and seen.whole < len(seen.lengths):
+        return f"{some} of their files, from which {seen.whole:,} are taken,"
+    if seen.every:
+        return f"{some},"
+    return f"{some} of {'more' if seen.whole is None else f'about {seen.whole:,}'},"
 
 
 def job_of(
