@@ -32,7 +32,7 @@ from mindspeed_llm.planning.propose import Lengths, Wish, propose
 from mindspeed_llm.planning.show import GIB, memory_line, table
 from mindspeed_llm.planning.weights import ModelWeights
 from mindspeed_llm.training.layout_rules import length_parts
-from mindspeed_llm.training.raw_rows import cache_place, data_of, preprocess_options, raw_folder
+from mindspeed_llm.training.raw_rows import cache_place, data_of, preprocess_options, raw_folder, with_bounds_kept
 
 FIXED = {
     "tensor_model_parallel_size": "tp",
@@ -54,6 +54,7 @@ def lengths_of(options: PosttrainOptions, parts: Parts | None) -> Lengths:
     longest = options.data.seq_length
     if parts is None:
         return Lengths(longest, longest, 1.0, f"--seq-length {longest}; no data named")
+    options = with_bounds_kept(options, parts)
     own = np.minimum(parts.train.source.lengths, longest)
     told = [file for file in parts.files if all(one is not None for one in file.reports)]
     reports = [one for file in told for one in file.reports]
@@ -61,7 +62,12 @@ def lengths_of(options: PosttrainOptions, parts: Parts | None) -> Lengths:
     if sum(one["tokens"] for one in reports):
         places = sum(int(np.sum(file.lengths)) for file in told) * (2 if options.prefers else 1)
         trained = min(1.0, sum(one["trained_tokens"] for one in reports) / places)
-    return laid_out(options, own, trained, f"{len(own):,} {noun(options)}")
+    found = laid_out(options, own, trained, f"{len(own):,} {noun(options)}")
+    written = sum(one["rows"]["written"] for one in reports)
+    if found.rows is None or not written or not any(file.neat_packed for file in parts.files):
+        return found
+    inner = min(longest, max(one["longest_row"] for one in reports)), sum(one["tokens"] for one in reports) / written
+    return replace(found, rows=inner)
 
 
 def noun(options: PosttrainOptions) -> str:
@@ -82,7 +88,9 @@ def laid_out(options: PosttrainOptions, own: np.ndarray, trained: float, said: s
         return Lengths(longest, longest, share, f"{said}, padded to --seq-length {longest}")
     multiple = 1 if data.lays_out_flat else data.pad_to_multiple_of
     padded = -(-own // multiple) * multiple
-    return Lengths(int(padded.max()), float(padded.mean()), trained * float(own.mean() / padded.mean()), said)
+    mean = float(padded.mean())
+    rows = (int(own.max()), float(own.mean())) if data.lays_out_flat else None
+    return Lengths(int(padded.max()), mean, trained * float(own.mean()) / mean, said, rows)
 
 
 def raw_lengths(options: PosttrainOptions, tokenizer: str | None) -> Lengths:
@@ -115,11 +123,13 @@ def raw_lengths(options: PosttrainOptions, tokenizer: str | None) -> Lengths:
     share = seen.trained / (int(seen.lengths.sum()) * (2 if options.prefers else 1))
     if options.rows.pack:
         packs = f"the first {len(own):,} {what}, {own.mean():,.0f} tokens on average, packed to --seq-length {longest}"
-        return Lengths(longest, longest, share, packs)
+        rows = (int(own.max()) if seen.every else longest, float(own.mean())) if options.rows.neat_pack else None
+        return Lengths(longest, longest, share, packs, rows)
     found = laid_out(options, own, share, sampled_text(seen, what))
     if seen.every or found.longest == longest:
         return found
-    return replace(found, longest=longest, origin=f"{found.origin}; memory for {longest}, as longer ones may follow")
+    said = f"{found.origin}; memory for {longest}, as longer ones may follow"
+    return replace(found, longest=longest, origin=said, rows=found.rows and (longest, found.rows[1]))
 
 
 def sampled_text(seen: Sampled, what: str) -> str:
@@ -140,8 +150,13 @@ def job_of(
     processes: int,
     length: int,
     accelerator: bool,
+    inner: int | None = None,
 ) -> Job:
-    """The run these options describe, on `processes` ranks, for micro-batches of rows of `length` tokens."""
+    """The run these options describe, on `processes` ranks, for micro-batches of rows of `length` tokens.
+
+    Args:
+        inner: tokens of the longest row within one, where they stand one behind the other; else None.
+    """
     cut, training = options.parallel, options.training
     replicas = max(1, processes // (layout.tp * layout.pp * cut.context_parallel_size))
     rows = training.global_batch_size or training.micro_batch_size * replicas
@@ -166,6 +181,7 @@ def job_of(
         micro_batch=training.micro_batch_size * (2 if options.prefers else 1),  # both answers of a pair
         micro_batches=max(1, rows // (training.micro_batch_size * replicas)),
         length=-(-length // parts) * parts,
+        rows=inner,
         accelerator=accelerator,
     )
 

@@ -185,6 +185,23 @@ def test_packed_raw_rows_are_as_long_as_a_pack() -> None:
     assert (found.longest, found.mean) == (128, 128) and "packed to --seq-length 128" in found.origin
 
 
+def test_rows_within_neat_packs_are_those_of_the_data(tmp_path: Path) -> None:
+    pack = ("--seq-length", 128, "--pack", "--neat-pack", *raw_chat())
+    prepared = prepare_rows(preprocess_options(options_of(*pack), str(hf_model())), tmp_path).prefix
+    found = [
+        planned_for(*pack),
+        planned_for("--seq-length", 128, "--data-path", prepared),
+        planned_for("--seq-length", 128, "--padding-free", *raw_chat()),
+        planned_for("--seq-length", 128, "--padding-free", "--data-path", data(rows=ROWS)),
+    ]
+    assert planned_for("--seq-length", 128, *raw_chat()).rows is None
+    inner = [one.rows for one in found]
+    assert [longest for longest, _ in inner] == [found[3].longest] * 4 and found[3].longest < 128
+    assert [mean for _, mean in inner] == pytest.approx([found[3].mean] * 4)
+    wish = planned.wish_of(options_of(*LORA, *pack))
+    assert {one.job.rows for one in propose(wish)} == {found[3].longest}
+
+
 @pytest.mark.parametrize("missing", ["tokenizer", "file"])
 def test_what_cannot_be_counted_is_assumed_and_said(missing: str, tmp_path: Path) -> None:
     raw = raw_chat() if missing == "tokenizer" else ("--dataset", "owner/name", *CHAT)
