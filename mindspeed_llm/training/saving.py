@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mindspeed_llm.checkpoint.atomic import StagedDirectory, iteration_folder, write_tracker
-from mindspeed_llm.checkpoint.formats.torch_dist_shards import merge_shares, write_shares
+from mindspeed_llm.checkpoint.formats.torch_dist_shards import STEP, merge_shares, write_shares
 from mindspeed_llm.checkpoint.formats.torch_file import write_torch_file
 from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE
 from mindspeed_llm.checkpoint.metadata import Metadata, write_metadata
@@ -35,6 +35,7 @@ from mindspeed_llm.training.export import (
     exported_model,
     sum_over_ranks,
 )
+from mindspeed_llm.training.optimizer_state import engine_settings
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.retention import about_to_save, best_checkpoint, iterations, link_best, remove, surplus
 from mindspeed_llm.training.setup import Run
@@ -228,7 +229,8 @@ class Saver:
             pending.export = ModelExport(chunks, metadata.model, staged.path, run.export, self.place, copies)
         pending.common = {key: value for key, value in content.items() if not isinstance(value, dict | list)}
         if content.get("optimizer"):
-            pending.common["optimizer"] = {"step": content["optimizer"]["step"]}
+            pending.common[STEP] = step = content["optimizer"]["step"]
+            pending.common["optimizer"] = engine_settings(run.engine.optimizer, step)
         pending.common["validation"] = content["validation"]
         tasks = [self.writing_of(content, staged.path, metadata)] if self.writes else []
         tasks += [pending.export.write] if pending.export is not None else []
