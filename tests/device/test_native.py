@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.device import cpu_attention, native, rowwise
+from mindspeed_llm.device.segments import Segments
 
 REPO = Path(__file__).resolve().parents[2]
 TYPES = [torch.float32, torch.bfloat16]
@@ -143,6 +144,86 @@ def test_gradients_by_products_are_as_exact_as_torchs_kernel(
 
     allowed = attention_errors(torchs, sizes, dtype)
     assert max(found) <= 1.2 * max(allowed) + 5e-7 and max(found) < (0.01 if dtype == torch.bfloat16 else 2e-6)
+
+
+needs_tiles = pytest.mark.skipif(not native.tiled(torch.zeros(1).bfloat16()), reason="this CPU has no matrix tiles")
+
+
+def heads_of(b: int, t: int, n: int, g: int, d: int) -> list[Tensor]:
+    """Queries, keys, values and a gradient in bfloat16, laid out as a projection leaves them."""
+    return [draw(t, b, h, d, seed=k).bfloat16().permute(1, 2, 0, 3) for k, h in enumerate((n, g, g, n))]
+
+
+def through(attention: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What attention gives, and the gradients of its three inputs."""
+    *leaves, grad = (one.to(dtype).detach() for one in inputs)
+    out = attention(*(one.requires_grad_() for one in leaves))
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def torchs_attention(lengths: tuple[int, ...]) -> Callable[..., Tensor]:
+    def attention(*heads: Tensor) -> Tensor:
+        parts = zip(*(one.split(lengths, 2) for one in heads), strict=True)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return torch.cat([sdpa(*part, is_causal=True, scale=0.3, enable_gqa=True) for part in parts], 2)
+
+    return attention
+
+
+def attention_in_tiles(lengths: tuple[int, ...]) -> Callable[..., Tensor]:
+    def attention(*heads: Tensor) -> Tensor:
+        segments = None if len(lengths) == 1 else Segments(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
+        out = cpu_attention.causal(*heads, segments, 0.3, None)
+        assert type(out.grad_fn).__name__ == "_TileAttentionBackward"
+        return out
+
+    return attention
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("b", "lengths", "n", "g", "d"),
+    [(1, (1,), 1, 1, 32), (2, (33,), 6, 2, 64), (3, (128,), 2, 1, 96), (1, (1100,), 2, 2, 128),
+     (1, (5, 1, 64, 0, 30, 200), 4, 2, 64), (1, (600, 31), 3, 1, 32)],
+)  # fmt: skip
+def test_attention_in_tiles_is_as_exact_as_torchs_kernel(
+    b: int, lengths: tuple[int, ...], n: int, g: int, d: int
+) -> None:
+    inputs = heads_of(b, sum(lengths), n, g, d)
+    truth = through(torchs_attention(lengths), inputs, torch.float64)
+    found = through(attention_in_tiles(lengths), inputs, torch.bfloat16)
+    allowed = through(torchs_attention(lengths), inputs, torch.bfloat16)
+    for ours, theirs, exact in zip(found, allowed, truth, strict=True):
+        assert ours.shape == exact.shape and ours.dtype == torch.bfloat16
+        scale = exact.norm().clamp(min=1e-3)
+        error = (ours.double() - exact).norm() / scale
+        assert error <= 1.1 * (theirs.double() - exact).norm() / scale + 2e-4 and error < 4e-3
+
+
+@needs_tiles
+def test_attention_in_tiles_keeps_nan_to_its_queries_and_is_the_same_with_one_thread() -> None:
+    inputs = heads_of(2, 300, 4, 2, 64)
+    found = through(attention_in_tiles((300,)), inputs, torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = through(attention_in_tiles((300,)), inputs, torch.bfloat16)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    inputs[0][1, 3, 70] = torch.nan
+    out = through(attention_in_tiles((300,)), inputs, torch.bfloat16)[0]
+    assert out[1, 3, 70].isnan().all() and out.isnan().sum() == 64
+
+
+@needs_tiles
+def test_products_of_torch_are_right_after_attention_in_tiles() -> None:
+    """Both set up the tiles of a thread; torch's library may count on what it left."""
+    left, right = (draw(256, 256, seed=k).bfloat16() for k in (1, 2))
+    before = left @ right
+    for lengths in ((40,), (300,)):
+        through(attention_in_tiles(lengths), heads_of(2, sum(lengths), 4, 2, 64), torch.bfloat16)
+        assert torch.equal(left @ right, before)
 
 
 SCRIPT = """
