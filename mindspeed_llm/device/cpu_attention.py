@@ -1,5 +1,5 @@
-"""Causal attention on a CPU: in matrix tiles where it has them; torch's flash kernel forward, and a faster way back
-where rows are short, elsewhere.
+"""Causal attention on a CPU: in blocks that stay in its cache where it has wide vectors or matrix tiles; elsewhere
+torch's flash kernel forward, and a faster way back where rows are short.
 
 Shapes: b batch, n query heads, g key-value heads, t tokens, d head dimension, i queries of a block.
 """
@@ -27,12 +27,12 @@ SCORES = 1 << 21
 """Scores that exist at a time, in float32."""
 QUERIES = 64, 256
 """Least and largest number of queries of a block."""
-TILE_WIDTH = 32
-"""Head dimensions that `native_tiles.c` takes are multiples of it."""
+BLOCK_WIDTH = 32
+"""Head dimensions that `native_attention.c` takes are multiples of it."""
 
 
-class _TileAttention(torch.autograd.Function):
-    """Causal attention of each segment by `native_tiles.c`, in bfloat16."""
+class _BlockAttention(torch.autograd.Function):
+    """Causal attention of each segment by `native_attention.c`."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
@@ -180,8 +180,8 @@ def causal(
     lengths = (query.size(2),) if segments is None else tuple(one for one in segments.lengths if one)
     if not query.numel():
         return None
-    if query.size(-1) % TILE_WIDTH == 0 and native.tiled(query, key, value):
-        return _TileAttention.apply(query, key, value, lengths, scale)
+    if query.size(-1) % BLOCK_WIDTH == 0 and native.blocked(query, key, value):
+        return _BlockAttention.apply(query, key, value, lengths, scale)
     gains = query.dtype == torch.bfloat16 and segments is not None  # short segments, even without `native`
     if not (gains or native.serves(query)):
         return None

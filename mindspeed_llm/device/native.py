@@ -1,4 +1,4 @@
-"""`native_kernels.c` and `native_tiles.c`: compiled once per machine by its own C compiler, called on CPU tensors.
+"""`native_kernels.c`, `native_attention.c`: compiled once per machine by its own C compiler, called on CPU tensors.
 
 Without a compiler everything runs in plain torch. `MINDSPEED_LLM_NATIVE=0` asks for that.
 """
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "MINDSPEED_LLM_NATIVE"
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native_kernels.c", "native_tiles.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native_kernels.c", "native_attention.c"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("native_tiles.h", "native_vectors.h"))
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
 # Products and sums are not contracted, so that a rotation in float32 has the bits of torch's operations.
 FLAGS = ("-O3", "-fno-math-errno", "-ffp-contract=off", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
@@ -41,8 +42,8 @@ SIGNATURES = {
     "row_peaks": "ppiii",
     "row_exponentials": "pppiii",
 }
-TILE_SIGNATURES = {"attention": "pppppppiiiiiiif", "attention_backward": "pppppppppppiiiiiiif"}
-"""Of what is only there where `tiled` says so."""
+BLOCK_SIGNATURES = {"attention": "pppppppiiiiiiif", "attention_backward": "pppppppppppiiiiiiif"}
+"""Of what is only there where `blocked` says so."""
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,12 @@ def serves(*tensors: Tensor) -> bool:
     return _library(first.dtype) is not None
 
 
-def tiled(*tensors: Tensor) -> bool:
-    """Whether `TILE_SIGNATURES` are there for these tensors: bfloat16, on a CPU with matrix tiles (Intel AMX)."""
-    return tensors[0].dtype == torch.bfloat16 and serves(*tensors) and bool(_library(torch.bfloat16).tiles())
+def blocked(*tensors: Tensor) -> bool:
+    """Whether the kernels of `BLOCK_SIGNATURES` are there for these tensors.
+
+    In float32 they need vectors of 512 bits, in bfloat16 matrix tiles (Intel AMX).
+    """
+    return serves(*tensors) and bool(_library(tensors[0].dtype).blocks())
 
 
 def run(name: str, dtype: torch.dtype, work: int, *arguments: Tensor | int | float | None) -> None:
@@ -88,7 +92,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home folder
         log.warning("CPU kernels are not compiled (%s); torch's operations, which are slower, take their place", error)
         return None
-    there = {**SIGNATURES, **TILE_SIGNATURES} if library.tiles() else SIGNATURES
+    there = {**SIGNATURES, **BLOCK_SIGNATURES} if library.blocks() else SIGNATURES
     for name, kinds in there.items():
         function: Callable = getattr(library, name)
         function.argtypes, function.restype = [KINDS[kind] for kind in kinds] + [ctypes.c_int], None
@@ -107,7 +111,9 @@ def _built(defines: tuple[str, ...]) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C compiler")
     flags = (*FLAGS, *TUNING.get(platform.machine(), ELSEWHERE), *defines)
-    told = "\n".join((*(one.read_text(encoding="utf-8") for one in SOURCES), compiler, *flags, _processor()))
+    told = "\n".join(
+        (*(one.read_text(encoding="utf-8") for one in (*SOURCES, *HEADERS)), compiler, *flags, _processor())
+    )
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindspeed_llm"
     made = folder / f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if made.exists():
