@@ -7,12 +7,12 @@ of queries and keys, f ffn, t TP, c CP, r LoRA rank, e bytes per element.
 
 from dataclasses import dataclass
 
+from mindspeed_llm.device.rowwise import COLUMNS
 from mindspeed_llm.models.context import ALONE
+from mindspeed_llm.models.head import ROWS
 from mindspeed_llm.planning.job import Job
 
 FLOAT = 4
-HEAD_SLICE = 2048  # columns of float32 temporaries (`device.rowwise.exponentials_`)
-HEAD_ROWS = 512  # labelled positions whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def head(job: Job) -> float:
     before = tokens_between(job) * h * e + labelled * h * e + norm(job, tokens_between(job), h)
     if job.trains_head:
         return before + labelled * vocabulary * (2 * FLOAT + (e if e < FLOAT else 0))
-    rows, part = min(labelled, HEAD_ROWS), min(HEAD_SLICE, vocabulary)
+    rows, part = min(labelled, ROWS), min(COLUMNS, vocabulary)
     width = h * e
     if e < FLOAT:
         width = max(2 * part * FLOAT, h * (FLOAT + 2 * e))
