@@ -106,24 +106,17 @@ def _unknown_count(file: Path) -> None:
 
 
 def _count_lines(file: Path) -> int | None:
-    """Lines of an uncompressed file, empty ones among them; None for a compressed one.
-
-    Those of a large file are told from its size and from how many there are in pieces of it.
-    """
+    """Lines of an uncompressed file, empty ones too; about how many in a large one, from pieces; None if compressed."""
     if file.suffix.lower() in COMPRESSED:
         return None
     size = file.stat().st_size
-    step = max(CHUNK, size // COUNTED)
-    count = seen = 0
-    last = b"\n"
+    step, count, seen, last = max(CHUNK, size // COUNTED), 0, 0, b"\n"
     with file.open("rb") as stream:
         for place in range(0, size, step):
             stream.seek(place)
             block = stream.read(CHUNK)
             count, seen, last = count + block.count(b"\n"), seen + len(block), block[-1:]
-    if step > CHUNK:
-        return round(count * size / seen)
-    return count + (last != b"\n")
+    return round(count * size / seen) if step > CHUNK else count + (last != b"\n")
 
 
 def _lines(file: Path) -> Iterator[Entry]:
