@@ -188,6 +188,10 @@ def test_packed_raw_rows_are_as_long_as_a_pack() -> None:
 def test_rows_within_neat_packs_are_those_of_the_data(tmp_path: Path) -> None:
     pack = ("--seq-length", 128, "--pack", "--neat-pack", *raw_chat())
     prepared = prepare_rows(preprocess_options(options_of(*pack), str(hf_model())), tmp_path).prefix
+    divided = prepare_rows(
+        preprocess_options(options_of(*pack, "--split", "60,40,0"), str(hf_model())), tmp_path
+    ).prefix
+    part = planned_for("--seq-length", 128, "--train-data-path", f"{divided}_train")
     found = [
         planned_for(*pack),
         planned_for("--seq-length", 128, "--data-path", prepared),
@@ -197,6 +201,7 @@ def test_rows_within_neat_packs_are_those_of_the_data(tmp_path: Path) -> None:
     assert planned_for("--seq-length", 128, *raw_chat()).rows is None
     inner = [one.rows for one in found]
     assert [longest for longest, _ in inner] == [found[3].longest] * 4 and found[3].longest < 128
+    assert part.rows == pytest.approx(inner[1])
     assert [mean for _, mean in inner] == pytest.approx([found[3].mean] * 4)
     wish = planned.wish_of(options_of(*LORA, *pack))
     assert {one.job.rows for one in propose(wish)} == {found[3].longest}
