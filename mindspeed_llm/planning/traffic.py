@@ -71,7 +71,8 @@ def training_work(job: Job, sums: ModelWeights, pp_rank: int) -> Work:
         else:
             boundaries += 1
     keys = job.tokens * job.context * 2 * job.model.num_query_groups * job.model.kv_channels / layout.tp * job.element
-    context = sum(2 + (n in again) for n in layers) * keys * share(job.context)
+    gathered = len(layers) if job.recompute == "selective" else len(again)  # attention is computed again, or the layer
+    context = (2 * len(layers) + gathered) * keys * share(job.context)
     expert = sum((4 + 2 * (n in again)) * expert_message(job) for n in layers if job.model.has("moe", n))
     return Work(flops, tensor, context, expert, boundaries * hidden if layout.pp > 1 else 0.0)
 
