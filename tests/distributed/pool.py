@@ -20,7 +20,10 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
+
+from tests.distributed import seeds
 
 TIMEOUT = 240.0  # seconds a task may take
 GRACE = 5.0  # seconds the other processes get to answer once one has failed
@@ -49,12 +52,25 @@ def _resolve(task: Task) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _forget_engines() -> None:
-    """Drop what the last task built: process groups end, with their threads, when nothing knows them any more."""
-    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
-    if rotary is not None:
-        rotary.RotaryEmbedding.forward.cache_clear()  # remembers its callers, and through their hooks all the rest
-    gc.collect()
+class _Leftovers:
+    """What a task leaves behind: its modules, which stay, and its engines, which go."""
+
+    def __init__(self) -> None:
+        self.modules = 0
+
+    def forget(self) -> None:
+        """Drop what the last task built: process groups end, with their threads, when nothing knows them any more.
+
+        The million objects of modules once imported are then set aside, so that the next search for cycles, here and
+        in the program itself, need not go through them: that took longer than many a task.
+        """
+        rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
+        if rotary is not None:
+            rotary.RotaryEmbedding.forward.cache_clear()  # remembers its callers, and through their hooks all the rest
+        gc.collect()
+        if len(sys.modules) > self.modules:
+            self.modules = len(sys.modules)
+            gc.freeze()
 
 
 def _serve(rank: int, environment: dict[str, str], stacks: str, pipe: Any, prepare: Callable[[int], None]) -> None:
@@ -63,6 +79,8 @@ def _serve(rank: int, environment: dict[str, str], stacks: str, pipe: Any, prepa
     with open(stacks, "w", encoding="utf-8") as dump:
         faulthandler.register(signal.SIGUSR1, file=dump, all_threads=False)
         prepare(rank)
+        leftovers = _Leftovers()
+        leftovers.forget()
         while True:
             try:
                 task, arguments = pipe.recv()
@@ -74,7 +92,14 @@ def _serve(rank: int, environment: dict[str, str], stacks: str, pipe: Any, prepa
                 answer = (False, traceback.format_exc())
             pipe.send(answer)
             del answer, task, arguments
-            _forget_engines()
+            leftovers.forget()
+
+
+def _spawned(rank: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
+    """Start `target(*arguments)` in a process that has imported nothing."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 class Pool:
@@ -88,7 +113,10 @@ class Pool:
     def __init__(self, size: int, prepare: Callable[[int], None] = join_group) -> None:
         self.size = size
         self.folder = tempfile.TemporaryDirectory(prefix="pool-")
-        context = multiprocessing.get_context("spawn")
+        start = _spawned
+        if prepare is join_group:
+            seeds.sow(size)
+            start = seeds.forked
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -104,13 +132,11 @@ class Pool:
                 "MINDSPEED_LLM_DEVICE": "cpu",
                 "OMP_NUM_THREADS": "1",
             }
-            ours, theirs = context.Pipe()
+            ours, theirs = multiprocessing.Pipe()
             arguments = (rank, environment, self._stacks(rank), theirs, prepare)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            self.processes.append(start(rank, _serve, arguments))
             theirs.close()
             self.pipes.append(ours)
-            self.processes.append(process)
 
     def _stacks(self, rank: int) -> str:
         return os.path.join(self.folder.name, f"rank{rank}")

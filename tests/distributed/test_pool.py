@@ -45,6 +45,7 @@ def die_on_one(rank: int) -> None:
 @pytest.fixture
 def light() -> Iterator[Pool]:
     two = Pool(2, prepare=nothing)
+    two.run(answer, add=0)  # both have started: no timeout below includes that
     yield two
     for process in two.processes:
         process.kill()
