@@ -1,10 +1,45 @@
-"""What every test shares: where the recorded references lie, and a loud skip where they do not."""
+"""What every test shares: where the recorded references lie, and a loud skip where they do not; turns; ports."""
 
+import socket
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
+from tests.turns import Turns
+
 REPO = Path(__file__).resolve().parents[1]
+TURNS = pytest.StashKey[Turns]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take turns with the other processes of this test run, where there are any."""
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        config.stash[TURNS] = Turns(worker["testrunuid"])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave the turns."""
+    if TURNS in config.stash:
+        config.stash[TURNS].close()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `alone` waits for those in other processes, and they for it; no time limit includes that."""
+    turns = item.config.stash.get(TURNS, None)
+    if turns is None:
+        return (yield)
+    with turns.turn(item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def shared_dir() -> Path:

@@ -249,6 +249,7 @@ def midway(words: list[str], pause: float = 0.0) -> Iterator[subprocess.Popen]:
         process.communicate()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
 )

@@ -13,7 +13,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from tests.conftest import free_port
 from tests.distributed import seeds
 
 TIMEOUT = 240.0  # seconds a task may take
@@ -117,9 +117,7 @@ class Pool:
         if prepare is join_group:
             seeds.sow(size)
             start = seeds.forked
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = str(free_port())
         self.pipes, self.processes = [], []
         for rank in range(size):
             environment = {
@@ -128,7 +126,7 @@ class Pool:
                 "WORLD_SIZE": str(size),
                 "LOCAL_WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": port,
                 "MINDSPEED_LLM_DEVICE": "cpu",
                 "OMP_NUM_THREADS": "1",
             }
