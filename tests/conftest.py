@@ -1,5 +1,6 @@
 """What every test shares: where the recorded references lie, and a loud skip where they do not; turns; ports."""
 
+import os
 import socket
 from collections.abc import Generator
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.turns import Turns
+
+# Threads of several processes that share the cores wait for each other in busy loops: a reference that one thread
+# computes in half a second took fifteen.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPO = Path(__file__).resolve().parents[1]
 TURNS = pytest.StashKey[Turns]()
