@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     with turns.turn(item.get_closest_marker("alone") is not None):
         return (yield)
+
+
+def unsynced(descriptor: int) -> None:
+    """In place of `os.fsync`, which may take most of a short test's time.
+
+    Tests kill processes, which loses nothing that was written; only a power cut would. Programs that are started by
+    their command line do wait for the disk.
+    """
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unsynced() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(os, "fsync", unsynced)
+        yield
 
 
 def free_port() -> int:

@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from tests.conftest import free_port
+from tests.conftest import free_port, unsynced
 from tests.distributed import seeds
 
 TIMEOUT = 240.0  # seconds a task may take
@@ -76,6 +76,7 @@ class _Leftovers:
 def _serve(rank: int, environment: dict[str, str], stacks: str, pipe: Any, prepare: Callable[[int], None]) -> None:
     """One process: prepare, then run tasks until the pipe closes."""
     os.environ.update(environment)
+    os.fsync = unsynced
     with open(stacks, "w", encoding="utf-8") as dump:
         faulthandler.register(signal.SIGUSR1, file=dump, all_threads=False)
         prepare(rank)
