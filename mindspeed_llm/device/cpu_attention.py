@@ -1,4 +1,5 @@
-"""Causal attention on a CPU: torch's flash kernel forward, and a faster way back where rows are short.
+"""Causal attention on a CPU: in blocks that stay in its cache where it has wide vectors or matrix tiles; elsewhere
+torch's flash kernel forward, and a faster way back where rows are short.
 
 Shapes: b batch, n query heads, g key-value heads, t tokens, d head dimension, i queries of a block.
 """
@@ -26,6 +27,46 @@ SCORES = 1 << 21
 """Scores that exist at a time, in float32."""
 QUERIES = 64, 256
 """Least and largest number of queries of a block."""
+BLOCK_WIDTH = 32
+"""Head dimensions that `native_attention.c` takes are multiples of it."""
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Causal attention of each segment by `native_attention.c`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        query, key, value = (_in_rows(one) for one in (query, key, value))
+        b, n, t, d = query.shape
+        out = torch.empty(b, t, n, d, dtype=query.dtype).transpose(1, 2)
+        log_sums = torch.empty(b, n, t, dtype=torch.float32)
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        sizes = len(lengths), max(lengths), b, n, key.size(1), t, d
+        given = query, key, value, out
+        native.run("attention", query.dtype, query.numel(), *given, log_sums, bounds, _strides(*given), *sizes, scale)
+        ctx.save_for_backward(*given, log_sums, bounds)
+        ctx.sizes, ctx.scale = sizes, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sums, bounds = ctx.saved_tensors
+        given = _in_rows(grad), query, key, value, out
+        found = [torch.empty_like(one.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+                 for one in (query, key, value)]  # fmt: skip
+        rest = bounds, _strides(*given, *found), *ctx.sizes, ctx.scale
+        native.run("attention_backward", query.dtype, query.numel(), *given, log_sums, *found, *rest)
+        return *found, None, None
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """Components side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*heads: Tensor) -> Tensor:
+    """Of (row, head, token) of each [b, n, t, d]."""
+    return torch.tensor([one.stride()[:3] for one in heads])
 
 
 class _Attention(torch.autograd.Function):
@@ -121,7 +162,7 @@ def by_products(
 
 def _row_dots(left: Tensor, right: Tensor) -> Tensor:
     """Sums over d of the products of two [b, n, t, d], float32 [b, n, t]."""
-    left, right = (one if one.stride(-1) == 1 else one.contiguous() for one in (left, right))
+    left, right = _in_rows(left), _in_rows(right)
     b, n, t, d = left.shape
     found = torch.empty(b, n, t, dtype=torch.float32)
     strides = *left.stride()[:3], *right.stride()[:3]
@@ -136,11 +177,13 @@ def causal(
     backward = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     if window is not None or query.size(2) != key.size(2) or not backward:
         return None
-    gains = query.dtype == torch.bfloat16 and segments is not None  # short segments, even without `native`
-    if not (gains or native.serves(query)):
-        return None
     lengths = (query.size(2),) if segments is None else tuple(one for one in segments.lengths if one)
     if not query.numel():
+        return None
+    if query.size(-1) % BLOCK_WIDTH == 0 and native.blocked(query, key, value):
+        return _BlockAttention.apply(query, key, value, lengths, scale)
+    gains = query.dtype == torch.bfloat16 and segments is not None  # short segments, even without `native`
+    if not (gains or native.serves(query)):
         return None
     return _Attention.apply(query, key, value, lengths, scale)
 

@@ -1,4 +1,4 @@
-"""`native_kernels.c`: compiled once per machine by its own C compiler, and called on CPU tensors.
+"""`native_kernels.c`, `native_attention.c`: compiled once per machine by its own C compiler, called on CPU tensors.
 
 Without a compiler everything runs in plain torch. `MINDSPEED_LLM_NATIVE=0` asks for that.
 """
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "MINDSPEED_LLM_NATIVE"
-SOURCE = Path(__file__).with_name("native_kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native_kernels.c", "native_attention.c"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("native_tiles.h", "native_vectors.h"))
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
 # Products and sums are not contracted, so that a rotation in float32 has the bits of torch's operations.
 FLAGS = ("-O3", "-fno-math-errno", "-ffp-contract=off", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
@@ -41,6 +42,8 @@ SIGNATURES = {
     "row_peaks": "ppiii",
     "row_exponentials": "pppiii",
 }
+BLOCK_SIGNATURES = {"attention": "pppppppiiiiiiif", "attention_backward": "pppppppppppiiiiiiif"}
+"""Of what is only there where `blocked` says so."""
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 log = logging.getLogger(__name__)
@@ -54,11 +57,19 @@ def serves(*tensors: Tensor) -> bool:
     return _library(first.dtype) is not None
 
 
+def blocked(*tensors: Tensor) -> bool:
+    """Whether the kernels of `BLOCK_SIGNATURES` are there for these tensors.
+
+    In float32 they need vectors of 512 bits, in bfloat16 matrix tiles (Intel AMX).
+    """
+    return serves(*tensors) and bool(_library(tensors[0].dtype).blocks())
+
+
 def run(name: str, dtype: torch.dtype, work: int, *arguments: Tensor | int | float | None) -> None:
     """Call a kernel.
 
     Args:
-        name: of the function in `native_kernels.c`.
+        name: of the function.
         dtype: storage type of its T.
         work: elements it touches, by which the number of threads is chosen.
         arguments: as in the C function, without `threads`.
@@ -81,7 +92,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home folder
         log.warning("CPU kernels are not compiled (%s); torch's operations, which are slower, take their place", error)
         return None
-    for name, kinds in SIGNATURES.items():
+    there = {**SIGNATURES, **BLOCK_SIGNATURES} if library.blocks() else SIGNATURES
+    for name, kinds in there.items():
         function: Callable = getattr(library, name)
         function.argtypes, function.restype = [KINDS[kind] for kind in kinds] + [ctypes.c_int], None
     return library
@@ -99,18 +111,21 @@ def _built(defines: tuple[str, ...]) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C compiler")
     flags = (*FLAGS, *TUNING.get(platform.machine(), ELSEWHERE), *defines)
-    told = "\n".join((SOURCE.read_text(encoding="utf-8"), compiler, *flags, _processor()))
+    told = "\n".join(
+        (*(one.read_text(encoding="utf-8") for one in (*SOURCES, *HEADERS)), compiler, *flags, _processor())
+    )
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindspeed_llm"
     made = folder / f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if made.exists():
         return made
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as aside:  # beside it: ranks compile at the same time, the last wins
-        compiled, linked = Path(aside) / "kernels.o", Path(aside) / "kernels.so"
-        _do([compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)])
+        linked, compiled = Path(aside) / "kernels.so", [str(Path(aside) / f"{one.stem}.o") for one in SOURCES]
+        for source, made_of_it in zip(SOURCES, compiled, strict=True):
+            _do([compiler, *flags, "-c", str(source), "-o", made_of_it])
         # Not linked with OpenMP: its functions are found in the runtime torch has loaded, so that there is one pool of
         # threads and not two.
-        _do([compiler, "-shared", str(compiled), "-o", str(linked)])
+        _do([compiler, "-shared", *compiled, "-o", str(linked)])
         os.replace(linked, made)
     return made
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_llm.device import cpu_attention, native, rowwise
+from mindspeed_llm.device.segments import Segments
 
 REPO = Path(__file__).resolve().parents[2]
 TYPES = [torch.float32, torch.bfloat16]
@@ -143,6 +144,91 @@ def test_gradients_by_products_are_as_exact_as_torchs_kernel(
 
     allowed = attention_errors(torchs, sizes, dtype)
     assert max(found) <= 1.2 * max(allowed) + 5e-7 and max(found) < (0.01 if dtype == torch.bfloat16 else 2e-6)
+
+
+def needs_blocks(dtype: torch.dtype) -> None:
+    if not native.blocked(torch.zeros(1, dtype=dtype)):
+        pytest.skip(f"this CPU has neither tiles nor vectors wide enough for {dtype}")
+
+
+def heads_of(dtype: torch.dtype, b: int, t: int, n: int, g: int, d: int) -> list[Tensor]:
+    """Queries, keys, values and a gradient, laid out as a projection leaves them."""
+    return [draw(t, b, h, d, seed=k, dtype=dtype).to(dtype).permute(1, 2, 0, 3) for k, h in enumerate((n, g, g, n))]
+
+
+def through(attention: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What attention gives, and the gradients of its three inputs."""
+    *leaves, grad = (one.to(dtype).detach() for one in inputs)
+    out = attention(*(one.requires_grad_() for one in leaves))
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def torchs_attention(lengths: tuple[int, ...]) -> Callable[..., Tensor]:
+    def attention(*heads: Tensor) -> Tensor:
+        parts = zip(*(one.split(lengths, 2) for one in heads), strict=True)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return torch.cat([sdpa(*part, is_causal=True, scale=0.3, enable_gqa=True) for part in parts], 2)
+
+    return attention
+
+
+def attention_in_blocks(lengths: tuple[int, ...]) -> Callable[..., Tensor]:
+    def attention(*heads: Tensor) -> Tensor:
+        segments = None if len(lengths) == 1 else Segments(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
+        out = cpu_attention.causal(*heads, segments, 0.3, None)
+        assert type(out.grad_fn).__name__ == "_BlockAttentionBackward"
+        return out
+
+    return attention
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("b", "lengths", "n", "g", "d"),
+    [(1, (1,), 1, 1, 32), (2, (33,), 6, 2, 64), (3, (128,), 2, 1, 96), (1, (1100,), 2, 2, 128),
+     (1, (5, 1, 64, 0, 30, 200), 4, 2, 64), (1, (600, 31), 3, 1, 32)],
+)  # fmt: skip
+def test_attention_in_blocks_is_as_exact_as_torchs_kernel(
+    b: int, lengths: tuple[int, ...], n: int, g: int, d: int, dtype: torch.dtype
+) -> None:
+    needs_blocks(dtype)
+    inputs = heads_of(dtype, b, sum(lengths), n, g, d)
+    truth = through(torchs_attention(lengths), inputs, torch.float64)
+    found = through(attention_in_blocks(lengths), inputs, dtype)
+    allowed = through(torchs_attention(lengths), inputs, dtype)
+    slack, most = (2e-4, 4e-3) if dtype == torch.bfloat16 else (5e-7, 2e-6)
+    for ours, theirs, exact in zip(found, allowed, truth, strict=True):
+        assert ours.shape == exact.shape and ours.dtype == dtype
+        scale = exact.norm().clamp(min=1.0)
+        error = (ours.double() - exact).norm() / scale
+        assert error <= 1.1 * (theirs.double() - exact).norm() / scale + slack and error < most
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_attention_in_blocks_keeps_nan_to_its_queries_and_is_the_same_with_one_thread(dtype: torch.dtype) -> None:
+    needs_blocks(dtype)
+    inputs = heads_of(dtype, 2, 300, 4, 2, 64)
+    found = through(attention_in_blocks((300,)), inputs, dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = through(attention_in_blocks((300,)), inputs, dtype)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    inputs[0][1, 3, 70] = torch.nan
+    out = through(attention_in_blocks((300,)), inputs, dtype)[0]
+    assert out[1, 3, 70].isnan().all() and out.isnan().sum() == 64
+
+
+def test_products_of_torch_are_right_after_attention_in_blocks() -> None:
+    """Both set up the tiles of a thread; torch's library may count on what it left."""
+    needs_blocks(torch.bfloat16)
+    left, right = (draw(256, 256, seed=k).bfloat16() for k in (1, 2))
+    before = left @ right
+    for lengths in ((40,), (300,)):
+        through(attention_in_blocks(lengths), heads_of(torch.bfloat16, 2, sum(lengths), 4, 2, 64), torch.bfloat16)
+        assert torch.equal(left @ right, before)
 
 
 SCRIPT = """

@@ -36,9 +36,9 @@ SIZES = Sizes()
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 5e-3, 0.1, 0.5
 STEPS = 4
-MOE_EPSILON = 1e-4
-"""Adam's epsilon for models with experts. At 1e-8 the first update is lr x the sign of every gradient, also of those
-that are nothing but rounding: one process and transformers then part from the second step on."""
+EPSILON = 1e-4
+"""Adam's. At 1e-8 the first update is lr x the sign of every gradient, also of those that are nothing but rounding: one
+process and transformers then part from the second step on."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,6 @@ class Case:
     def replicas(self) -> int:
         """Data-parallel size."""
         return self.world // (self.tensor * self.pipeline * self.context)
-
-    @property
-    def epsilon(self) -> float:
-        """Adam's."""
-        return 1e-8 if self.model == "qwen3" else MOE_EPSILON
 
     @property
     def truth(self) -> "Case":

@@ -144,7 +144,7 @@ NOTES = """
   learning rate times the sign of each gradient, also of those that are rounding alone, and sums in another order give
   them another sign. One process with full recomputation and a balancing loss parts from transformers in the same way
   (8e-5 of the loss after four steps), while no router's choice is closer than 1.4e-4. With an epsilon of 1e-4 all
-  layouts agree over all steps, so the tests of experts use it.
+  layouts agree over all steps, so the tests use it.
 """
 
 

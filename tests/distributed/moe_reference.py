@@ -345,7 +345,7 @@ def moe_reference(case: Case) -> Reference:
             layer.mlp.gate.weight.requires_grad_(True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adapter = adapter_by_name(base, False) if case.lora else {}
-    optimizer, steps = dense.optimizer_of(parameters, case.epsilon), global_batches()
+    optimizer, steps = dense.optimizer_of(parameters), global_batches()
     logits: list[numpy.ndarray] = []
     gradients: Arrays = {}
     losses, norms = [], []

@@ -15,7 +15,7 @@ import numpy
 import torch
 
 from tests.distributed import moe_reference
-from tests.distributed.cases import CLIP, MOE_EPSILON, SIZES, Arrays
+from tests.distributed.cases import CLIP, SIZES, Arrays
 from tests.distributed.double import InDouble, in_double
 from tests.distributed.reference import ADAPTED, build_model, by_our_names, optimizer_of, saved_model
 from tests.fixtures import write_tokenizer
@@ -150,7 +150,7 @@ def trained(loss: Loss, model: str = "qwen3") -> Trained:
 
     adapter = {name: value.astype("float32") for name, value in named(False).items()}
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-    optimizer = optimizer_of(parameters, 1e-8 if dense else MOE_EPSILON)
+    optimizer = optimizer_of(parameters)
     folder = saved_model(False) if dense else moe_reference.saved_model(model)
     found = Trained(folder, adapter, [], [], [], {})
     trainer.model.train()

@@ -6,10 +6,10 @@ import pytest
 
 from tests.distributed.cases import Case
 from tests.distributed.collectives import totals
-from tests.distributed.compare import assert_exact, gathered, reference_of, results
+from tests.distributed.compare import TOLERANCE, assert_close, assert_exact, gathered, reference_of, results
 from tests.distributed.expected import collectives, parameter_bytes
 from tests.distributed.flat import steps_for
-from tests.distributed.reference import IGNORE
+from tests.distributed.reference import IGNORE, first_gradients_in_float32
 
 SP = {"tensor": 2, "sequence_parallel": True}
 VPP = {"pipeline": 2, "virtual_layers": 1}
@@ -101,6 +101,13 @@ every_case = pytest.mark.parametrize("case", (*ADAPTERS, *FULL_TUNING), ids=str)
 @every_case
 def test_logits_losses_and_every_gradient_equal_the_reference(case: Case) -> None:
     assert_exact(case, results(case))
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["adapter", "full-tuning"])
+def test_the_models_gradients_are_such_that_float32_can_tell_them_to_half_of_the_tolerance(lora: bool) -> None:
+    truth = reference_of(Case(lora=lora)).gradients
+    for name, value in first_gradients_in_float32(lora).items():
+        assert_close(value, truth[name], name, TOLERANCE / 2)
 
 
 @every_case

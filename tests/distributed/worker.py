@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,12 +38,14 @@ from mindspeed_llm.training.engine import (
 from mindspeed_llm.training.optimizer_state import export_gradients, export_state, import_state
 from mindspeed_llm.training.schedule import Schedule
 from tests.distributed import expert_faults
-from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, STEPS, WEIGHT_DECAY, Arrays, Case
+from tests.distributed.cases import CLIP, EPSILON, LEARNING_RATE, SIZES, STEPS, WEIGHT_DECAY, Arrays, Case
 from tests.distributed.collectives import Collectives
 from tests.distributed.packing_faults import PACKING_FAULTS
 from tests.distributed.worker_result import FIELDS, Continued, OptimizerState, Result
 
-OPTIONS = OptimizerOptions(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_grad=CLIP, lr_decay_style="constant")
+OPTIONS = OptimizerOptions(
+    lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_grad=CLIP, adam_eps=EPSILON, lr_decay_style="constant"
+)
 RECOMPUTE = {
     None: {},
     "selective": {"recompute_granularity": "selective"},
@@ -180,8 +181,7 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
     if case.fault in CHUNK_FAULTS:
         for chunk in chunks:
             CHUNK_FAULTS[case.fault](chunk)
-    options = replace(OPTIONS, adam_eps=case.epsilon)
-    return create_engine(chunks, options, case.distributed_optimizer, case.overlap, case.overlap)
+    return create_engine(chunks, OPTIONS, case.distributed_optimizer, case.overlap, case.overlap)
 
 
 @contextmanager

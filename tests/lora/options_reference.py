@@ -12,7 +12,7 @@ from peft.optimizers import create_loraplus_optimizer
 
 from mindspeed_llm.arguments.lora import LoraOptions
 from tests.distributed import moe_reference
-from tests.distributed.cases import CLIP, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays, Case
+from tests.distributed.cases import CLIP, EPSILON, LEARNING_RATE, SIZES, WEIGHT_DECAY, Arrays
 from tests.distributed.double import in_double
 from tests.distributed.moe_reference import by_groups
 from tests.distributed.reference import ADAPTED, build_model, forward, global_batches, saved_model
@@ -238,18 +238,18 @@ def take(model: torch.nn.Module, gradients: bool) -> Arrays:
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
-def optimizer_of(peft: torch.nn.Module, ratio: float | None, epsilon: float) -> torch.optim.Optimizer:
+def optimizer_of(peft: torch.nn.Module, ratio: float | None) -> torch.optim.Optimizer:
     """AdamW that decays matrices alone; peft's LoRA+ with a ratio."""
     if ratio is not None:
         kwargs = {"lr": LEARNING_RATE, "loraplus_lr_embedding": LEARNING_RATE, "loraplus_lr_ratio": ratio}
-        kwargs["loraplus_weight_decay"] = WEIGHT_DECAY
+        kwargs |= {"loraplus_weight_decay": WEIGHT_DECAY, "eps": EPSILON}
         return create_loraplus_optimizer(peft, torch.optim.AdamW, **kwargs)
     parameters = [p for p in peft.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, eps=epsilon)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, eps=EPSILON)
 
 
 @cache
@@ -258,7 +258,7 @@ def truth(option: Option) -> Truth:
     peft = adapted(option)
     model: Any = peft.get_base_model()
     adapter = {key: value.astype("float32") for key, value in take(model, False).items()}
-    optimizer = optimizer_of(peft, option.ratio, Case(model=option.model).epsilon)
+    optimizer = optimizer_of(peft, option.ratio)
     logits, losses, gradients = [], [], {}
     steps = option.steps()
     for number, step in enumerate(steps):

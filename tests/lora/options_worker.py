@@ -1,7 +1,6 @@
 """What pool processes run to train with an option at a layout. Imports megatron-core."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def trained(
             source = LoraSource(Factors(base.config, adapter), settings, None, None, None)
             for chunk in chunks if not option.fresh else ():
                 load_adapter(chunk, source, tp, case.tensor, experts)
-            engine = create_engine(chunks, replace(OPTIONS, adam_eps=case.epsilon), loraplus_lr_ratio=option.ratio)
+            engine = create_engine(chunks, OPTIONS, loraplus_lr_ratio=option.ratio)
             before = arrays(logical(engine, trainable=True))
             result = measure(engine, steps)
         for chunk in engine.wrapped:
