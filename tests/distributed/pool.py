@@ -109,15 +109,15 @@ class Pool:
     Args:
         size: number of processes.
         prepare: what each does first; the default joins them over gloo.
+        bare: start them without the engine, which others have imported when they start.
     """
 
-    def __init__(self, size: int, prepare: Callable[[int], None] = join_group) -> None:
+    def __init__(self, size: int, prepare: Callable[[int], None] = join_group, bare: bool = False) -> None:
         self.size = size
         self.folder = tempfile.TemporaryDirectory(prefix="pool-")
-        start = _spawned
-        if prepare is join_group:
+        if not bare:
             seeds.sow(size)
-            start = seeds.forked
+        start = _spawned if bare else seeds.forked
         port = str(free_port())
         self.pipes, self.processes = [], []
         for rank in range(size):

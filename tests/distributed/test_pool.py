@@ -44,7 +44,7 @@ def die_on_one(rank: int) -> None:
 
 @pytest.fixture
 def light() -> Iterator[Pool]:
-    two = Pool(2, prepare=nothing)
+    two = Pool(2, prepare=nothing, bare=True)
     two.run(answer, add=0)  # both have started: no timeout below includes that
     yield two
     for process in two.processes:
@@ -88,7 +88,7 @@ def test_a_process_that_dies_is_named_with_its_exit_code(light: Pool) -> None:
 
 def test_one_pool_per_world_size_is_kept_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "_pools", {})
-    monkeypatch.setattr(pools, "Pool", lambda size: Pool(size, prepare=nothing))
+    monkeypatch.setattr(pools, "Pool", lambda size: Pool(size, prepare=nothing, bare=True))
     two, one = pool(2), pool(1)
     assert pool(2) is two
     with pytest.raises(AssertionError):
