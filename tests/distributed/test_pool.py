@@ -18,6 +18,10 @@ def answer(rank: int, add: int) -> int:
     return rank + add
 
 
+def hash_of(rank: int, text: str) -> int:
+    return hash(text)
+
+
 def fail_on_one(rank: int) -> None:
     if rank == 1:
         raise ValueError("a planted error on the second process")
@@ -54,6 +58,13 @@ def light() -> Iterator[Pool]:
 def test_results_come_by_rank(light: Pool) -> None:
     assert light.run(answer, add=5) == [5, 6]
     assert light.run("tests.distributed.test_pool:answer", add=1) == [1, 2]
+
+
+def test_ranks_hash_strings_with_seeds_of_their_own() -> None:
+    """So that an order that depends on a set differs between them here as it does under a launcher."""
+    if os.environ.get("PYTHONHASHSEED", "random") != "random":
+        pytest.skip("PYTHONHASHSEED is set")
+    assert len(set(pool(2).run(hash_of, text="linear_qkv"))) == 2
 
 
 def test_a_crash_shows_every_traceback(light: Pool) -> None:
