@@ -33,6 +33,7 @@
 #ifdef THERE
 
 #define ALIGNED(bytes) (((bytes) + 63) / 64 * 64)
+#define PADDED(filled) ((filled) + 64 / (int64_t)sizeof(T)) /* rows a power of two apart would share a place in the cache */
 #define FILLED(t) (((t) + BLOCK - 1) / BLOCK * BLOCK)
 
 typedef struct {
@@ -101,10 +102,10 @@ static void softmax_block(const float *scores, T *p, int64_t width, int64_t keys
 /* One head of one segment: out = softmax(scale q k^T) v, log_sums [t]; strides of q, k, v, out, in this order */
 static void head_forward(const T *q, const T *k, const T *v, T *out, float *log_sums, int64_t t, int64_t d,
                          const Strides *strides, float scale, char *scratch) {
-    int64_t filled = FILLED(t);
+    int64_t filled = FILLED(t), width = PADDED(filled);
     T *rows = piece(&scratch, sizeof(T) * filled * d), *keys = piece(&scratch, sizeof(T) * filled * d);
-    T *values = piece(&scratch, sizeof(T) * filled * d), *p = piece(&scratch, sizeof(T) * BLOCK * filled);
-    float *scores = piece(&scratch, 4 * BLOCK * filled);
+    T *values = piece(&scratch, sizeof(T) * filled * d), *p = piece(&scratch, sizeof(T) * BLOCK * width);
+    float *scores = piece(&scratch, 4 * BLOCK * width);
     float peaks[BLOCK], sums[BLOCK], made[BLOCK * BLOCK];
     copy_rows(k, strides[1].token, t, filled, d, rows);
     turn_right(rows, filled, d, keys);
@@ -114,10 +115,10 @@ static void head_forward(const T *q, const T *k, const T *v, T *out, float *log_
     for (int64_t i = 0; i < filled; i += BLOCK) {
         int64_t seen = i + BLOCK, wanted = t - i < BLOCK ? t - i : BLOCK;
         for (int64_t j = 0; j < seen; j += BLOCK)
-            product(scores + j, filled, 0, left_rows(rows + i * d, d), right_turned(keys, j, filled, d), d);
-        softmax_block(scores, p, filled, seen, scale, peaks, sums);
+            product(scores + j, width, 0, left_rows(rows + i * d, d), right_turned(keys, j, filled, d), d);
+        softmax_block(scores, p, width, seen, scale, peaks, sums);
         for (int64_t c = 0; c < d; c += BLOCK) {
-            product(made, BLOCK, 0, left_rows(p, filled), right_rows(values, 0, c, d), seen);
+            product(made, BLOCK, 0, left_rows(p, width), right_rows(values, 0, c, d), seen);
             for (int64_t r = 0; r < wanted; r++) {
                 __m512 by = _mm512_set1_ps(1.0f / sums[r]);
                 T *to = out + (i + r) * strides[3].token + c;
@@ -134,11 +135,12 @@ static void head_forward(const T *q, const T *k, const T *v, T *out, float *log_
 void attention(const T *q, const T *k, const T *v, T *out, float *log_sums, const int64_t *bounds,
                const Strides *strides, int64_t segments, int64_t longest, int64_t rows, int64_t n, int64_t g, int64_t t,
                int64_t d, float scale, int threads) {
-    int64_t most = FILLED(longest), size_of_p = ALIGNED(sizeof(T) * BLOCK * most) + ALIGNED(4 * BLOCK * most);
+    int64_t most = FILLED(longest), width = PADDED(most);
     #pragma omp parallel num_threads(threads)
     {
         Setting before = begin();
-        char *scratch = aligned_alloc(64, 3 * ALIGNED(sizeof(T) * most * d) + size_of_p);
+        char *scratch = aligned_alloc(64, 3 * ALIGNED(sizeof(T) * most * d) + ALIGNED(sizeof(T) * BLOCK * width) +
+                                          ALIGNED(4 * BLOCK * width));
         #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < segments * rows * n; task++) {
             int64_t segment = task / (rows * n), row = task / n % rows, head = task % n, group = head / (n / g);
