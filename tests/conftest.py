@@ -1,5 +1,6 @@
 """What every test shares: where the recorded references lie, and a loud skip where they do not; turns; ports."""
 
+import gc
 import os
 import socket
 from collections.abc import Generator, Iterator
@@ -28,6 +29,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave the turns."""
     if TURNS in config.stash:
         config.stash[TURNS].close()
+
+
+def pytest_collection_finish() -> None:
+    """Set modules and collected tests aside: no search for cycles goes through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -1,4 +1,4 @@
-"""Process pools for tests: real processes over gloo, started once per world size, one task after another.
+"""Process pools for tests: real processes over gloo, forked once per world size, one task after another.
 
 A task is a module-level function `task(rank, **arguments)`; every process runs it and returns its result. A task named
 by its address ("package.module:function") is imported in the processes alone, after they have chosen their device, so
