@@ -7,11 +7,13 @@ traceback, also those of processes that wait for the failed one.
 """
 
 import atexit
+import contextlib
 import faulthandler
 import gc
 import importlib
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from tests.conftest import free_port, unsynced
 from tests.distributed import seeds
 
 TIMEOUT = 240.0  # seconds a task may take
+LARGEST = 1 << 30  # resident bytes of a process beyond which its pool is started anew
 GRACE = 5.0  # seconds the other processes get to answer once one has failed
 
 Task = Callable[..., Any] | str
@@ -191,6 +194,14 @@ class Pool:
         with open(self._stacks(rank), encoding="utf-8") as dump:
             return dump.read()
 
+    def resident(self) -> int:
+        """Bytes of the largest process, what it shares with others included; 0 where the system does not tell."""
+        largest = 0
+        for process in self.processes:
+            with contextlib.suppress(OSError), open(f"/proc/{process.pid}/statm", encoding="ascii") as statm:
+                largest = max(largest, int(statm.read().split()[1]) * resource.getpagesize())
+        return largest
+
     def close(self) -> None:
         """End the processes; the next `pool(size)` starts fresh ones."""
         for process in self.processes:
@@ -207,7 +218,13 @@ _pools: dict[int, Pool] = {}
 
 
 def pool(size: int) -> Pool:
-    """The pool of `size` processes, started on first use and kept until the tests end."""
+    """The pool of `size` processes, started on first use and kept until the tests end or it has grown large.
+
+    Engines of some layouts are never freed (torch's graph keeps what its hooks know), and new processes are there in a
+    moment. No task may count on what an earlier one left in its process.
+    """
+    if size in _pools and _pools[size].resident() > LARGEST:
+        _pools[size].close()
     if size not in _pools:
         _pools[size] = Pool(size)
     return _pools[size]

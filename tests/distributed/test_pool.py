@@ -101,7 +101,7 @@ def test_one_pool_per_world_size_is_kept_until_it_fails(monkeypatch: pytest.Monk
     monkeypatch.setattr(pools, "_pools", {})
     monkeypatch.setattr(pools, "Pool", lambda size: Pool(size, prepare=nothing, bare=True))
     two, one = pool(2), pool(1)
-    assert pool(2) is two
+    assert pool(2) is two and 1 << 20 < two.resident() < pools.LARGEST
     with pytest.raises(AssertionError):
         two.run(fail_on_all)
     assert not any(process.is_alive() for process in two.processes)
@@ -109,3 +109,13 @@ def test_one_pool_per_world_size_is_kept_until_it_fails(monkeypatch: pytest.Monk
     assert pool(1) is one
     pools.close_pools()
     assert not any(process.is_alive() for process in one.processes)
+
+
+def test_a_pool_that_has_grown_large_is_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "_pools", {})
+    monkeypatch.setattr(pools, "Pool", lambda size: Pool(size, prepare=nothing, bare=True))
+    monkeypatch.setattr(pools, "LARGEST", 1 << 20)
+    one = pool(1)
+    assert pool(1) is not one and not one.processes[0].is_alive()
+    assert pool(1).run(answer, add=3) == [3]
+    pools.close_pools()
