@@ -12,16 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
+from pairs import DTYPES, REPO
+
 sys.path.insert(0, str(REPO))
 
 LAYERS, HIDDEN, WIDTH, HEADS, GROUPS, HEAD, VOCAB, CHOSEN = 4, 256, 128, 8, 4, 32, 1024, 4
 ROWS, LENGTH, RANK, ALPHA = 4, 256, 16, 32
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 Step = Callable[[], float]
 
 

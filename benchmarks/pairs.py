@@ -16,6 +16,8 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results.md"
 THREADS = 2
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""Types as options name them, and as torch does."""
 READY = {"ready": True}
 Answer = Callable[[dict[str, Any]], None]
 

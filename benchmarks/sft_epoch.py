@@ -17,6 +17,7 @@ idle, `--clock cpu` counts each process's own processor time, with one thread: t
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pairs import REPO, THREADS, Worker, append, machine
+from pairs import DTYPES, REPO, RESULTS, THREADS, Worker, append, machine
 
 sys.path.insert(0, str(REPO))
 
@@ -41,7 +42,6 @@ HELD_OUT_ROWS = 32
 TARGETS = {"bfloat16": {"default": 2.5, "best": 1.5}, "float32": {"default": 1.8, "best": 1.2}}
 SAME = 0.02
 """Relative difference of final losses that counts as none: orders of rows and draws of A differ."""
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def make_rows(number: int, seed: int) -> list[tuple[list[int], int]]:
@@ -99,27 +99,35 @@ def run(folder: Path, dtype: str, steps: int, clock: str) -> dict[str, dict[str,
     return found
 
 
-def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Losses over steps and over wall time, a row of pictures per type."""
+FIGURE = Path("figures") / "sft_epoch.png"
+"""Where curves go, beside results.md; the type stands in the name."""
+
+
+def figure_of(base: Path, dtype: str) -> Path:
+    """The figure of a type, as options name it."""
+    return base.with_stem(f"{base.stem}_{dtype}")
+
+
+def draw(dtype: str, sides: dict[str, dict[str, Any]], path: Path) -> None:
+    """A type's losses over steps and over wall time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(found), 2, figsize=(11, 4 * len(found)), squeeze=False)
-    for (dtype, sides), (by_step, by_time) in zip(found.items(), axes, strict=True):
-        for side, one in sides.items():
-            losses = one["losses"]
-            times = np.cumsum([seconds / number for seconds, number in one["slices"] for _ in range(number)])
-            by_step.plot(range(1, len(losses) + 1), losses, label=side)
-            by_time.plot(times[: len(losses)], losses, label=f"{side}: {one['seconds']:.0f} s")
-        by_step.set(title=f"{dtype}: one epoch", xlabel=f"step of {BATCH} rows", ylabel="training loss")
-        by_time.set(title=f"{dtype}: the same over time", xlabel="seconds", ylabel="training loss")
-        for one in (by_step, by_time):
-            one.legend()
-            one.grid(alpha=0.3)
+    figure, (by_step, by_time) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for side, one in sides.items():
+        losses = one["losses"]
+        times = np.cumsum([seconds / number for seconds, number in one["slices"] for _ in range(number)])
+        by_step.plot(range(1, len(losses) + 1), losses, label=side)
+        by_time.plot(times[: len(losses)], losses, label=f"{side}: {one['seconds']:.0f} s")
+    by_step.set(title=f"{dtype}: one epoch", xlabel=f"step of {BATCH} rows", ylabel="training loss")
+    by_time.set(title=f"{dtype}: the same over time", xlabel="seconds", ylabel="training loss")
+    for axes in (by_step, by_time):
+        axes.legend()
+        axes.grid(alpha=0.3)
     figure.tight_layout()
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -157,8 +165,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256, help="rows of the epoch")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that is not idle")
-    parser.add_argument("--write", action="store_true", help="append to benchmarks/results.md, draw into figures/")
-    parser.add_argument("--figure", type=Path, help="where the curves go; left out, sft_epoch.png in a temporary place")
+    parser.add_argument("--write", action="store_true", help="append to benchmarks/results.md")
+    parser.add_argument(
+        "--figure", type=Path,
+        help="where the curves go, one picture per type with its name in it; left out, sft_epoch.png in "
+        "benchmarks/figures with --write, else in a temporary place",
+    )  # fmt: skip
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -183,12 +195,15 @@ def main() -> None:
     )
     text += "\n".join(line for dtype, sides in found.items() for line in lines(dtype, sides)) + "\n"
     print(text)
-    picture = REPO / "benchmarks" / "figures" / "sft_epoch.png" if options.write else options.figure
-    picture = picture or Path(tempfile.gettempdir()) / "sft_epoch.png"
-    draw(found, picture)
-    print(f"curves: {picture}")
+    base = options.figure or (RESULTS.parent / FIGURE if options.write else Path(tempfile.gettempdir()) / FIGURE.name)
+    for short in options.dtype:
+        picture = figure_of(base, short)
+        draw(DTYPES[short], found[DTYPES[short]], picture)
+        print(f"curves: {picture}")
+        link = Path(os.path.relpath(picture.resolve(), RESULTS.parent)).as_posix()
+        text += f"\n![{DTYPES[short]}: loss of every side]({link})\n"
     if options.write:
-        append(text + "\n![loss of every side](figures/sft_epoch.png)\n")
+        append(text)
 
 
 if __name__ == "__main__":

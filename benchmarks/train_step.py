@@ -21,6 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from pairs import DTYPES as NAMES
 from pairs import READY, REPO, Worker, append, channel, machine
 
 sys.path.insert(0, str(REPO))
@@ -200,7 +201,7 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 def main() -> None:
     """Run the comparison and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--dtype", nargs="+", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--steps", type=int, default=12, help="pairs of steps counted")
     parser.add_argument("--write", action="store_true", help="append the result to benchmarks/results.md")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
@@ -210,8 +211,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
-        names = {"fp32": "float32", "bf16": "bfloat16"}
-        rows = [compare(folder, names[dtype], options.steps) for dtype in options.dtype]
+        rows = [compare(folder, NAMES[dtype], options.steps) for dtype in options.dtype]
     title = f"## LoRA step: {LAYERS} layers x {HIDDEN}, vocabulary {VOCAB}, {ROWS} x {LENGTH} tokens, r {RANK}"
     text = f"{title}\n\n{date.today()}; {machine()}; {options.steps} interleaved pairs, medians\n\n{HEADER}\n"
     text += "\n".join(show(row) for row in rows) + "\n"

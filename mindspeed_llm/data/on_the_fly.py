@@ -17,7 +17,7 @@ from mindspeed_llm.data.dataset import PAIR_FIELDS
 from mindspeed_llm.data.plan import CHAT_FIELDS, Plan, make_plan
 from mindspeed_llm.data.preprocess import preprocess
 from mindspeed_llm.data.publish import settle
-from mindspeed_llm.data.report import read_report
+from mindspeed_llm.data.report import read_report, report_path
 from mindspeed_llm.errors import InputError, UsageError
 
 NAME = "data"  # first part of the files' names in the folder of a key
@@ -62,14 +62,29 @@ def prepare_rows(options: PreprocessOptions, cache: str | Path, fields: Sequence
         return Prepared(prefix, made, made=True)
 
 
-def found_rows(options: PreprocessOptions, cache: str | Path, fields: Sequence[str] = CHAT_FIELDS) -> Path | None:
-    """The prefix under which `prepare_rows` would find these files made already, else None; writes nothing."""
-    root, plan = _planned(options, cache, fields)
-    if not root.is_dir():
-        return None
-    prefix = root / plan.key[:32] / NAME
-    report = read_report(prefix)
-    return prefix if report is not None and report.get("key") == plan.key else None
+def found_rows(plan: Plan, cache: str | Path) -> Path | None:
+    """The prefix under which files made as this plan says lie already, else None; writes nothing.
+
+    Input files are taken to be those of a report by their names and sizes, and by not having been changed since it was
+    written: no content is read. `prepare_rows` looks at the contents.
+    """
+    reports = sorted(Path(cache).expanduser().glob(f"*/{report_path(NAME)}"))
+    return next((file.with_name(NAME) for file in reports if _tells_of(file, plan)), None)
+
+
+def _tells_of(file: Path, plan: Plan) -> bool:
+    """Whether a report is of files that this plan would make; see `found_rows`."""
+    try:
+        report = read_report(file.with_name(NAME)) or {}
+        written = file.stat().st_mtime_ns
+    except (InputError, OSError):  # another run's, damaged or being replaced; a run that needs it says so
+        return False
+    told = report.get("input", [])
+    found = [(one.name, one.stat()) for one in plan.mixture.files]
+    if [(Path(one["file"]).name, one["bytes"]) for one in told] != [(name, one.st_size) for name, one in found]:
+        return False
+    unchanged = all(one.st_mtime_ns < written for _, one in found)
+    return unchanged and report.get("key") == plan.key_for(told)
 
 
 def _planned(options: PreprocessOptions, cache: str | Path, fields: Sequence[str]) -> tuple[Path, Plan]:
@@ -77,9 +92,21 @@ def _planned(options: PreprocessOptions, cache: str | Path, fields: Sequence[str
     if options.output_prefix or options.num_shards > 1 or options.merge_group_keys:
         raise UsageError("--output-prefix, --num-shards and --merge-group-keys are of preprocess_data.py alone")
     root = Path(cache).expanduser()
-    plan = make_plan(replace(options, output_prefix=str(root / NAME)))
+    return root, plan_rows(replace(options, output_prefix=str(root / NAME)), fields)
+
+
+def plan_rows(options: PreprocessOptions, fields: Sequence[str]) -> Plan:
+    """What is to be done with a run's rows; of their files the names are looked at, and first rows.
+
+    Args:
+        fields: that the run reads.
+
+    Raises:
+        UsageError, InputError: as `make_plan` does, and for rows of another kind than the run reads.
+    """
+    plan = make_plan(options)
     check_fields(plan, fields)
-    return root, plan
+    return plan
 
 
 def check_fields(plan: Plan, fields: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,19 +103,31 @@ class Plan:
     @cached_property
     def key(self) -> str:
         """sha256 over everything that decides which tokens the run makes: the same for the same files, wherever."""
-        about = self.description
-        options = {**about["options"], **about["options"]["sources"], "sources": None}
+        return self.key_for(self.inputs)
+
+    def key_for(self, inputs: Sequence[Mapping[str, Any]]) -> str:
+        """The key if the files that are read had the contents `inputs` tells; no file of rows is opened.
+
+        Sources are told by the places of their files among all, and by how many rows were asked for.
+        """
+        tokenizer, template = self.encoder.tokenizer, self.encoder.template
+        said = to_dict(self.options)
+        options = {**said, **said["sources"], "sources": None}
+        place = {file: number for number, file in enumerate(self.mixture.files)}
         relevant = {name: value for name, value in options.items() if name not in NO_INFLUENCE}
         return hashlib.sha256(
             json.dumps(
                 {
                     "format": FORMAT,
-                    "files": [[Path(entry["file"]).name, entry["sha256"]] for entry in self.inputs],
-                    "sources": [[source.size, source.total, source.form] for source in self.mixture.sources]
+                    "files": [[Path(entry["file"]).name, entry["sha256"]] for entry in inputs],
+                    "sources": [
+                        [[place[file] for file in one.files], len(one.memory), one.wanted, one.form]
+                        for one in self.mixture.sources
+                    ]
                     if self.options.sources.dataset or any(source.form for source in self.mixture.sources)
                     else [],
-                    "tokenizer": about["tokenizer"]["sha256"],
-                    "template": about["template"]["sha256"],
+                    "tokenizer": tokenizer.content_hash,
+                    "template": template.content_hash,
                     "options": relevant,
                 },
                 sort_keys=True,
@@ -193,10 +205,8 @@ def _named_sources(options: PreprocessOptions) -> tuple[Mixture, list[tuple[str,
     data = llama_factory.named_data(options.sources.dataset_dir, options.input or "")
     for number, entry in enumerate(data):
         form = llama_factory.form_name(entry)
-        source = Source(entry.name, entry.files, entry.unused, entry.count, (options.seed, number), form=form)
-        if options.sources.max_samples is not None and source.total > options.sources.max_samples:
-            source.wanted = options.sources.max_samples
-        found.append(source)
+        most, seed = options.sources.max_samples, (options.seed, number)
+        found.append(Source(entry.name, entry.files, entry.unused, entry.count, most, seed, form=form))
     return _mixed(options, found, llama_factory.forms_of(data))
 
 

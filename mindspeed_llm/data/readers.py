@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 from mindspeed_llm.errors import InputError
 
 CHUNK = 1 << 20  # bytes or characters read at once
+COUNTED = 32  # chunks of a file whose lines are counted; of a larger one as many, evenly spread
 TABLE_ROWS = 256  # rows of a parquet or arrow batch in memory at a time
 CSV_CELL = 1 << 30  # characters of a cell; the csv module's own limit refuses cells above 128 KiB
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -46,7 +47,7 @@ class Format(NamedTuple):
     Attributes:
         entries: (file) -> the file's entries. Raises InputError where the rest of the file cannot be read.
         columns: (entry's content) -> its columns. Raises Fault.
-        count: (file) -> number of entries where it can be told without reading them all, else None.
+        count: (file) -> about how many entries there are, None where only reading them all would tell.
     """
 
     entries: Callable[[Path], Iterator[Entry]]
@@ -105,15 +106,17 @@ def _unknown_count(file: Path) -> None:
 
 
 def _count_lines(file: Path) -> int | None:
-    """Lines of an uncompressed file, empty ones among them; None for a compressed one."""
+    """Lines of an uncompressed file, empty ones too; about how many in a large one, from pieces; None if compressed."""
     if file.suffix.lower() in COMPRESSED:
         return None
-    count, last = 0, b"\n"
+    size = file.stat().st_size
+    step, count, seen, last = max(CHUNK, size // COUNTED), 0, 0, b"\n"
     with file.open("rb") as stream:
-        while block := stream.read(CHUNK):
-            count += block.count(b"\n")
-            last = block[-1:]
-    return count + (last != b"\n")
+        for place in range(0, size, step):
+            stream.seek(place)
+            block = stream.read(CHUNK)
+            count, seen, last = count + block.count(b"\n"), seen + len(block), block[-1:]
+    return round(count * size / seen) if step > CHUNK else count + (last != b"\n")
 
 
 def _lines(file: Path) -> Iterator[Entry]:

@@ -1,24 +1,25 @@
 """How long raw rows will be, told from the first of them: what a plan needs before anything is prepared."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.data.encode import IGNORE_INDEX
 from mindspeed_llm.data.intake import in_chunks
 from mindspeed_llm.data.messages import SIDES
-from mindspeed_llm.data.on_the_fly import check_fields
-from mindspeed_llm.data.plan import Plan, make_plan
-from mindspeed_llm.data.rows import Row
-from mindspeed_llm.data.sources import Mixture
+from mindspeed_llm.data.plan import Plan
+from mindspeed_llm.data.readers import Fault
+from mindspeed_llm.data.rows import Row, text_size
+from mindspeed_llm.data.sources import Source
 from mindspeed_llm.data.tokenize_rows import Chunk, tokenize_chunk
 from mindspeed_llm.errors import InputError
 
 SAMPLED = 2000
 """Rows that are read: half a second of work."""
+CHARACTERS = 1 << 23
+"""Of text that is read, where rows are long: some seconds of work."""
 
 
 @dataclass(frozen=True)
@@ -28,31 +29,71 @@ class Sampled:
     Attributes:
         lengths: [rows] tokens of each; of a pair those of its longer side.
         tokens, trained: of all these rows, of both sides of a pair.
-        whole: about how many rows there are in all; None where that cannot be told quickly.
+        every: whether these are all the rows that the sources hold.
+        whole: about how many rows take part in all; None where that cannot be told quickly.
     """
 
     lengths: np.ndarray
     tokens: int
     trained: int
+    every: bool
     whole: int | None
 
 
-def sample_lengths(options: PreprocessOptions, fields: Sequence[str], most: int = SAMPLED) -> Sampled:
-    """Tokenise up to `most` rows as preprocessing would; nothing is written.
+class Beginning:
+    """The first rows of a source, however many of it take part.
+
+    Attributes:
+        every: whether there were no more; known once they have been read.
+    """
+
+    def __init__(self, source: Source, rows: int, characters: int) -> None:
+        """At most so many rows, and no further one behind so many characters."""
+        self.source, self.most, self.characters = source, max(1, rows), characters
+        self.every = False
+
+    def rows(self) -> Iterator[Row]:
+        """The rows. `every` is set behind the last."""
+        there, room = self.source.in_order(), self.characters
+        for row in islice(there, self.most):
+            yield row
+            room -= _characters(row)
+            if room < 0:
+                break
+        self.every = next(there, None) is None
+
+
+def _characters(row: Row) -> int:
+    """Of all its texts; of one that is none as many as it shows."""
+    try:
+        return text_size(row.columns)
+    except Fault:
+        return len(row.excerpt)
+
+
+def sample_lengths(plan: Plan, most: int = SAMPLED, characters: int = CHARACTERS) -> Sampled:
+    """Tokenise the first rows of every source as preprocessing would; nothing is written, and no file read to its end.
 
     Args:
-        options: of preprocessing. fields: that the run reads.
+        most: rows, of all sources together in proportion to those that take part of each (where that can be told
+            without reading them; else alike). characters: of text, divided likewise.
 
     Raises:
-        UsageError: as preprocessing would, and for rows of another kind than wanted.
         InputError: the rows cannot be read, or none of those read can be trained on.
     """
-    plan = make_plan(options)
-    check_fields(plan, fields)
+    sources = plan.mixture.sources
+    counts = plan.mixture.estimates()
+    shares = np.array(counts if counts and any(counts) else [1] * len(sources), float)
+    shares /= shares.sum()
+    beginnings = [
+        Beginning(source, round(most * share), int(characters * share))
+        for source, share in zip(sources, shares.tolist(), strict=True)
+    ]
     lengths: list[int] = []
     tokens = trained = 0
     reasons: set[str] = set()
-    for rows in in_chunks(first_rows(plan, most), options.max_chars_per_row):
+    first = (row for one in beginnings for row in one.rows())
+    for rows in in_chunks(first, plan.options.max_chars_per_row):
         chunk = tokenize_chunk(plan.job, rows)
         lengths += row_lengths(chunk)
         tokens += len(chunk.ids)
@@ -61,16 +102,8 @@ def sample_lengths(options: PreprocessOptions, fields: Sequence[str], most: int 
     if not lengths:
         why = "; ".join(sorted(reasons)) or "there are none"
         raise InputError(f"none of the first {most:,} rows can be trained on: {why}")
-    return Sampled(np.array(lengths), tokens, trained, plan.mixture.estimate())
-
-
-def first_rows(plan: Plan, most: int) -> Iterator[Row]:
-    """The first rows of every source, in proportion to its size where sizes can be told quickly."""
-    sources = plan.mixture.sources
-    sizes = [Mixture([source]).estimate() for source in sources]
-    known = [size or 0 for size in sizes] if None not in sizes and any(sizes) else [1] * len(sources)
-    for source, size in zip(sources, known, strict=True):
-        yield from islice(source.rows(), max(1, round(most * size / sum(known))))
+    every = all(one.every for one in beginnings)
+    return Sampled(np.array(lengths), tokens, trained, every, None if counts is None else sum(counts))
 
 
 def row_lengths(chunk: Chunk) -> list[int]:

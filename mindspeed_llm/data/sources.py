@@ -6,6 +6,7 @@ the seed without replacement, and beyond the source's size repeats whole passes.
 by row numbers, so that any range of it can be read without the rest.
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,7 @@ class Source:
         files: the files it is read from; empty for rows held in memory.
         unused: files of its folder that are left aside.
         wanted: rows that take part; None for all of them once.
+        most: rows that take part at most; None for no such limit.
         seed: draws the rows of an incomplete pass.
         memory: rows that are in no file.
         form: name of the handler its rows need where it is not the run's.
@@ -74,6 +76,7 @@ class Source:
     files: list[Path]
     unused: list[Path] = field(default_factory=list)
     wanted: int | None = None
+    most: int | None = None
     seed: tuple[int, int] = (0, 0)
     memory: list[Row] = field(default_factory=list)
     form: str | None = None
@@ -93,17 +96,30 @@ class Source:
     @property
     def total(self) -> int:
         """Rows that take part."""
-        return self.size if self.wanted is None else self.wanted
+        return self.limited(self.size if self.wanted is None else self.wanted)
+
+    def limited(self, count: int) -> int:
+        """A number of rows, or `most` where that is less."""
+        return count if self.most is None else min(count, self.most)
+
+    def estimate(self) -> int | None:
+        """About how many rows take part, where that can be told without reading them all."""
+        count = self.wanted or len(self.memory) or estimate_rows(self.files)
+        return None if count is None else self.limited(count)
 
     def rows(self, begin: int = 0, end: int | None = None) -> Iterator[Row]:
         """The rows that take part, from number `begin` up to `end` of them."""
-        if self.wanted is None and begin == 0 and end is None:
-            return self._pass(None, None)
+        if self.wanted is None and self.most is None and begin == 0 and end is None:
+            return self.in_order()
         return self._passes(begin, self.total if end is None else end)
+
+    def in_order(self) -> Iterator[Row]:
+        """All its rows, whether they take part or not; the first of them come without reading the others."""
+        return self._pass(None, None)
 
     def first(self) -> Row | None:
         """The first row that can be read, None when there is none."""
-        return next((row for row in self._pass(None, None) if row.fault is None), None)
+        return next((row for row in self.in_order() if row.fault is None), None)
 
     def _passes(self, begin: int, end: int) -> Iterator[Row]:
         """Whole passes through the source, then the drawn rows of an incomplete one, all in the source's order."""
@@ -150,7 +166,7 @@ class Mixture:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Set how many rows of each source take part in an interleaved mixture."""
+        """Check the shares."""
         if self.strategy == "concat":
             if self.weights:
                 raise UsageError("--interleave-probs needs --mix-strategy interleave_under or interleave_over")
@@ -160,13 +176,26 @@ class Mixture:
             raise UsageError(
                 f"--interleave-probs: {len(weights)} values for {len(self.sources)} sources; give one above 0 for each"
             )
+
+    @cached_property
+    def parts(self) -> Sequence[Source]:
+        """The sources with as many rows as take part of each; interleaving takes one reading to count them."""
+        if self.strategy == "concat":
+            return self.sources
+        counts = self.interleaved([source.total for source in self.sources])
+        made = [copy.copy(source) for source in self.sources]  # with the size that has been counted
+        for part, count in zip(made, counts, strict=True):
+            part.wanted, part.most = count, None
+        return made
+
+    def interleaved(self, sizes: Sequence[int]) -> list[int]:
+        """Rows of each source in an interleaved mixture, from those that could take part."""
+        weights = np.array(self.weights or [1.0] * len(sizes))
         weights = weights / weights.sum()
-        sizes = np.array([source.total for source in self.sources])
         under = self.strategy == "interleave_under"
-        rows = (np.min if under else np.max)(sizes / weights)
-        shares = np.maximum(np.rint(rows * weights).astype(int), 1)
-        for source, share, size in zip(self.sources, shares.tolist(), sizes.tolist(), strict=True):
-            source.wanted = min(share, size) if under else max(share, size)
+        rows = (np.min if under else np.max)(np.array(sizes) / weights)
+        shares = np.maximum(np.rint(rows * weights).astype(int), 1).tolist()
+        return list(map(min if under else max, shares, sizes))
 
     @property
     def files(self) -> list[Path]:
@@ -176,12 +205,19 @@ class Mixture:
     @property
     def total(self) -> int:
         """Rows of all sources together; counting them may take one reading."""
-        return sum(source.total for source in self.sources)
+        return sum(source.total for source in self.parts)
+
+    def estimates(self) -> list[int] | None:
+        """About how many rows take part of each source, where that can be told without reading them all."""
+        counts = [count for source in self.sources if (count := source.estimate()) is not None]
+        if len(counts) < len(self.sources):
+            return None
+        return counts if self.strategy == "concat" else self.interleaved(counts)
 
     def estimate(self) -> int | None:
-        """About how many rows there are, where that can be told quickly."""
-        counts = [source.wanted or len(source.memory) or estimate_rows(source.files) for source in self.sources]
-        return None if None in counts else sum(count or 0 for count in counts)
+        """About how many rows there are, likewise."""
+        counts = self.estimates()
+        return None if counts is None else sum(counts)
 
     def rows(self, begin: int = 0, end: int | None = None) -> Iterator[Row]:
         """The rows from number `begin` up to `end`."""
@@ -189,7 +225,7 @@ class Mixture:
             yield from self._interleaved(begin, self.total if end is None else end)
             return
         start = 0
-        for source in self.sources:
+        for source in self.parts:
             if begin == 0 and end is None:
                 yield from source.rows()
                 continue
@@ -200,11 +236,11 @@ class Mixture:
 
     def _interleaved(self, begin: int, end: int) -> Iterator[Row]:
         """The sources' rows in a drawn order: one byte per row says whose turn it is."""
-        totals = [source.total for source in self.sources]
+        totals = [source.total for source in self.parts]
         turns = np.repeat(np.arange(len(totals), dtype=np.uint8), totals)
         np.random.default_rng([self.seed, len(totals)]).shuffle(turns)
         before = np.bincount(turns[:begin], minlength=len(totals)).tolist()
-        streams = [source.rows(first, None) for source, first in zip(self.sources, before, strict=True)]
+        streams = [source.rows(first, None) for source, first in zip(self.parts, before, strict=True)]
         for turn in turns[begin:end].tolist():
             yield next(streams[turn])
 
@@ -224,7 +260,7 @@ def open_source(text: str, seed: tuple[int, int]) -> Source:
         files, unused = subset_files(path, spec.subset, f"--dataset {text}:")
     else:
         files, unused = files_of_hub(spec.path, spec.subset, f"--dataset {text}:")
-    return Source(text, files, unused, spec.count, seed)
+    return Source(text, files, unused, spec.count, seed=seed)
 
 
 def files_of_hub(name: str, subset: str | None, place: str) -> tuple[list[Path], list[Path]]:

@@ -7,11 +7,12 @@ of queries and keys, f ffn, t TP, c CP, r LoRA rank, e bytes per element.
 
 from dataclasses import dataclass
 
+from mindspeed_llm.device.rowwise import COLUMNS
+from mindspeed_llm.models.context import ALONE
+from mindspeed_llm.models.head import ROWS
 from mindspeed_llm.planning.job import Job
 
 FLOAT = 4
-HEAD_SLICE = 2048  # columns of float32 temporaries (`device.rowwise.exponentials_`)
-HEAD_ROWS = 512  # labelled positions whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Layers:
             boundary = tokens_between(job) * job.model.hidden_size * job.element
             mlp = experts(job, number) if key[0] else dense_mlp(job, number)
             kept = residual(job) + attention(job, number) + mlp.kept
-            self.made[key] = LayerActivations(round(kept), round(mlp.working + boundary), boundary)
+            again = whole_sequence(job) - mlp.kept if job.recompute == "selective" else 0  # the MLP's are gone by then
+            self.made[key] = LayerActivations(round(kept), round(max(mlp.working, again) + boundary), boundary)
         return self.made[key]
 
 
@@ -96,7 +98,8 @@ def attention(job: Job, layer: int) -> float:
     """Projections, normalised and turned q and k, and the output of attention with its log-sums.
 
     q, k, v [n (q + 2 k) / t] as projected; copies of q and k that their norms read; q and k turned; the output.
-    Under CP keys and values of the whole sequence, and the output of both pieces apart and joined.
+    Under CP keys and values are those of the whole sequence, which are copies: k and v as projected are not kept, nor
+    therefore q, which they share memory with.
     """
     model, n, e, t = job.model, job.tokens, job.element, job.layout.tp
     if model.multi_latent_attention:
@@ -109,11 +112,33 @@ def attention(job: Job, layer: int) -> float:
     if model.qk_layernorm:
         widths += q + k
         kept += norm(job, n, q) + norm(job, n, k)
-    if job.context > 1:
-        widths += 2 * k * job.context + q - k
+    if job.context > 1 and job.recompute != "selective":
+        widths -= (q + 2 * k) + k
+        kept += whole_sequence(job)
     if model.attention_softcap is not None or model.attention_sinks:
         widths += q + 2 * k if model.attention_sinks else q
     return kept + n * widths * e + low_rank(job, layer, ("self_attention.linear_qkv", "self_attention.linear_proj"))
+
+
+def whole_sequence(job: Job) -> float:
+    """What a layer's attention keeps under CP only.
+
+    Keys and values of all ranks, the output of each piece apart, and the masks of pieces that begin within a row:
+    piece number j of a row's 2 c sees j + 1 of them, and a rank has the numbers j and 2 c - 1 - j. A mask is for all
+    rows of a batch; rows one behind the other have each their own. Short ones are cut all together: a rank's two pieces
+    begin within a row each, half of it on the average.
+    """
+    if job.context == 1:
+        return 0.0
+    model, t, pieces = job.model, job.layout.tp, 2 * job.context
+    q = model.num_attention_heads * model.kv_channels / t
+    k = model.num_query_groups * model.kv_channels / t
+    row, number = job.length, 1
+    if job.rows is not None:
+        row, number = job.rows, max(1, job.micro_batch * job.length // job.rows)
+    cut_alone = job.rows is None or row > min(ALONE, number * row // pieces)
+    masks = number * (pieces + 1) * (row / pieces) ** 2 if cut_alone else row**2
+    return (job.tokens * (2 * k * job.context + q) + masks) * job.element
 
 
 def latent_attention(job: Job, layer: int) -> float:
@@ -188,7 +213,7 @@ def head(job: Job) -> float:
     before = tokens_between(job) * h * e + labelled * h * e + norm(job, tokens_between(job), h)
     if job.trains_head:
         return before + labelled * vocabulary * (2 * FLOAT + (e if e < FLOAT else 0))
-    rows, part = min(labelled, HEAD_ROWS), min(HEAD_SLICE, vocabulary)
+    rows, part = min(labelled, ROWS), min(COLUMNS, vocabulary)
     width = h * e
     if e < FLOAT:
         width = max(2 * part * FLOAT, h * (FLOAT + 2 * e))

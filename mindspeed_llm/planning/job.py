@@ -30,6 +30,8 @@ class Job:
             step's own.
         micro_batch: rows of a micro-batch. micro_batches: of a step, on one replica.
         length: tokens of a row, padding included, over all CP ranks: the longest for memory, the mean for time.
+        rows: tokens of each row within a row, where those of a micro-batch stand one behind the other in one sequence
+            (`--padding-free`, `--neat-pack`): the longest for memory, the mean for time. None where they do not.
         trained: share of the tokens that have a label.
         accelerator: norms are one kernel and the optimizer updates all parameters in one call; on a CPU neither is so.
     """
@@ -53,6 +55,7 @@ class Job:
     micro_batch: int = 1
     micro_batches: int = 1
     length: int = 1
+    rows: int | None = None
     trained: float = 1.0
     accelerator: bool = False
 

@@ -27,12 +27,15 @@ class Lengths:
         longest: tokens of the longest row, mean: of the mean one, padding included.
         trained: share of the mean row's tokens that have a label; the longest row is taken to have labels throughout.
         origin: where these come from, for people.
+        rows: tokens of the longest and of the mean row where rows stand one behind the other, which may be several in
+            one row of the data (`--neat-pack`); None where they do not.
     """
 
     longest: int
     mean: float
     trained: float = 1.0
     origin: str = ""
+    rows: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def jobs(wish: Wish, sums: ModelWeights) -> Iterator[Job]:
                     micro_batch=rows * (2 if wish.pairs else 1),
                     micro_batches=number,
                     length=wish.lengths.longest,
+                    rows=wish.lengths.rows and wish.lengths.rows[0],
                     accelerator=wish.card.name != "cpu",
                 )
 
@@ -172,7 +176,9 @@ def propose(wish: Wish) -> list[Estimate]:
     sums = ModelWeights(wish.model, wish.settings)
     found = []
     for job in jobs(wish, sums):
-        mean = replace(job, length=max(1, round(wish.lengths.mean)), trained=wish.lengths.trained)
+        lengths = wish.lengths
+        rows = lengths.rows and max(1, round(lengths.rows[1]))
+        mean = replace(job, length=max(1, round(lengths.mean)), rows=rows, trained=lengths.trained)
         found.append(estimate(job, mean, sums, wish.card))
     if not found:
         raise UsageError(

@@ -174,7 +174,8 @@ def attention_flops(job: Job, layer: int) -> float:
     """Operations of scores and values of one forward pass on a rank."""
     model = job.model
     width = model.num_attention_heads * (model.v_head_dim if model.multi_latent_attention else model.kv_channels)
-    seen = min(job.length / 2, model.window(layer) or job.length)
+    row = job.length if job.rows is None else job.rows
+    seen = min(row / 2, model.window(layer) or row)
     return 4 * job.tokens * seen * width / job.layout.tp
 
 

@@ -24,9 +24,10 @@ def job_of_batches(run: Run, batches: list[Batch]) -> Job:
     rows, length = max((batch["tokens"].shape for batch in batches), key=lambda shape: shape[0] * shape[1])
     labelled = max(int((batch["labels"] != IGNORE).sum()) for batch in batches)
     processes = torch.distributed.get_world_size()
+    inner = max((batch["packed"].segments.longest for batch in batches if "packed" in batch), default=None)
     of_run = job_of(
         run.options, run.metadata.model, run.start.settings, run.metadata.layout, processes, length,
-        run.device.name != "cpu",
+        run.device.name != "cpu", inner,
     )  # fmt: skip
     return replace(
         of_run, micro_batch=rows, micro_batches=len(batches), length=length, trained=labelled / (rows * length)

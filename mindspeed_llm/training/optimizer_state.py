@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
+
+from mindspeed_llm.checkpoint.formats.torch_dist_shards import OPTIMIZER_FORM, SHARDING
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FIELDS = ("master", *MOMENTS)
@@ -128,6 +131,29 @@ def import_state(
             continue
         for group in one.optimizer.param_groups:
             group["step"] = steps
+
+
+def engine_settings(optimizer: Any, steps: int) -> dict[Any, Any]:
+    """What megatron-core's optimizers read back beside tensors: groups without their parameters, and the step.
+
+    The float32 optimizer looks for them at the top, the others under "optimizer"; the distributed one takes the step
+    from the groups, the others from "common_step", where torch's AdamW counts. Of several (experts have their own) each
+    is under its number; where experts are not spread megatron-core's own models have one for all parameters, and those
+    of a checkpoint cannot be divided: it goes on at an expert parallel size of 1, or at one above.
+
+    Args:
+        steps: Adam's step count.
+    """
+    found = []
+    for one in inner_optimizers(optimizer):
+        groups = [] if one.optimizer is None else one.optimizer.param_groups
+        plain: dict[str, Any] = {
+            "param_groups": [{**{k: v for k, v in each.items() if k != "params"}, "step": steps} for each in groups],
+            "state": {"common_step": steps} if groups and _counts_per_parameter(one) else {},
+        }
+        found.append({**plain, "optimizer": plain, "param_state_sharding_type": OPTIMIZER_FORM[SHARDING]})
+    alone = len(found) == 1 or parallel_state.get_expert_model_parallel_world_size() == 1
+    return found[0] if alone else dict(enumerate(found))
 
 
 def _counts_per_parameter(optimizer: Any) -> bool:

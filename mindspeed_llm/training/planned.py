@@ -15,11 +15,11 @@ from mindspeed_llm.checkpoint.recorded import holds_tokenizer, tokenizer_folder
 from mindspeed_llm.checkpoint.sizes import parse_size
 from mindspeed_llm.checkpoint.tables import WeightTable
 from mindspeed_llm.data.dataset import PAIR_FIELDS, IndexedDataset
-from mindspeed_llm.data.on_the_fly import found_rows
+from mindspeed_llm.data.on_the_fly import found_rows, plan_rows
 from mindspeed_llm.data.pairs import PairDataset
 from mindspeed_llm.data.plan import CHAT_FIELDS
 from mindspeed_llm.data.prefixes import Parts, open_parts
-from mindspeed_llm.data.sample_lengths import sample_lengths
+from mindspeed_llm.data.sample_lengths import Sampled, sample_lengths
 from mindspeed_llm.data.sources import is_self_cognition, parse_spec
 from mindspeed_llm.device import cards
 from mindspeed_llm.device.base import Device
@@ -32,7 +32,7 @@ from mindspeed_llm.planning.propose import Lengths, Wish, propose
 from mindspeed_llm.planning.show import GIB, memory_line, table
 from mindspeed_llm.planning.weights import ModelWeights
 from mindspeed_llm.training.layout_rules import length_parts
-from mindspeed_llm.training.raw_rows import cache_place, data_of, preprocess_options, raw_folder
+from mindspeed_llm.training.raw_rows import cache_place, data_of, preprocess_options, raw_folder, with_bounds_kept
 
 FIXED = {
     "tensor_model_parallel_size": "tp",
@@ -54,6 +54,7 @@ def lengths_of(options: PosttrainOptions, parts: Parts | None) -> Lengths:
     longest = options.data.seq_length
     if parts is None:
         return Lengths(longest, longest, 1.0, f"--seq-length {longest}; no data named")
+    options = with_bounds_kept(options, parts)
     own = np.minimum(parts.train.source.lengths, longest)
     told = [file for file in parts.files if all(one is not None for one in file.reports)]
     reports = [one for file in told for one in file.reports]
@@ -61,7 +62,13 @@ def lengths_of(options: PosttrainOptions, parts: Parts | None) -> Lengths:
     if sum(one["tokens"] for one in reports):
         places = sum(int(np.sum(file.lengths)) for file in told) * (2 if options.prefers else 1)
         trained = min(1.0, sum(one["trained_tokens"] for one in reports) / places)
-    return laid_out(options, own, trained, f"{len(own):,} {noun(options)}")
+    found = laid_out(options, own, trained, f"{len(own):,} {noun(options)}")
+    if found.rows is None or not reports or not any(file.neat_packed for file in parts.files):
+        return found
+    # what was joined, which a report tells of all parts of a divided data set together
+    written = sum(sum(one["histogram"]["rows"]) for one in reports)
+    inner = min(longest, max(one["longest_row"] for one in reports)), sum(one["tokens"] for one in reports) / written
+    return replace(found, rows=inner)
 
 
 def noun(options: PosttrainOptions) -> str:
@@ -82,14 +89,17 @@ def laid_out(options: PosttrainOptions, own: np.ndarray, trained: float, said: s
         return Lengths(longest, longest, share, f"{said}, padded to --seq-length {longest}")
     multiple = 1 if data.lays_out_flat else data.pad_to_multiple_of
     padded = -(-own // multiple) * multiple
-    return Lengths(int(padded.max()), float(padded.mean()), trained * float(own.mean() / padded.mean()), said)
+    mean = float(padded.mean())
+    rows = (int(own.max()), float(own.mean())) if data.lays_out_flat else None
+    return Lengths(int(padded.max()), mean, trained * float(own.mean()) / mean, said, rows)
 
 
 def raw_lengths(options: PosttrainOptions, tokenizer: str | None) -> Lengths:
     """Raw rows as batches will hold them: as an earlier run has prepared them, else as the first of them are.
 
-    Memory is planned for rows of --seq-length where not all rows were read. Where none can be, for want of a tokenizer
-    or because they are on the hub, every row is taken to be that long, which is said.
+    No file is read to its end for this, but one whose rows are all among those first. Memory is planned for rows of
+    --seq-length where not all rows were read. Where none can be, for want of a tokenizer or because they are on the
+    hub, every row is taken to be that long, which is said.
 
     Args:
         tokenizer: the HF folder whose tokenizer the rows are made with.
@@ -103,22 +113,34 @@ def raw_lengths(options: PosttrainOptions, tokenizer: str | None) -> Lengths:
         why = f"{far[0]} is not on this machine" if far else "--tokenizer-name-or-path, which counts tokens, is missing"
         return Lengths(longest, longest, 1.0, f"{what} of --seq-length {longest} each, assumed: {why}")
     fields, made = PAIR_FIELDS if options.prefers else CHAT_FIELDS, preprocess_options(options, tokenizer)
-    prepared = found_rows(made, cache_place(options, raw_folder(options)), fields)
+    plan = plan_rows(made, fields)
+    prepared = found_rows(plan, cache_place(options, raw_folder(options)))
     if prepared is not None:
         kind = PairDataset if options.prefers else IndexedDataset
-        return lengths_of(options, open_parts(data_of(options, prepared), kind))
-    seen = sample_lengths(made, fields)
+        found = lengths_of(options, open_parts(data_of(options, prepared), kind))
+        return replace(found, origin=f"{found.origin}; as prepared in {prepared.parent}")
+    seen = sample_lengths(plan)
     own = np.minimum(seen.lengths, longest)
     share = seen.trained / (int(seen.lengths.sum()) * (2 if options.prefers else 1))
     if options.rows.pack:
         packs = f"the first {len(own):,} {what}, {own.mean():,.0f} tokens on average, packed to --seq-length {longest}"
-        return Lengths(longest, longest, share, packs)
-    every = seen.whole is not None and seen.whole <= len(own)
-    of = "" if every else f" of about {seen.whole:,}" if seen.whole is not None else " of more"
-    found = laid_out(options, own, share, f"{'all' if every else 'the first'} {len(own):,} {what}{of},")
-    if every or found.longest == longest:
+        rows = (int(own.max()) if seen.every else longest, float(own.mean())) if options.rows.neat_pack else None
+        return Lengths(longest, longest, share, packs, rows)
+    found = laid_out(options, own, share, sampled_text(seen, what))
+    if seen.every or found.longest == longest:
         return found
-    return replace(found, longest=longest, origin=f"{found.origin}; memory for {longest}, as longer ones may follow")
+    said = f"{found.origin}; memory for {longest}, as longer ones may follow"
+    return replace(found, longest=longest, origin=said, rows=found.rows and (longest, found.rows[1]))
+
+
+def sampled_text(seen: Sampled, what: str) -> str:
+    """Which rows were read, for people."""
+    some = f"{'all' if seen.every else 'the first'} {len(seen.lengths):,} {what}"
+    if seen.whole is not None and seen.whole < len(seen.lengths):
+        return f"{some} of their files, from which {seen.whole:,} are taken,"
+    if seen.every:
+        return f"{some},"
+    return f"{some} of {'more' if seen.whole is None else f'about {seen.whole:,}'},"
 
 
 def job_of(
@@ -129,8 +151,13 @@ def job_of(
     processes: int,
     length: int,
     accelerator: bool,
+    inner: int | None = None,
 ) -> Job:
-    """The run these options describe, on `processes` ranks, for micro-batches of rows of `length` tokens."""
+    """The run these options describe, on `processes` ranks, for micro-batches of rows of `length` tokens.
+
+    Args:
+        inner: tokens of the longest row within one, where they stand one behind the other; else None.
+    """
     cut, training = options.parallel, options.training
     replicas = max(1, processes // (layout.tp * layout.pp * cut.context_parallel_size))
     rows = training.global_batch_size or training.micro_batch_size * replicas
@@ -155,6 +182,7 @@ def job_of(
         micro_batch=training.micro_batch_size * (2 if options.prefers else 1),  # both answers of a pair
         micro_batches=max(1, rows // (training.micro_batch_size * replicas)),
         length=-(-length // parts) * parts,
+        rows=inner,
         accelerator=accelerator,
     )
 

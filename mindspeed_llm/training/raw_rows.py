@@ -1,4 +1,4 @@
-"""Rows that are named as they are: the options that prepare them, and where the prepared files lie."""
+"""Options that follow from the rows: those that prepare raw ones, where these then lie, how files are laid out."""
 
 import os
 from dataclasses import fields, replace
@@ -9,6 +9,7 @@ from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.arguments.programs import PosttrainOptions
 from mindspeed_llm.arguments.rows import RowOptions
 from mindspeed_llm.data.division import PARTS, split_shares
+from mindspeed_llm.data.prefixes import Parts
 from mindspeed_llm.data.sources import parse_spec
 from mindspeed_llm.errors import InputError
 
@@ -78,3 +79,17 @@ def cache_folder(options: PosttrainOptions, beside: Path | None) -> Path:
     if not writable:
         raise InputError(f"cannot write to {chosen}; name another folder with --data-cache-dir")
     return chosen.resolve()
+
+
+def with_bounds_kept(options: PosttrainOptions, parts: Parts) -> PosttrainOptions:
+    """The options with what the data ask for: files made with --neat-pack are laid out flat, row by row.
+
+    There, and where a row holds a single text, --reset-attention-mask and --reset-position-ids have nothing to add.
+    """
+    data = options.data
+    neat = any(file.neat_packed for file in parts.files)
+    if neat:
+        data = replace(data, padding_free=True)
+    if neat or not any(file.may_be_packed for file in parts.files):
+        data = replace(data, reset_attention_mask=False, reset_position_ids=False)
+    return replace(options, data=data)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindspeed_llm.arguments.programs import PosttrainOptions
@@ -165,20 +165,6 @@ def check_resumed_template(start: Start, rows: Rows) -> None:
             f"{recorded.enable_thinking}), the data were made with {rows.template} (thinking {rows.enable_thinking}); "
             "preprocess again"
         )
-
-
-def with_bounds_kept(options: PosttrainOptions, parts: Parts) -> PosttrainOptions:
-    """The options with what the data ask for: files made with --neat-pack are laid out flat, row by row.
-
-    There, and where a row holds a single text, --reset-attention-mask and --reset-position-ids have nothing to add.
-    """
-    data = options.data
-    neat = any(file.neat_packed for file in parts.files)
-    if neat:
-        data = replace(data, padding_free=True)
-    if neat or not any(file.may_be_packed for file in parts.files):
-        data = replace(data, reset_attention_mask=False, reset_position_ids=False)
-    return replace(options, data=data)
 
 
 def text_end(options: PosttrainOptions, tokenizer: Tokenizer | None) -> int | None:

@@ -10,14 +10,14 @@ One checkpoint is under way at a time. A kill at any moment leaves the checkpoin
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mindspeed_llm.checkpoint.atomic import StagedDirectory, iteration_folder, write_tracker
-from mindspeed_llm.checkpoint.formats.torch_dist_shards import merge_shares, write_shares
+from mindspeed_llm.checkpoint.formats.torch_dist_shards import STEP, merge_shares, write_shares
 from mindspeed_llm.checkpoint.formats.torch_file import write_torch_file
 from mindspeed_llm.checkpoint.layout import CHECKPOINT_FILE
 from mindspeed_llm.checkpoint.metadata import Metadata, write_metadata
@@ -35,6 +35,7 @@ from mindspeed_llm.training.export import (
     exported_model,
     sum_over_ranks,
 )
+from mindspeed_llm.training.optimizer_state import engine_settings
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.retention import about_to_save, best_checkpoint, iterations, link_best, remove, surplus
 from mindspeed_llm.training.setup import Run
@@ -83,9 +84,10 @@ class Pending:
 
     Attributes:
         staged: its folder. progress, metadata: what it says about itself.
-        began: when its saving began, by `time.perf_counter`. waited: seconds training has waited for it.
+        worker: what writes this rank's share, and then, on rank 0, publishes all.
         common: what all ranks' files say alike.
         export: the HF folder in it; None without one.
+        began: when its saving began, by `time.perf_counter`. waited: seconds training has waited for it.
         written: whether every rank has written its share, so that it is rank 0's to publish.
     """
 
@@ -93,11 +95,11 @@ class Pending:
     progress: checkpointing.Progress
     metadata: Metadata
     nbytes: int
-    began: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    worker: Worker | None = None
-    common: dict[str, Any] = field(default_factory=dict)
-    export: ModelExport | None = None
+    worker: Worker
+    common: dict[str, Any]
+    export: ModelExport | None
+    began: float
+    waited: float
     written: bool = False
 
 
@@ -210,10 +212,9 @@ class Saver:
 
     def begin(self) -> None:
         """Take the content of a checkpoint, and write this rank's share, or let a thread do it."""
-        run, options = self.run, self.run.options.checkpoint
+        began, run, options = time.perf_counter(), self.run, self.run.options.checkpoint
         staged = StagedDirectory(self.folder / iteration_folder(run.progress.iteration))
         metadata = replace(run.metadata, iteration=run.progress.iteration)
-        pending = self.pending = Pending(staged, run.progress, metadata, self.nbytes)
         finish_parameter_sync(run.engine)
         if run.first_rank:
             staged.create()
@@ -222,18 +223,27 @@ class Saver:
             run.engine, metadata, run.progress, run.device, self.adapter_only, not options.no_save_optim,
             not options.no_save_rng, copied=self.threaded,
         )  # fmt: skip
+        export = None
         if run.export is not None and run.export.model:
             chunks, keys = run.engine.chunks, metadata.layout.model_keys()
             copies = [content[key] for key, _ in zip(keys, chunks, strict=True)] if self.threaded else None
-            pending.export = ModelExport(chunks, metadata.model, staged.path, run.export, self.place, copies)
-        pending.common = {key: value for key, value in content.items() if not isinstance(value, dict | list)}
-        if content.get("optimizer"):
-            pending.common["optimizer"] = {"step": content["optimizer"]["step"]}
-        pending.common["validation"] = content["validation"]
+            export = ModelExport(chunks, metadata.model, staged.path, run.export, self.place, copies)
+        common = self.common_of(content)
         tasks = [self.writing_of(content, staged.path, metadata)] if self.writes else []
-        tasks += [pending.export.write] if pending.export is not None else []
-        pending.worker = Worker(lambda: [task() for task in tasks], self.threaded)
-        pending.waited += time.perf_counter() - pending.began
+        tasks += [export.write] if export is not None else []
+        worker = Worker(lambda: [task() for task in tasks], self.threaded)
+        waited = time.perf_counter() - began
+        self.pending = Pending(
+            staged, run.progress, metadata, self.nbytes, worker, common, export, began, waited
+        )  # fmt: skip
+
+    def common_of(self, content: dict[str, Any]) -> dict[str, Any]:
+        """What all ranks' files say alike, from what this rank's is to hold."""
+        common = {key: value for key, value in content.items() if not isinstance(value, dict | list)}
+        if content.get("optimizer"):
+            common[STEP] = step = content["optimizer"]["step"]
+            common["optimizer"] = engine_settings(self.run.engine.optimizer, step)
+        return {**common, "validation": content["validation"]}
 
     def writing_of(self, content: dict[str, Any], folder: Path, metadata: Metadata) -> Callable[[], None]:
         """What writes this rank's share of a checkpoint."""
@@ -248,7 +258,7 @@ class Saver:
     def writing(self) -> bool:
         """Whether this rank still writes its share; raises the error that ended a thread."""
         pending = self.pending
-        if pending is None or pending.worker is None:
+        if pending is None:
             return False
         busy = pending.worker.busy
         if pending.written and not busy:
@@ -272,12 +282,13 @@ class Saver:
         """Wait until the checkpoint under way, if any, is published."""
         began = time.perf_counter()
         pending, self.pending = self.pending, None
-        if pending is not None and pending.worker is not None:
+        if pending is not None:
             pending.worker.wait()
         if pending is not None and not pending.written:
-            barrier(self.run.device)
-            if pending.export is not None:
-                pending.export.check()
+            if pending.export is None:
+                barrier(self.run.device)
+            else:
+                pending.export.check()  # waits for all ranks, too
             if self.run.first_rank:
                 pending.waited += time.perf_counter() - began
                 self.publish(pending)

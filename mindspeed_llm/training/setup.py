@@ -34,9 +34,10 @@ from mindspeed_llm.training.feed import Feed, check_lengths, collate_of, length_
 from mindspeed_llm.training.layout_rules import length_parts, training_layout
 from mindspeed_llm.training.planned import check_memory, job_of, lengths_of
 from mindspeed_llm.training.preference import Preference
+from mindspeed_llm.training.raw_rows import with_bounds_kept
 from mindspeed_llm.training.report import say
 from mindspeed_llm.training.retention import best_checkpoint, remove_leftovers
-from mindspeed_llm.training.rows import Rows, open_rows, text_end, with_bounds_kept
+from mindspeed_llm.training.rows import Rows, open_rows, text_end
 from mindspeed_llm.training.schedule import Schedule
 from mindspeed_llm.training.start import Start, find_start
 from mindspeed_llm.training.together import done_by_one
@@ -143,7 +144,8 @@ def prepare(options: PosttrainOptions, device: Device) -> Run:
     train_iters = total_steps(options, len(feed.source), global_batch_size)
     lengths = lengths_of(options, rows.parts)
     world = torch.distributed.get_world_size()
-    job = job_of(options, model, start.settings, layout, world, lengths.longest, device.name != "cpu")
+    inner = lengths.rows and lengths.rows[0]
+    job = job_of(options, model, start.settings, layout, world, lengths.longest, device.name != "cpu", inner)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     done_by_one(lambda: check_memory(options, job, device, local), True)
     built = build_engine(options, start, engine, device)

@@ -10,19 +10,23 @@ from unittest import mock
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import optimizer as core_optimizer
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig, multi_latent_attention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from mindspeed_llm import device
 from mindspeed_llm.models import parallel
 from mindspeed_llm.models.config import ModelConfig
+from mindspeed_llm.training.optimizer_state import FIELDS, export_state
 
 
 class Local(NamedTuple):
@@ -111,9 +115,11 @@ def transformer_config(model: ModelConfig, tp: int, pp: int, ep: int) -> Transfo
     )
 
 
-def build(model: ModelConfig, tp: int = 1, pp: int = 1, ep: int = 1) -> GPTModel:
+def build(model: ModelConfig, tp: int = 1, pp: int = 1, ep: int = 1, bf16: bool = False) -> GPTModel:
     """megatron-core's own model, by its own local layer specification, filled with a number that is no weight."""
     config = transformer_config(model, tp, pp, ep)
+    if bf16:
+        config.bf16, config.params_dtype = True, torch.bfloat16
     if model.num_experts:
         spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm")
         for layer in spec.layer_specs if model.multi_latent_attention else ():
@@ -138,7 +144,7 @@ def build(model: ModelConfig, tp: int = 1, pp: int = 1, ep: int = 1) -> GPTModel
     with torch.no_grad():
         for tensor in weights(built).values():
             tensor.fill_(-77.0)
-    return built
+    return built.bfloat16() if bf16 else built
 
 
 def weights(built: GPTModel) -> dict[str, torch.Tensor]:
@@ -197,3 +203,80 @@ def load(
         found, _, lacking = dist_checkpointing.load(asked, str(folder), strict="return_all")
         built.load_state_dict(found.pop("model"))
         return local(built, pp), sorted(lacking), found
+
+
+class Resumed(NamedTuple):
+    """What megatron-core's own model and optimizer hold after loading, on one rank.
+
+    Attributes:
+        held: weights, and where the rank stands.
+        state: field -> values by local name, of parameters this rank updates as a whole.
+        groups: of the optimizers' parameters, without these.
+        steps: of Adam, as its state counts them.
+    """
+
+    held: Local
+    state: dict[str, dict[str, np.ndarray]]
+    groups: list[dict[str, Any]]
+    steps: set[float]
+
+
+class GroupsAdam(torch.optim.Optimizer):
+    """In place of the fused Adam of apex and transformer_engine, which counts steps in its groups; it never steps."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, settings)
+
+
+@contextlib.contextmanager
+def step_in_groups() -> Iterator[None]:
+    """megatron-core's distributed optimizer as with a fused Adam: with torch's it loads nothing at all (0.16.1)."""
+    with (
+        mock.patch.object(core_optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        mock.patch.object(core_optimizer, "Adam", GroupsAdam),
+        mock.patch.object(distrib_optimizer, "Adam", GroupsAdam),
+        mock.patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True),
+    ):
+        yield
+
+
+def load_into(built: GPTModel, optimizer: Any, folder: Path) -> None:
+    """Load everything a checkpoint has of a model and its optimizer."""
+    about = dist_checkpointing.load_content_metadata(str(folder))
+    asked = {"model": built.sharded_state_dict(metadata=about)}
+    asked["optimizer"] = optimizer.sharded_state_dict(asked["model"], is_loading=True, metadata=about)
+    found, _, lacking = dist_checkpointing.load(asked, str(folder), strict="return_all")
+    assert not lacking, lacking
+    built.load_state_dict(found["model"])
+    optimizer.load_state_dict(found["optimizer"])
+
+
+def resume(
+    rank: int,
+    model: ModelConfig,
+    folder: Path,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    bf16: bool = False,
+    distributed: bool = False,
+) -> Resumed:
+    """Load weights and optimizer state as Megatron-LM does: what the checkpoint says of itself decides the form."""
+    with groups(tp, pp, ep), step_in_groups() if distributed else contextlib.nullcontext():
+        built = build(model, tp, pp, ep, bf16)
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+        wrapped = DistributedDataParallel(built.config, ddp, built)
+        settings = OptimizerConfig(
+            optimizer="adam", lr=0.5, min_lr=0.0, bf16=bf16, params_dtype=built.config.params_dtype,
+            use_distributed_optimizer=distributed,
+        )  # fmt: skip
+        optimizer = get_megatron_optimizer(settings, [wrapped], use_gloo_process_groups=False)
+        load_into(built, optimizer, folder)
+        inner = getattr(optimizer, "chained_optimizers", [optimizer])
+        parameters = {name: one for name, one in built.named_parameters() if one.requires_grad}
+        state, _ = export_state(optimizer, parameters)
+        fields = {name: {local: one[name].numpy() for local, one in state.items()} for name in FIELDS}
+        kept = [group for one in inner for group in one.optimizer.param_groups]
+        counted = {float(one["step"]) for each in inner for one in each.optimizer.state.values() if "step" in one}
+        plain = [{key: value for key, value in group.items() if key != "params"} for group in kept]
+        return Resumed(local(built, pp), fields, plain, counted | {float(one["step"]) for one in kept if "step" in one})

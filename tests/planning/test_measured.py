@@ -18,6 +18,7 @@ from tests.planning.jobs import SP, UNIFORM, WHOLE_HEAD, job
 MEASURE = "tests.planning.worker:measure"
 WHOLE_VOCABULARY = {"vocab": 32000}
 BLOCK = {**UNIFORM, "recompute_method": "block", "recompute_layers": 2}
+PACKED = {"layers": 1, "context": 2, "length": 512, "fused_mlp": True, "vocab": 500}
 JOBS = {
     "one process": job(**WHOLE_VOCABULARY),
     "modular": job(fused=False),
@@ -48,6 +49,11 @@ JOBS = {
         cards=2, distributed_optimizer=True, lora=False, dtype="bfloat16"
     ),
     "CP2": job(context=2),
+    "CP2, selective recompute": job(context=2, recompute="selective"),
+    "padding-free": job(rows=50, length=100),
+    "CP2, padding-free": job(rows=128, **PACKED),
+    "CP2, padding-free, one long row": job(rows=1024, **PACKED),
+    "CP2, TP2 SP, padding-free, selective recompute": job(context=2, length=256, rows=50, recompute="selective", **SP),
     "DPO": job(pairs=True, trained=0.5, **WHOLE_VOCABULARY),
     "DPO, modular, bf16": job(pairs=True, fused=False, dtype="bfloat16", trained=0.5),
     "DPO, full recompute": job(layers=4, pairs=True, **UNIFORM),
@@ -72,6 +78,27 @@ def measured(name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", JOBS)
 def test_every_class_is_predicted_within_15_percent_on_every_rank(name: str) -> None:
     assert not wrong(JOBS[name], measured(name))
+
+
+@pytest.mark.distributed
+def test_what_attention_keeps_of_rows_cut_over_processes_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fullest(name: str) -> tuple[int, int]:
+        """Bytes (predicted, measured) of activations on the fullest rank."""
+        job, results = JOBS[name], measured(name)
+        predicted = memory.memory(job, ModelWeights(job.model, job.lora), 0).activations
+        return predicted, max(result["peak"]["activations"] for result in results)
+
+    def right() -> list[bool]:
+        """Whether whole sums are within 5 %, and within 15 % what one long row's masks add to them."""
+        long, short = fullest("CP2, padding-free, one long row"), fullest("CP2, padding-free")
+        predicted, seen = long[0] - short[0], long[1] - short[1]
+        assert seen > 1 << 20
+        whole = [abs(one - of) < 0.05 * of for one, of in (long, short)]
+        return [*whole, abs(predicted - seen) < 0.15 * seen]
+
+    assert all(right())
+    monkeypatch.setattr(activations, "whole_sequence", none_of)
+    assert not any(right())
 
 
 def none_of(*args: Any) -> int:

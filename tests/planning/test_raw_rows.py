@@ -1,5 +1,6 @@
 """What a plan says of rows nobody has prepared, and of pairs: the lengths that preparing them would give."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,15 @@ import pytest
 
 from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.programs import PosttrainOptions
+from mindspeed_llm.data import plan as plan_module
 from mindspeed_llm.data import sample_lengths as sampling
+from mindspeed_llm.data.on_the_fly import found_rows, plan_rows, prepare_rows
+from mindspeed_llm.data.plan import CHAT_FIELDS
 from mindspeed_llm.errors import InputError, UsageError
 from mindspeed_llm.planning.propose import Lengths, propose
 from mindspeed_llm.planning.show import table
 from mindspeed_llm.training import planned
+from mindspeed_llm.training.raw_rows import preprocess_options
 from tests.fixtures import data, done, hf_model, launch, training
 from tests.planning.test_plan import TARGETS
 from tests.training.test_preference import HANDLER, pair_data, pair_rows
@@ -68,14 +73,14 @@ def test_of_many_rows_the_first_are_read_and_memory_is_for_the_longest_there_may
 def test_sources_are_read_in_proportion_to_their_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     both = ("--dataset", data(rows=ROWS).with_suffix(".jsonl"), data(rows=4 * ROWS).with_suffix(".jsonl"), *CHAT)
     seen: list[str] = []
-    read = sampling.first_rows
+    read = sampling.Beginning.rows
 
-    def noting(*given: Any) -> Any:
-        for row in read(*given):
+    def noting(beginning: sampling.Beginning) -> Any:
+        for row in read(beginning):
             seen.append(Path(row.file).name)
             yield row
 
-    monkeypatch.setattr(sampling, "first_rows", noting)
+    monkeypatch.setattr(sampling.Beginning, "rows", noting)
     planned_for("--seq-length", 512, *both)
     assert len(seen) == 5 * ROWS
     monkeypatch.setattr(planned, "sample_lengths", lambda *given: sampling.sample_lengths(*given, most=20))
@@ -97,6 +102,77 @@ def test_rows_an_earlier_run_has_prepared_are_found_and_not_read_again(
     found = planned_for("--seq-length", 64, *raw_chat(), *cache)
     assert found.origin.startswith(f"{ROWS} rows of ")
     assert (found.longest, found.mean, found.trained) == (before.longest, before.mean, pytest.approx(before.trained))
+    assert f"as prepared in {tmp_path / 'cache'}" in found.origin
+
+
+def bytes_read() -> int:
+    """By this process until now, from files of any kind."""
+    said = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(said["rchar"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="Linux tells how much a process has read")
+@pytest.mark.parametrize("drawn", ["", "#500", "interleaved", "entries"])
+def test_a_plan_reads_the_beginnings_of_large_files_once(
+    drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = data(rows=ROWS).with_suffix(".jsonl").read_bytes()
+    file, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    file.write_bytes(rows * 100)
+    with file.open("r+b") as stream:
+        stream.truncate(1 << 29)  # a hole: takes no room, and is read as zeros
+    words = ["--dataset", f"{file}{drawn if drawn == '#500' else ''}", *CHAT, "--data-cache-dir", cache]
+    if drawn == "interleaved":
+        words[2:2] = [data(rows=ROWS).with_suffix(".jsonl"), "--mix-strategy", "interleave_over"]
+    if drawn == "entries":
+        (tmp_path / "dataset_info.json").write_text('{"a": {"file_name": "rows.jsonl"}}')
+        words = ["--handler-name", "LlamaFactoryInstructionHandler", "--dataset-dir", tmp_path, "--input", "a",
+                 "--max-samples", 700, "--prompt-type", "qwen3", "--data-cache-dir", cache]  # fmt: skip
+    (cache / "other").mkdir(parents=True)
+    (cache / "other" / "data_report.json").write_text('{"key": "", "input": [{"file": "rows.jsonl", "bytes": 1}]}')
+    made: list[int] = []
+    monkeypatch.setattr(plan_module, "_job", lambda *given, _of=plan_module._job: made.append(1) or _of(*given))
+    before = bytes_read()
+    found = planned_for("--seq-length", 512, *words)
+    assert bytes_read() - before < (1 << 26) and len(made) == 1
+    said = {
+        "": "the first 2,000 rows of about ",
+        "#500": "the first 2,000 rows of their files, from which 500 are taken, of ",
+        "interleaved": f"the first {1000 + ROWS:,} rows of about ",
+        "entries": "the first 2,000 rows of their files, from which 700 are taken, of ",
+    }
+    assert found.origin.startswith(said[drawn])
+
+
+def test_long_rows_are_sampled_by_their_text() -> None:
+    plan = plan_rows(preprocess_options(options_of(*raw_chat()), str(hf_model())), CHAT_FIELDS)
+    whole, some = sampling.sample_lengths(plan), sampling.sample_lengths(plan, characters=600)
+    assert whole.every and not some.every and 1 < len(some.lengths) < ROWS
+    assert some.lengths.tolist() == whole.lengths[: len(some.lengths)].tolist()
+
+
+def test_of_a_source_from_which_rows_are_drawn_all_rows_count(tmp_path: Path) -> None:
+    file = data(rows=ROWS).with_suffix(".jsonl")
+    drawn, whole = (planned_for("--seq-length", 512, "--dataset", f"{file}{n}", *CHAT) for n in ("#5", ""))
+    assert drawn.origin.startswith(f"all {ROWS} rows of their files, from which 5 are taken,")
+    assert (drawn.longest, drawn.mean) == (whole.longest, whole.mean)
+
+
+def test_prepared_rows_whose_input_was_changed_are_not_taken(tmp_path: Path) -> None:
+    file, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    file.write_bytes(data(rows=ROWS).with_suffix(".jsonl").read_bytes())
+    made = preprocess_options(options_of("--dataset", f"{file}#7", *CHAT), str(hf_model()))
+    prepared = prepare_rows(made, cache)
+
+    def found(said: str, *more: Any) -> Path | None:
+        options = options_of("--dataset", said, *CHAT, *more)
+        return found_rows(plan_rows(preprocess_options(options, str(hf_model())), CHAT_FIELDS), cache)
+
+    assert found(f"{file}#7") == prepared.prefix
+    assert found(f"{file}#8") is None and found(str(file)) is None and found(f"{file}#7", "--seed", 3) is None
+    later = file.stat().st_mtime_ns + 10**12
+    os.utime(file, ns=(later, later))
+    assert found(f"{file}#7") is None
 
 
 def test_a_plan_of_raw_rows_writes_nothing(tmp_path: Path) -> None:
@@ -107,6 +183,28 @@ def test_a_plan_of_raw_rows_writes_nothing(tmp_path: Path) -> None:
 def test_packed_raw_rows_are_as_long_as_a_pack() -> None:
     found = planned_for("--seq-length", 128, "--pack", "--neat-pack", *raw_chat())
     assert (found.longest, found.mean) == (128, 128) and "packed to --seq-length 128" in found.origin
+
+
+def test_rows_within_neat_packs_are_those_of_the_data(tmp_path: Path) -> None:
+    pack = ("--seq-length", 128, "--pack", "--neat-pack", *raw_chat())
+    prepared = prepare_rows(preprocess_options(options_of(*pack), str(hf_model())), tmp_path).prefix
+    divided = prepare_rows(
+        preprocess_options(options_of(*pack, "--split", "60,40,0"), str(hf_model())), tmp_path
+    ).prefix
+    part = planned_for("--seq-length", 128, "--train-data-path", f"{divided}_train")
+    found = [
+        planned_for(*pack),
+        planned_for("--seq-length", 128, "--data-path", prepared),
+        planned_for("--seq-length", 128, "--padding-free", *raw_chat()),
+        planned_for("--seq-length", 128, "--padding-free", "--data-path", data(rows=ROWS)),
+    ]
+    assert planned_for("--seq-length", 128, *raw_chat()).rows is None
+    inner = [one.rows for one in found]
+    assert [longest for longest, _ in inner] == [found[3].longest] * 4 and found[3].longest < 128
+    assert part.rows == pytest.approx(inner[1])
+    assert [mean for _, mean in inner] == pytest.approx([found[3].mean] * 4)
+    wish = planned.wish_of(options_of(*LORA, *pack))
+    assert {one.job.rows for one in propose(wish)} == {found[3].longest}
 
 
 @pytest.mark.parametrize("missing", ["tokenizer", "file"])

@@ -12,6 +12,7 @@ from mindspeed_llm.arguments.optimizer import OptimizerOptions
 from mindspeed_llm.device import native
 from mindspeed_llm.lora.inject import give_recompute_a_gradient, inject
 from mindspeed_llm.models import gpt, parallel
+from mindspeed_llm.models.packed import packed_rows
 from mindspeed_llm.planning.job import Job
 from mindspeed_llm.planning.tracker import LiveMemory
 from mindspeed_llm.training.engine import Engine, create_engine, train_step
@@ -68,10 +69,21 @@ def batches(job: Job) -> list[dict[str, torch.Tensor]]:
         labels = tokens.roll(-1, 1)
         labels[:, : round(job.length * (1 - job.trained))] = -100
         made.append({"tokens": tokens, "labels": labels})
+        if job.rows is not None:
+            made[-1] = laid_out_flat(job, tokens.flatten(), labels.flatten())
         if job.pairs:
             numbers = torch.arange(job.micro_batch)[:, None].expand(tokens.shape).contiguous()
             made[-1] |= {"pairs": job.micro_batch // 2, "sequences": numbers}
     return made
+
+
+def laid_out_flat(job: Job, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """The tokens of a micro-batch as rows one behind the other in one sequence."""
+    lengths = [len(one) for one in tokens.split(job.rows)]
+    place = groups.get_context_parallel_rank(), groups.get_context_parallel_world_size()
+    packed = packed_rows(lengths, lengths, torch.device("cpu"), place)
+    padding = torch.zeros(1, len(tokens), dtype=torch.bool)
+    return {"tokens": tokens[None], "labels": labels[None], "padding": padding, "packed": packed}
 
 
 def process_groups() -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from mindspeed_llm.checkpoint.formats.mcore_names import lora_rank
 from mindspeed_llm.checkpoint.formats.torch_dist import COMMON, TorchDistSource, check_backend, checkpoint_folder
 from mindspeed_llm.checkpoint.formats.torch_dist_file import ChunkedTensor, StoredTensor, read_index
 from mindspeed_llm.checkpoint.formats.torch_dist_names import OPTIMIZER, spellings
-from mindspeed_llm.checkpoint.formats.torch_dist_shards import STATE_KEYS, STATE_PREFIX, rng_file
+from mindspeed_llm.checkpoint.formats.torch_dist_shards import STATE_KEYS, STATE_PREFIX, STEP, rng_file
 from mindspeed_llm.checkpoint.formats.torch_file import read_torch_file
 from mindspeed_llm.checkpoint.kinds import Ranges
 from mindspeed_llm.checkpoint.layout import Layout, Rank
@@ -81,6 +81,8 @@ class DistCheckpoint(Contents):
         self.first: dict[str, Any] = read_torch_file(self.folder / COMMON)
         if not isinstance(self.first, dict):
             raise InputError(f"{self.folder / COMMON}: is no dictionary; the checkpoint is damaged")
+        if STEP in self.first:
+            self.first["optimizer"] = {"step": self.first[STEP]}
         check_recorded(self.first.get("args"), metadata.model, str(self.folder))
         self.config: ModelConfig = metadata.model
         self.layout: Layout = metadata.layout

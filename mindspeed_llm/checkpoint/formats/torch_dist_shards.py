@@ -3,7 +3,7 @@
     <iteration>/__R_N.distcp           tensors of rank R: weights, and fp32_param, exp_avg, exp_avg_sq of trained ones
     <iteration>/.shares_R.json         which box of which key lies where; merged into .metadata by `merge_shares`
     <iteration>/rng_TT_PPP_EEE.pt      random states of the data-parallel ranks of one place
-    <iteration>/common.pt              progress, the optimizer's step
+    <iteration>/common.pt              progress, the optimizer's step and groups
 
 Keys are megatron-core's (`torch_dist_names`), `optimizer.state.<field>.<key>` for optimizer state. LoRA factors, for
 which megatron-core has no names, lie under their logical ones.
@@ -47,6 +47,13 @@ from mindspeed_llm.checkpoint.tables import EMBEDDING, OUTPUT_LAYER, WeightTable
 STATE_PREFIX = "optimizer.state."
 STATE_KEYS = {"master": "fp32_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """Fields of the optimizer's state, by the name that megatron-core's files give them."""
+MASTER_KEYS = ("fp32_param", "param")
+"""Names of master weights in files of megatron-core's plain and of its distributed optimizer; one place has both."""
+SHARDING = "distrib_optim_sharding_type"
+OPTIMIZER_FORM = {SHARDING: "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""What megatron-core has to know to ask for optimizer state by these names, at any layout."""
+STEP = "optimizer_step"
+"""Where common.pt has the optimizer's step for our own reader."""
 SHARES = ".shares_{}.json"
 EXTRA_RANK = 999_999
 """Number, beyond any rank's, of the file with the empty `_extra_state` that megatron-core's modules ask for."""
@@ -128,6 +135,12 @@ def sections(content: Mapping[str, Any], owner: Owner) -> Iterator[tuple[str, st
                     yield prefix, logical_name(local, first_layer, first_expert=owner.experts.first), value
 
 
+def prefixes(prefix: str) -> list[str]:
+    """All prefixes that go with the first one of a section."""
+    own, other = (f"{STATE_PREFIX}{key}." for key in MASTER_KEYS)
+    return [prefix, other] if prefix == own else [prefix]
+
+
 def write_shares(
     folder: Path, rank: int, place: Rank, content: Mapping[str, Any], table: WeightTable, owner: Owner
 ) -> None:
@@ -149,7 +162,8 @@ def write_shares(
                 write_values(where.descriptor, where.offset, box.values)
                 dtype = str(box.values.dtype).removeprefix("torch.")
                 place_in = (info.relative_path, info.offset, info.length)
-                listed += [(prefix + key, dtype, box.shape, box.offsets, sizes, *place_in) for key in keys]
+                for key in (name_of + key for name_of in prefixes(prefix) for key in keys):
+                    listed.append((key, dtype, box.shape, box.offsets, sizes, *place_in))
     write_durably(folder / SHARES.format(rank), json.dumps(listed).encode())
     if content.get("rng_state"):
         with (folder / rng_file(place)).open("wb") as file:
@@ -190,4 +204,4 @@ def merge_shares(folder: Path, table: WeightTable, common: Mapping[str, Any]) ->
     for part in parts:
         part.unlink()
     write_durably(folder / METADATA, pickle.dumps(index))
-    write_settings(folder, form, common)
+    write_settings(folder, form, common, OPTIMIZER_FORM if STEP in common else {})

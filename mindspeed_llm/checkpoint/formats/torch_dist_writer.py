@@ -81,12 +81,16 @@ def write_torch_dist(
     write_durably(folder / METADATA, pickle.dumps(files.index))
     layout = Layout.even(source.config.num_layers)
     args = upstream_args(source.config, layout, source.config.vocab_size, iteration)
-    write_settings(folder, form, {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration})
+    write_settings(folder, form, {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration}, {})
 
 
-def write_settings(folder: Path, form: Form, common: Mapping[str, Any]) -> None:
-    """Write common.pt, and metadata.json, without which a folder is no checkpoint."""
-    shown = {"non_homogeneous_layers": not form.stacked, "singleton_local_shards": False}
+def write_settings(folder: Path, form: Form, common: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Write common.pt, and metadata.json, without which a folder is no checkpoint.
+
+    Args:
+        about: what megatron-core has to know of the content besides the form of its names.
+    """
+    shown = {"non_homogeneous_layers": not form.stacked, "singleton_local_shards": False, **about}
     write_torch_file(folder / COMMON, {**common, "content_metadata": shown})
     settings = {"sharded_backend": BACKEND, "common_backend": "torch"}
     write_text(folder / SETTINGS, json.dumps({**settings, "sharded_backend_version": 1, "common_backend_version": 1}))
