@@ -28,7 +28,7 @@ from tests.conftest import free_port, unsynced
 from tests.distributed import seeds
 
 TIMEOUT = 240.0  # seconds a task may take
-LARGEST = 1 << 30  # resident bytes of a process beyond which its pool is started anew
+LARGEST = 3 << 28  # resident bytes of a process beyond which its pool is started anew
 GRACE = 5.0  # seconds the other processes get to answer once one has failed
 
 Task = Callable[..., Any] | str
