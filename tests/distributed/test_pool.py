@@ -101,6 +101,7 @@ def test_one_pool_per_world_size_is_kept_until_it_fails(monkeypatch: pytest.Monk
     monkeypatch.setattr(pools, "_pools", {})
     monkeypatch.setattr(pools, "Pool", lambda size: Pool(size, prepare=nothing, bare=True))
     two, one = pool(2), pool(1)
+    assert two.run(answer, add=0) == [0, 1]
     assert pool(2) is two and 1 << 20 < two.resident() < pools.LARGEST
     with pytest.raises(AssertionError):
         two.run(fail_on_all)
@@ -116,6 +117,7 @@ def test_a_pool_that_has_grown_large_is_started_anew(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pools, "Pool", lambda size: Pool(size, prepare=nothing, bare=True))
     monkeypatch.setattr(pools, "LARGEST", 1 << 20)
     one = pool(1)
+    assert one.run(answer, add=0) == [0]
     assert pool(1) is not one and not one.processes[0].is_alive()
     assert pool(1).run(answer, add=3) == [3]
     pools.close_pools()
