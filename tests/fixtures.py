@@ -15,11 +15,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.distributed.pool import pool
 
@@ -65,8 +66,30 @@ class Outcome:
     err: str
 
 
+@contextlib.contextmanager
+def _in_haste(pictures: bool) -> Iterator[None]:
+    """A program as it is, without two things that take longer than a tiny run and that hardly a test looks at.
+
+    These are the curves as PNG, and the wait of the other ranks for rank 0 to be the first to say what is wrong.
+    """
+    from mindspeed_llm import cli
+    from mindspeed_llm.training import charts
+
+    with contextlib.ExitStack() as changed:
+        changed.enter_context(mock.patch.object(cli, "GRACE_SECONDS", 0.0))
+        if not pictures:
+            changed.enter_context(mock.patch.object(charts, "draw_all", lambda *_: []))
+        yield
+
+
 def run_on_rank(
-    rank: int, script: str, argv: Sequence[str], cwd: str, stdin: str = "", around: Callable[[], Any] | None = None
+    rank: int,
+    script: str,
+    argv: Sequence[str],
+    cwd: str,
+    stdin: str = "",
+    around: Callable[[], Any] | None = None,
+    pictures: bool = False,
 ) -> Outcome:
     """Pool task: run a script's `main` as the script does, exit status and error line included.
 
@@ -74,6 +97,7 @@ def run_on_rank(
 
     Args:
         around: makes a context manager entered around the program, e.g. to plant a fault; a module-level function.
+        pictures: draw the curves of a training run.
     """
     from megatron.core import parallel_state
 
@@ -90,7 +114,8 @@ def run_on_rank(
     try:
         sys.argv, sys.stdin, parallel.disconnect = [script, *argv], io.StringIO(stdin), leave
         os.chdir(cwd)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), (around or contextlib.nullcontext)():
+        streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with streams[0], streams[1], _in_haste(pictures), (around or contextlib.nullcontext)():
             run(import_module(MAIN[script]).main)
     except SystemExit as end:
         status = int(end.code or 0)
@@ -108,10 +133,12 @@ def launch(
     cwd: Path | None = None,
     stdin: str = "",
     around: Callable[[], Any] | None = None,
+    pictures: bool = False,
 ) -> list[Outcome]:
     """Run a program on `size` processes that stay for the next one; -> how it ended, by rank."""
-    words = [str(word) for word in argv]
-    return pool(size).run(run_on_rank, script=script, argv=words, cwd=str(cwd or scratch()), stdin=stdin, around=around)
+    words, place = [str(word) for word in argv], str(cwd or scratch())
+    more = {"stdin": stdin, "around": around, "pictures": pictures}
+    return pool(size).run(run_on_rank, script=script, argv=words, cwd=place, **more)
 
 
 def done(outcomes: Sequence[Outcome]) -> Outcome:

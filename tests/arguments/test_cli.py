@@ -78,6 +78,7 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
 SCRIPTS = ["convert_ckpt.py", "preprocess_data.py", "posttrain_gpt.py", "inference.py", "evaluation.py"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_of_every_script_is_quick_and_loads_no_heavy_package(script: str, tmp_path: Path) -> None:
     started = time.monotonic()

@@ -34,12 +34,6 @@ CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.syml
 LAYOUT = ["--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2"]
 
 
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill loses nothing that was written, as a power cut would; syncing would take most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def files(folder: Path) -> dict[str, str]:
     """Every visible file below a folder with a digest of its bytes; links with where they lead."""
     found = {}
@@ -249,6 +243,7 @@ def midway(words: list[str], pause: float = 0.0) -> Iterator[subprocess.Popen]:
         process.communicate()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
 )

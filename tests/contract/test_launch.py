@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO
+from tests.conftest import REPO, free_port
 
 PROGRAM = """
 import os, signal, sys, time
@@ -43,7 +43,8 @@ def test_a_launch_ends_with_the_failing_ranks_line_and_status(
 ) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM % (action, waits))
-    launch = [sys.executable, str(REPO / "scripts" / "launch.py"), "--nproc_per_node", "2", "--master_port", "29873"]
+    launch = [sys.executable, str(REPO / "scripts" / "launch.py"), "--nproc_per_node", "2"]
+    launch += ["--master_port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the recipes set it; torchrun remarks on its absence
     result = subprocess.run([*launch, str(program)], capture_output=True, text=True, timeout=60, env=environment)
     assert result.returncode == status

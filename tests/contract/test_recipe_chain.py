@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import free_port
 from tests.contract.test_recipes import recipe, run_recipe
 from tests.fixtures import hf_model, sentence
 
@@ -15,16 +16,8 @@ QUESTION = "the red fish"
 ANSWER = re.compile(r"MindSpeed-LLM:\n(.*?)\n={40,}", re.DOTALL)
 
 
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def step(name: str, cwd: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    result = run_recipe(recipe(name), *words, cwd=cwd, MASTER_PORT=free_port(), **environment)
+    result = run_recipe(recipe(name), *words, cwd=cwd, MASTER_PORT=str(free_port()), **environment)
     assert result.returncode == 0, f"{name}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
     assert (cwd / "logs" / f"{name}.log").stat().st_size, f"{name} left no log"
     return result

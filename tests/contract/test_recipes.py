@@ -12,7 +12,7 @@ import pytest
 from mindspeed_llm.arguments.parser import given, parse
 from mindspeed_llm.arguments.programs import PROGRAMS
 from mindspeed_llm.arguments.schema import Program
-from tests.conftest import REPO
+from tests.conftest import REPO, free_port
 
 FOLDER = REPO / "examples" / "mcore"
 RECIPES = sorted(FOLDER.glob("*/*.sh"))
@@ -178,6 +178,6 @@ def test_on_the_cpu_the_processes_share_the_cores(device_words: tuple[str, ...],
         f'TP=2; PP=1; source "{common}"; _execute() {{ echo "threads=$OMP_NUM_THREADS $*"; }}\n'
         f"launch probe posttrain_gpt.py --lr 1e-5 {' '.join(device_words)}\n"
     )
-    result = run_recipe(probe, cwd=tmp_path, MINDSPEED_LLM_DEVICE="auto", MASTER_PORT="29871")
+    result = run_recipe(probe, cwd=tmp_path, MINDSPEED_LLM_DEVICE="auto", MASTER_PORT=str(free_port()))
     assert f"threads={max(len(os.sched_getaffinity(0)) // 2, 1)} " in result.stdout, result.stderr
     assert "--nproc_per_node 2" in result.stdout

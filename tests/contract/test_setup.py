@@ -15,6 +15,7 @@ def test_help_is_printed_without_setting_anything_up(script: str) -> None:
     assert result.stdout.startswith("usage: ")
 
 
+@pytest.mark.alone
 def test_a_repeated_set_up_takes_under_two_seconds() -> None:
     if not (REPO / ".venv" / ".mindspeed_llm_setup").exists():
         pytest.skip("this environment was not made by scripts/setup_env.sh")

@@ -1,4 +1,4 @@
-"""The shape of the source tree: who may import whom, what importing does, where vendors are named, and lint."""
+"""The shape of the source tree: who may import whom, where vendors are named, how large files are, and lint."""
 
 import ast
 import re
@@ -55,38 +55,6 @@ def test_imports_point_one_way(path: Path) -> None:
     if part in MAY_IMPORT:
         wrong = imported_parts(path) - MAY_IMPORT[part] - {part}
         assert not wrong, f"{part} may not import {sorted(wrong)}"
-
-
-IMPORT_ALL = """
-import importlib, os, sys, threading
-from pathlib import Path
-before = dict(os.environ), os.getcwd(), threading.active_count(), list(sys.meta_path)
-names = sys.argv[1:]
-for name in names:
-    importlib.import_module(name)
-for module in ("torch", "torch.distributed"):
-    importlib.import_module(module)
-import torch
-changed = {k for k, v in before[0].items() if os.environ.get(k) != v}
-assert not changed, changed
-assert os.getcwd() == before[1]
-assert not torch.distributed.is_initialized()
-assert not torch.cuda.is_initialized()
-assert torch.get_default_dtype() == torch.float32
-ours = [finder for finder in sys.meta_path if type(finder).__module__.startswith("mindspeed_llm")]
-assert not ours, ours
-assert not list(Path.cwd().iterdir()), list(Path.cwd().iterdir())
-"""
-
-
-def test_importing_every_module_has_no_effect_and_needs_no_accelerator(tmp_path: Path) -> None:
-    names = [".".join(p.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__") for p in MODULES]
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IMPORT_ALL, *names],
-        capture_output=True, text=True, cwd=tmp_path, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout == ""
 
 
 VENDOR = re.compile(r"torch_npu|\.npu\(|\bcuda\b|\bhccl\b|\bnccl\b|\bascend(?!ing)", re.IGNORECASE)

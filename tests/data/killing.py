@@ -19,6 +19,7 @@ from mindspeed_llm.arguments.parser import parse
 from mindspeed_llm.arguments.preprocess import PreprocessOptions
 from mindspeed_llm.data import complete, preprocess, publish, row_files, shards, tokenize_rows  # noqa: F401
 from mindspeed_llm.errors import InputError
+from tests.conftest import unsynced
 
 # phase -> the functions that do it, as (module or class, name)
 PHASES: dict[str, list[tuple[Any, str]]] = {
@@ -102,6 +103,7 @@ def killed(argv: list[str], phase: str, at: int) -> dict[str, Any]:
 
 def main() -> None:
     """Do the trials of standard input in their order, and print the answers."""
+    os.fsync = unsynced
     calls: dict[str, int] = {}
     answers = []
     for trial in json.load(sys.stdin)["trials"]:

@@ -1,4 +1,4 @@
-"""Process pools for tests: real processes over gloo, started once per world size, one task after another.
+"""Process pools for tests: real processes over gloo, forked once per world size, one task after another.
 
 A task is a module-level function `task(rank, **arguments)`; every process runs it and returns its result. A task named
 by its address ("package.module:function") is imported in the processes alone, after they have chosen their device, so
@@ -7,22 +7,28 @@ traceback, also those of processes that wait for the failed one.
 """
 
 import atexit
+import contextlib
 import faulthandler
 import gc
 import importlib
 import multiprocessing
 import os
+import resource
 import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
+from tests.conftest import free_port, unsynced
+from tests.distributed import seeds
+
 TIMEOUT = 240.0  # seconds a task may take
+LARGEST = 3 << 28  # resident bytes of a process beyond which its pool is started anew
 GRACE = 5.0  # seconds the other processes get to answer once one has failed
 
 Task = Callable[..., Any] | str
@@ -49,20 +55,36 @@ def _resolve(task: Task) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _forget_engines() -> None:
-    """Drop what the last task built: process groups end, with their threads, when nothing knows them any more."""
-    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
-    if rotary is not None:
-        rotary.RotaryEmbedding.forward.cache_clear()  # remembers its callers, and through their hooks all the rest
-    gc.collect()
+class _Leftovers:
+    """What a task leaves behind: its modules, which stay, and its engines, which go."""
+
+    def __init__(self) -> None:
+        self.modules = 0
+
+    def forget(self) -> None:
+        """Drop what the last task built: process groups end, with their threads, when nothing knows them any more.
+
+        The million objects of modules once imported are then set aside, so that the next search for cycles, here and
+        in the program itself, need not go through them: that took longer than many a task.
+        """
+        rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
+        if rotary is not None:
+            rotary.RotaryEmbedding.forward.cache_clear()  # remembers its callers, and through their hooks all the rest
+        gc.collect()
+        if len(sys.modules) > self.modules:
+            self.modules = len(sys.modules)
+            gc.freeze()
 
 
 def _serve(rank: int, environment: dict[str, str], stacks: str, pipe: Any, prepare: Callable[[int], None]) -> None:
     """One process: prepare, then run tasks until the pipe closes."""
     os.environ.update(environment)
+    os.fsync = unsynced
     with open(stacks, "w", encoding="utf-8") as dump:
         faulthandler.register(signal.SIGUSR1, file=dump, all_threads=False)
         prepare(rank)
+        leftovers = _Leftovers()
+        leftovers.forget()
         while True:
             try:
                 task, arguments = pipe.recv()
@@ -74,7 +96,14 @@ def _serve(rank: int, environment: dict[str, str], stacks: str, pipe: Any, prepa
                 answer = (False, traceback.format_exc())
             pipe.send(answer)
             del answer, task, arguments
-            _forget_engines()
+            leftovers.forget()
+
+
+def _spawned(rank: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
+    """Start `target(*arguments)` in a process that has imported nothing."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 class Pool:
@@ -83,15 +112,16 @@ class Pool:
     Args:
         size: number of processes.
         prepare: what each does first; the default joins them over gloo.
+        bare: start them without the engine, which others have imported when they start.
     """
 
-    def __init__(self, size: int, prepare: Callable[[int], None] = join_group) -> None:
+    def __init__(self, size: int, prepare: Callable[[int], None] = join_group, bare: bool = False) -> None:
         self.size = size
         self.folder = tempfile.TemporaryDirectory(prefix="pool-")
-        context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        if not bare:
+            seeds.sow(size)
+        start = _spawned if bare else seeds.forked
+        port = str(free_port())
         self.pipes, self.processes = [], []
         for rank in range(size):
             environment = {
@@ -100,17 +130,15 @@ class Pool:
                 "WORLD_SIZE": str(size),
                 "LOCAL_WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": port,
                 "MINDSPEED_LLM_DEVICE": "cpu",
                 "OMP_NUM_THREADS": "1",
             }
-            ours, theirs = context.Pipe()
+            ours, theirs = multiprocessing.Pipe()
             arguments = (rank, environment, self._stacks(rank), theirs, prepare)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            self.processes.append(start(rank, _serve, arguments))
             theirs.close()
             self.pipes.append(ours)
-            self.processes.append(process)
 
     def _stacks(self, rank: int) -> str:
         return os.path.join(self.folder.name, f"rank{rank}")
@@ -166,6 +194,14 @@ class Pool:
         with open(self._stacks(rank), encoding="utf-8") as dump:
             return dump.read()
 
+    def resident(self) -> int:
+        """Bytes of the largest process, what it shares with others included; 0 where the system does not tell."""
+        largest = 0
+        for process in self.processes:
+            with contextlib.suppress(OSError), open(f"/proc/{process.pid}/statm", encoding="ascii") as statm:
+                largest = max(largest, int(statm.read().split()[1]) * resource.getpagesize())
+        return largest
+
     def close(self) -> None:
         """End the processes; the next `pool(size)` starts fresh ones."""
         for process in self.processes:
@@ -182,7 +218,13 @@ _pools: dict[int, Pool] = {}
 
 
 def pool(size: int) -> Pool:
-    """The pool of `size` processes, started on first use and kept until the tests end."""
+    """The pool of `size` processes, started on first use and kept until the tests end or it has grown large.
+
+    Engines of some layouts are never freed (torch's graph keeps what its hooks know), and new processes are there in a
+    moment. No task may count on what an earlier one left in its process.
+    """
+    if size in _pools and _pools[size].resident() > LARGEST:
+        _pools[size].close()
     if size not in _pools:
         _pools[size] = Pool(size)
     return _pools[size]

@@ -18,6 +18,10 @@ def answer(rank: int, add: int) -> int:
     return rank + add
 
 
+def hash_of(rank: int, text: str) -> int:
+    return hash(text)
+
+
 def fail_on_one(rank: int) -> None:
     if rank == 1:
         raise ValueError("a planted error on the second process")
@@ -44,7 +48,8 @@ def die_on_one(rank: int) -> None:
 
 @pytest.fixture
 def light() -> Iterator[Pool]:
-    two = Pool(2, prepare=nothing)
+    two = Pool(2, prepare=nothing, bare=True)
+    two.run(answer, add=0)  # both have started: no timeout below includes that
     yield two
     for process in two.processes:
         process.kill()
@@ -53,6 +58,13 @@ def light() -> Iterator[Pool]:
 def test_results_come_by_rank(light: Pool) -> None:
     assert light.run(answer, add=5) == [5, 6]
     assert light.run("tests.distributed.test_pool:answer", add=1) == [1, 2]
+
+
+def test_ranks_hash_strings_with_seeds_of_their_own() -> None:
+    """So that an order that depends on a set differs between them here as it does under a launcher."""
+    if os.environ.get("PYTHONHASHSEED", "random") != "random":
+        pytest.skip("PYTHONHASHSEED is set")
+    assert len(set(pool(2).run(hash_of, text="linear_qkv"))) == 2
 
 
 def test_a_crash_shows_every_traceback(light: Pool) -> None:
@@ -87,9 +99,10 @@ def test_a_process_that_dies_is_named_with_its_exit_code(light: Pool) -> None:
 
 def test_one_pool_per_world_size_is_kept_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "_pools", {})
-    monkeypatch.setattr(pools, "Pool", lambda size: Pool(size, prepare=nothing))
+    monkeypatch.setattr(pools, "Pool", lambda size: Pool(size, prepare=nothing, bare=True))
     two, one = pool(2), pool(1)
-    assert pool(2) is two
+    assert two.run(answer, add=0) == [0, 1]
+    assert pool(2) is two and 1 << 20 < two.resident() < pools.LARGEST
     with pytest.raises(AssertionError):
         two.run(fail_on_all)
     assert not any(process.is_alive() for process in two.processes)
@@ -97,3 +110,14 @@ def test_one_pool_per_world_size_is_kept_until_it_fails(monkeypatch: pytest.Monk
     assert pool(1) is one
     pools.close_pools()
     assert not any(process.is_alive() for process in one.processes)
+
+
+def test_a_pool_that_has_grown_large_is_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "_pools", {})
+    monkeypatch.setattr(pools, "Pool", lambda size: Pool(size, prepare=nothing, bare=True))
+    monkeypatch.setattr(pools, "LARGEST", 1 << 20)
+    one = pool(1)
+    assert one.run(answer, add=0) == [0]
+    assert pool(1) is not one and not one.processes[0].is_alive()
+    assert pool(1).run(answer, add=3) == [3]
+    pools.close_pools()

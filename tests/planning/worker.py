@@ -117,20 +117,21 @@ def measure(rank: int, job: Job, tracker: type[LiveMemory] = LiveMemory) -> dict
     """Peaks and bytes sent of the second step (the first one makes the optimizer's state), operations of the third."""
     try:
         engine = build(job)
-        train_step(engine, batches(job))
+        few = job.layout.pp  # micro-batches: as many as a pipeline needs; all are alike
+        train_step(engine, batches(job)[:few])
         named = process_groups()
         with tracker(tensors_by_class(engine)) as seen, Collectives(named) as collectives:
             train_step(engine, batches(job))
         plain = mock.patch.object(native, "serves", lambda *tensors: False)  # the counter sees torch's operations
         with plain, FlopCounterMode(display=False) as counted:
-            train_step(engine, batches(job))
+            train_step(engine, batches(job)[:few])
         for chunk in engine.wrapped:
             chunk.grad_accs.clear()  # a cycle through torch's graph, which Python's collector cannot see
         return {
             "stage": groups.get_pipeline_model_parallel_rank(),
             "peak": {**seen.peak, "total": seen.total},
             "sent": sent_bytes(collectives, {name: group.size() for name, group in named}),
-            "flops": counted.get_total_flops(),
+            "flops": counted.get_total_flops() * job.micro_batches // few,
         }
     finally:
         parallel.stop()

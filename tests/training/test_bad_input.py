@@ -1,14 +1,17 @@
 """What cannot be done is refused in one line that names both sides, before anything is written."""
 
+import functools
 import json
 import os
 import shutil
 import socket
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from mindspeed_llm.data.templates import TEMPLATES_FILE
+from tests.distributed.pool import Pool
 from tests.fixtures import (
     LORA,
     data,
@@ -17,6 +20,7 @@ from tests.fixtures import (
     launch,
     make_hf,
     refused,
+    run_on_rank,
     scratch,
     training,
     tuned,
@@ -184,22 +188,17 @@ def test_a_save_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     refused(launch(1, "posttrain_gpt.py", argv(tmp_path)), 1, "is a file, expected a folder")
 
 
-def test_a_port_that_is_taken_is_one_line_with_the_remedy(tmp_path: Path) -> None:
-    import subprocess
-    import sys
+def unjoined(rank: int) -> None:
+    """What a process of a launcher does before the program begins: nothing."""
 
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+
+def test_a_port_that_is_taken_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    alone = Pool(1, prepare=unjoined)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        environment = {
-            **os.environ,
-            **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        }
-        script = Path(__file__).resolve().parents[2] / "posttrain_gpt.py"
-        words = [sys.executable, script, *argv(tmp_path)]
-        ended = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    errors = [line for line in ended.stderr.splitlines() if "error:" in line]
-    assert ended.returncode == 1 and len(errors) == 1 and "Traceback" not in ended.stderr, ended.stderr
-    assert f"127.0.0.1:{port}" in errors[0] and "MASTER_PORT" in errors[0]
+        around = functools.partial(mock.patch.dict, "os.environ", MASTER_PORT=str(port))
+        words = [str(word) for word in argv(tmp_path)]
+        outcomes = alone.run(run_on_rank, script="posttrain_gpt.py", argv=words, cwd=str(tmp_path), around=around)
+    alone.close()
+    refused(outcomes, 1, f"127.0.0.1:{port}.*MASTER_PORT")
     assert nothing_written(tmp_path)

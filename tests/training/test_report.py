@@ -21,8 +21,8 @@ LINE = re.compile(
 )
 
 
-def run(save: Path, *more: object, **options: object) -> str:
-    return done(launch(1, "posttrain_gpt.py", training(save, *more, **options))).out
+def run(save: Path, *more: object, pictures: bool = False) -> str:
+    return done(launch(1, "posttrain_gpt.py", training(save, *more), pictures=pictures)).out
 
 
 def logged(out: str) -> list[str]:
@@ -56,7 +56,7 @@ def test_durations_are_hours_minutes_and_seconds() -> None:
 
 def test_a_run_prints_one_line_a_step_and_keeps_the_same_numbers(tmp_path: Path) -> None:
     out = run(tmp_path / "run", "--tensorboard-dir", tmp_path / "board", "--log-throughput", "--split", "80,20,0",
-              "--eval-interval", 2)  # fmt: skip
+              "--eval-interval", 2, pictures=True)  # fmt: skip
     lines, history = logged(out), records(tmp_path / "run")
     assert len(lines) == len(history) == 6 and all(LINE.match(line) for line in lines), lines
     for step, (line, record) in enumerate(zip(lines, history, strict=True), 1):
@@ -132,7 +132,7 @@ def test_a_step_with_a_nan_is_printed_counted_skipped_and_changes_nothing(tmp_pa
 @pytest.mark.distributed
 def test_the_start_and_the_end_are_told_once_over_all_processes(tmp_path: Path) -> None:
     argv = training(tmp_path / "run", "--tensor-model-parallel-size", 2)
-    both = [o.out for o in launch(2, "posttrain_gpt.py", argv)]
+    both = [o.out for o in launch(2, "posttrain_gpt.py", argv, pictures=True)]
     for text, where in (("trainable parameters", 0), ("saving checkpoint at iteration       6", 0), ("next: python", 0),
                         ("loss curve", 1), ("lm loss", 1)):  # fmt: skip
         assert text in both[where] and text not in both[1 - where], text

@@ -99,7 +99,7 @@ def test_rows_with_a_nan_are_named_from_whatever_replica_and_micro_batch_they_ar
 def test_what_was_asked_for_is_written_and_changes_nothing(tmp_path: Path) -> None:
     done(launch(1, "posttrain_gpt.py", training(tmp_path / "plain")))
     more = ("--profile-steps", 2, 3, "--measure-ceiling", "--debug-checks", "--report-to", "tensorboard", "wandb")
-    out = done(launch(1, "posttrain_gpt.py", training(tmp_path / "run", *more))).out
+    out = done(launch(1, "posttrain_gpt.py", training(tmp_path / "run", *more), pictures=True)).out
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
     trace = json.loads((folder(tmp_path) / "profile" / "rank_0.json").read_text())
     names = [event["name"] for event in trace["traceEvents"] if "name" in event]
