@@ -162,8 +162,8 @@ def compare(folder: str, dtype: str, steps: int) -> dict[str, Any]:
         Worker([__file__, "--serve", engine, folder, dtype], Path(folder) / f"{engine}_{dtype}.log")
         for engine in ("ours", "peer")
     )
-    rates = ours.ask("rate")
     pairs = [(ours.ask(), peer.ask()) for _ in range(steps)]
+    rates = ours.ask("rate")  # after the steps, whose memory it would add to
     for name, rate in peer.ask("rate").items():
         rates[name] = max(rate, rates[name])
     ours.close()

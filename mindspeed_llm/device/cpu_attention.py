@@ -38,7 +38,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
         query, key, value = (_in_rows(one) for one in (query, key, value))
         b, n, t, d = query.shape
-        out = torch.empty(b, t, n, d, dtype=query.dtype).transpose(1, 2)
+        out = _like(query)
         log_sums = torch.empty(b, n, t, dtype=torch.float32)
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         sizes = len(lengths), max(lengths), b, n, key.size(1), t, d
@@ -52,8 +52,7 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sums, bounds = ctx.saved_tensors
         given = _in_rows(grad), query, key, value, out
-        found = [torch.empty_like(one.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-                 for one in (query, key, value)]  # fmt: skip
+        found = [_like(one) for one in (query, key, value)]
         rest = bounds, _strides(*given, *found), *ctx.sizes, ctx.scale
         native.run("attention_backward", query.dtype, query.numel(), *given, log_sums, *found, *rest)
         return *found, None, None
@@ -62,6 +61,12 @@ class _BlockAttention(torch.autograd.Function):
 def _in_rows(x: Tensor) -> Tensor:
     """Components side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty tensor in memory order [t, b, n, d], as projections make and take it: no copy is made of it."""
+    b, n, t, d = x.shape
+    return torch.empty(t, b, n, d, dtype=x.dtype).permute(1, 2, 0, 3)
 
 
 def _strides(*heads: Tensor) -> Tensor:
