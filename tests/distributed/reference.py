@@ -32,7 +32,7 @@ ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 ROWS = (((6, 2), (5, 4)), ((10, 1), (3, 1)), ((4, 3), (4, 0)), ((14, 5), (9, 2)))
 PADDED_LENGTH = 16
 
-SEED = 16
+SEED = 34
 """Of the model's values: taken because transformers' own float32 keeps within half of the tolerance with it, in every
 gradient; a test says so."""
 
@@ -199,9 +199,9 @@ def saved_model(tied: bool) -> Path:
 _holders: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def first_gradients_in_float32(lora: bool) -> Arrays:
+def first_gradients_in_float32(tied: bool, lora: bool, ragged: bool) -> Arrays:
     """What transformers and peft themselves make of the first global batch in float32."""
-    base, step = build_model(False), global_batches(True)[0]
+    base, step = build_model(tied), global_batches(ragged)[0]
     model = add_adapter(base) if lora else base
     for batch in step:
         _, total, count = forward(model, batch)

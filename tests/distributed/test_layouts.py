@@ -103,10 +103,12 @@ def test_logits_losses_and_every_gradient_equal_the_reference(case: Case) -> Non
     assert_exact(case, results(case))
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "padded"])
 @pytest.mark.parametrize("lora", [True, False], ids=["adapter", "full-tuning"])
-def test_the_models_gradients_are_such_that_float32_can_tell_them_to_half_of_the_tolerance(lora: bool) -> None:
-    truth = reference_of(Case(lora=lora)).gradients
-    for name, value in first_gradients_in_float32(lora).items():
+def test_float32_can_tell_the_models_gradients_to_half_of_the_tolerance(lora: bool, ragged: bool, tied: bool) -> None:
+    truth = reference_of(Case(lora=lora, ragged=ragged, tied=tied)).gradients
+    for name, value in first_gradients_in_float32(tied, lora, ragged).items():
         assert_close(value, truth[name], name, TOLERANCE / 2)
 
 
