@@ -25,4 +25,4 @@ side_by_side=()
 if (($(nproc) > 1)) && awk '/^MemAvailable/ { found = $2 > 12000000 } END { exit !found }' /proc/meminfo; then
     side_by_side=(-n 2 --dist loadfile --no-loadscope-reorder)
 fi
-exec .venv/bin/python -m pytest "${side_by_side[@]}" "$@"
+exec .venv/bin/python -m pytest ${side_by_side[@]+"${side_by_side[@]}"} "$@"

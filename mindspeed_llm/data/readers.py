@@ -116,7 +116,9 @@ def _count_lines(file: Path) -> int | None:
             stream.seek(place)
             block = stream.read(CHUNK)
             count, seen, last = count + block.count(b"\n"), seen + len(block), block[-1:]
-    return round(count * size / seen) if step > CHUNK else count + (last != b"\n")
+    if step > CHUNK:
+        return round(count * size / seen) or None
+    return count + (last != b"\n")
 
 
 def _lines(file: Path) -> Iterator[Entry]:

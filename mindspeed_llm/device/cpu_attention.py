@@ -51,10 +51,15 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sums, bounds = ctx.saved_tensors
+        segments, longest, b, n, g, t, d = ctx.sizes
+        if spread := g < n and segments * b * g < torch.get_num_threads():  # a thread works on a key head or more
+            key, value = (one.repeat_interleave(n // g, 1) for one in (key, value))
         given = _in_rows(grad), query, key, value, out
         found = [_like(one) for one in (query, key, value)]
-        rest = bounds, _strides(*given, *found), *ctx.sizes, ctx.scale
+        rest = bounds, _strides(*given, *found), segments, longest, b, n, key.size(1), t, d, ctx.scale
         native.run("attention_backward", query.dtype, query.numel(), *given, log_sums, *found, *rest)
+        if spread:
+            found[1:] = (one.unflatten(1, (g, n // g)).sum(2, dtype=torch.float32).to(one.dtype) for one in found[1:])
         return *found, None, None
 
 
@@ -179,16 +184,14 @@ def causal(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, scale: float, window: int | None
 ) -> Tensor | None:
     """Rows, or their segments, of equal numbers of queries and keys; see `kernels.SegmentKernel`."""
-    backward = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-    if window is not None or query.size(2) != key.size(2) or not backward:
+    if window is not None or query.size(2) != key.size(2) or not query.numel():
         return None
     lengths = (query.size(2),) if segments is None else tuple(one for one in segments.lengths if one)
-    if not query.numel():
-        return None
-    if query.size(-1) % BLOCK_WIDTH == 0 and native.blocked(query, key, value):
+    if query.size(-1) % BLOCK_WIDTH == 0 and native.blocked(query, key, value):  # also where no gradient is wanted
         return _BlockAttention.apply(query, key, value, lengths, scale)
+    backward = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     gains = query.dtype == torch.bfloat16 and segments is not None  # short segments, even without `native`
-    if not (gains or native.serves(query)):
+    if not backward or not (gains or native.serves(query)):
         return None
     return _Attention.apply(query, key, value, lengths, scale)
 

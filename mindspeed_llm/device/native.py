@@ -62,7 +62,7 @@ def blocked(*tensors: Tensor) -> bool:
 
     In float32 they need vectors of 512 bits, in bfloat16 matrix tiles (Intel AMX).
     """
-    return serves(*tensors) and bool(_library(tensors[0].dtype).blocks())
+    return serves(*tensors) and _library(tensors[0].dtype).has_blocks
 
 
 def run(name: str, dtype: torch.dtype, work: int, *arguments: Tensor | int | float | None) -> None:
@@ -92,7 +92,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home folder
         log.warning("CPU kernels are not compiled (%s); torch's operations, which are slower, take their place", error)
         return None
-    there = {**SIGNATURES, **BLOCK_SIGNATURES} if library.blocks() else SIGNATURES
+    library.has_blocks = bool(library.blocks())
+    there = {**SIGNATURES, **BLOCK_SIGNATURES} if library.has_blocks else SIGNATURES
     for name, kinds in there.items():
         function: Callable = getattr(library, name)
         function.argtypes, function.restype = [KINDS[kind] for kind in kinds] + [ctypes.c_int], None
@@ -122,7 +123,11 @@ def _built(defines: tuple[str, ...]) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as aside:  # beside it: ranks compile at the same time, the last wins
         linked, compiled = Path(aside) / "kernels.so", [str(Path(aside) / f"{one.stem}.o") for one in SOURCES]
         for source, made_of_it in zip(SOURCES, compiled, strict=True):
-            _do([compiler, *flags, "-c", str(source), "-o", made_of_it])
+            command = [compiler, *flags, "-c", str(source), "-o", made_of_it]
+            try:
+                _do(command)
+            except subprocess.CalledProcessError:  # a compiler that knows the processor's tiles by name only
+                _do([*command, "-DNO_BLOCKS"])
         # Not linked with OpenMP: its functions are found in the runtime torch has loaded, so that there is one pool of
         # threads and not two.
         _do([compiler, "-shared", *compiled, "-o", str(linked)])

@@ -11,6 +11,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,7 +19,8 @@
 #define STRIP 64  /* keys whose gradients are summed at a time */
 #define PANEL 256 /* queries they are summed over at a time */
 
-#if defined(BF16) && defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(NO_BLOCKS)
+#elif defined(BF16) && defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include <immintrin.h>
 
 #include "native_tiles.h"
@@ -70,6 +72,16 @@ static void copy_rows(const T *from, int64_t stride, int64_t t, int64_t filled, 
 static void *piece(char **at, int64_t bytes) {
     void *found = *at;
     *at += ALIGNED(bytes);
+    return found;
+}
+
+/* Memory of one thread; a process that gets none ends with a word. */
+static char *memory_of(int64_t bytes) {
+    char *found = aligned_alloc(64, ALIGNED(bytes));
+    if (!found) {
+        fprintf(stderr, "attention: no %lld bytes of memory for a thread\n", (long long)bytes);
+        abort();
+    }
     return found;
 }
 
@@ -135,14 +147,14 @@ static void head_forward(const T *q, const T *k, const T *v, T *out, float *log_
 void attention(const T *q, const T *k, const T *v, T *out, float *log_sums, const int64_t *bounds,
                const Strides *strides, int64_t segments, int64_t longest, int64_t rows, int64_t n, int64_t g, int64_t t,
                int64_t d, float scale, int threads) {
-    int64_t most = FILLED(longest), width = PADDED(most);
-    #pragma omp parallel num_threads(threads)
+    int64_t most = FILLED(longest), width = PADDED(most), tasks = segments * rows * n;
+    int64_t bytes = 3 * ALIGNED(sizeof(T) * most * d) + ALIGNED(sizeof(T) * BLOCK * width) + ALIGNED(4 * BLOCK * width);
+    #pragma omp parallel num_threads(threads < tasks ? threads : (int)tasks)
     {
         Setting before = begin();
-        char *scratch = aligned_alloc(64, 3 * ALIGNED(sizeof(T) * most * d) + ALIGNED(sizeof(T) * BLOCK * width) +
-                                          ALIGNED(4 * BLOCK * width));
+        char *scratch = memory_of(bytes);
         #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < segments * rows * n; task++) {
+        for (int64_t task = 0; task < tasks; task++) {
             int64_t segment = task / (rows * n), row = task / n % rows, head = task % n, group = head / (n / g);
             int64_t start = bounds[segment], size = bounds[segment + 1] - start;
             head_forward(q + place(strides, row, head, start), k + place(strides + 1, row, group, start),
@@ -284,15 +296,15 @@ void attention_backward(const T *grad, const T *q, const T *k, const T *v, const
                         const float *log_sums, T *dq, T *dk, T *dv, const int64_t *bounds,
                         const Strides *strides, int64_t segments, int64_t longest, int64_t rows, int64_t n, int64_t g,
                         int64_t t, int64_t d, float scale, int threads) {
-    int64_t m = n / g;
-    #pragma omp parallel num_threads(threads)
+    int64_t m = n / g, tasks = segments * rows * g;
+    #pragma omp parallel num_threads(threads < tasks ? threads : (int)tasks)
     {
         Setting before = begin();
         Work work;
         int64_t most = FILLED(longest);
-        char *scratch = aligned_alloc(64, work_at(&work, 0, most, d));
+        char *scratch = memory_of(work_at(&work, 0, most, d));
         #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < segments * rows * g; task++) {
+        for (int64_t task = 0; task < tasks; task++) {
             int64_t segment = task / (rows * g), row = task / g % rows, group = task % g;
             int64_t start = bounds[segment], size = bounds[segment + 1] - start;
             int64_t filled = FILLED(size);

@@ -63,7 +63,7 @@ def lengths_of(options: PosttrainOptions, parts: Parts | None) -> Lengths:
         places = sum(int(np.sum(file.lengths)) for file in told) * (2 if options.prefers else 1)
         trained = min(1.0, sum(one["trained_tokens"] for one in reports) / places)
     found = laid_out(options, own, trained, f"{len(own):,} {noun(options)}")
-    if found.rows is None or not reports or not any(file.neat_packed for file in parts.files):
+    if found.rows is None or not reports or len(told) < len(parts.files) or not any(one.neat_packed for one in told):
         return found
     # what was joined, which a report tells of all parts of a divided data set together
     written = sum(sum(one["histogram"]["rows"]) for one in reports)

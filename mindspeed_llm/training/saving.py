@@ -228,7 +228,7 @@ class Saver:
             chunks, keys = run.engine.chunks, metadata.layout.model_keys()
             copies = [content[key] for key, _ in zip(keys, chunks, strict=True)] if self.threaded else None
             export = ModelExport(chunks, metadata.model, staged.path, run.export, self.place, copies)
-        common = self.common_of(content)
+        common = self.common_of(content) if self.distributed and run.first_rank else {}
         tasks = [self.writing_of(content, staged.path, metadata)] if self.writes else []
         tasks += [export.write] if export is not None else []
         worker = Worker(lambda: [task() for task in tasks], self.threaded)

@@ -222,6 +222,30 @@ def test_attention_in_blocks_keeps_nan_to_its_queries_and_is_the_same_with_one_t
     assert out[1, 3, 70].isnan().all() and out.isnan().sum() == 64
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_attention_in_blocks_gives_the_same_bits_where_no_gradient_is_wanted(dtype: torch.dtype) -> None:
+    """A reference without gradients is compared with a policy that has them; recomputation repeats a pass."""
+    needs_blocks(dtype)
+    *heads, _ = heads_of(dtype, 2, 100, 4, 2, 64)
+    features = {"causal": True, "scale": 0.3}
+    plain = cpu_attention.attention(*(one.to(dtype) for one in heads), **features)
+    assert torch.equal(plain, cpu_attention.attention(*(one.to(dtype).requires_grad_() for one in heads), **features))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_with_more_threads_than_key_heads_query_heads_are_spread(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_blocks(dtype)
+    inputs = heads_of(dtype, 1, 90, 6, 2, 32)
+    truth = through(torchs_attention((90,)), inputs, torch.float64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = through(attention_in_blocks((90,)), inputs, dtype)
+    for ours, exact in zip(found, truth, strict=True):
+        error = (ours.double() - exact).norm() / exact.norm()
+        assert ours.shape == exact.shape and error < (5e-3 if dtype == torch.bfloat16 else 2e-6)
+
+
 def test_products_of_torch_are_right_after_attention_in_blocks() -> None:
     """Both set up the tiles of a thread; torch's library may count on what it left."""
     needs_blocks(torch.bfloat16)
@@ -251,6 +275,24 @@ def test_without_a_compiler_torch_does_the_work(environment: dict[str, str], say
     assert done.returncode == 0 and done.stdout.split() == ["False"] * 3
     assert not list(tmp_path.rglob("*.so")) and says in done.stderr
     assert ("not compiled" in done.stderr) == bool(says)
+
+
+ASKS = """
+import torch
+from mindspeed_llm.device import native
+print(native.serves(torch.zeros(1)), native.blocked(torch.zeros(1)))
+"""
+
+
+@needs_compiler
+def test_a_compiler_that_cannot_make_the_blocks_makes_everything_else(tmp_path: Path) -> None:
+    wrapped = tmp_path / "cc"
+    refuses = 'case "$*" in *NO_BLOCKS*) ;; *native_attention.c*) exit 1 ;; esac'
+    wrapped.write_text(f'#!/bin/sh\n{refuses}\nexec cc "$@"\n', encoding="utf-8")
+    wrapped.chmod(0o755)
+    told = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPO), "CC": str(wrapped)}
+    done = subprocess.run([sys.executable, "-c", ASKS], env=told, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "False"], done.stderr
 
 
 @needs_compiler
