@@ -50,7 +50,7 @@ class Case:
         virtual_layers: layers of a model chunk under interleaving.
         apart: experts computed one after another, not together.
         fused_mlp: fused forms over whole MLPs.
-        recompute: "full", "selective" or None.
+        recompute: "full", "block" (the first layer of a chunk), "selective" or None.
         ragged: micro-batches differ in length; else all are padded to one.
         packed: the rows of a micro-batch stand one behind the other, without padding.
         lora: train an adapter; else every weight.

@@ -1,6 +1,7 @@
 """Every layout computes what transformers, peft and torch's AdamW compute, at the cost it should have."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,13 @@ every_case = pytest.mark.parametrize("case", (*ADAPTERS, *FULL_TUNING), ids=str)
 
 @every_case
 def test_logits_losses_and_every_gradient_equal_the_reference(case: Case) -> None:
+    assert_exact(case, results(case))
+
+
+@pytest.mark.parametrize("layout", [{}, {"world": 2, **SP}, {"world": 2, **VPP}], ids=["TP1", "TP2 SP", "PP2 VPP2"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "modular"])
+def test_some_layers_computed_again_change_nothing(layout: dict[str, Any], fused: bool) -> None:
+    case = Case(recompute="block", fused=fused, **layout)
     assert_exact(case, results(case))
 
 

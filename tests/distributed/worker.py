@@ -49,6 +49,7 @@ OPTIONS = OptimizerOptions(
 RECOMPUTE = {
     None: {},
     "selective": {"recompute_granularity": "selective"},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
@@ -173,7 +174,7 @@ def build(case: Case, folder: Path, adapter: Arrays) -> Engine:
         saved = ("router",) if case.routers else ()
         settings = LoraSettings(SIZES.rank, SIZES.alpha, tuple(targets), modules_to_save=saved)
         inject(chunks, settings, case.fused, 1, case.fused_mlp)
-        if case.recompute == "full" and case.fault != "embedding-without-gradient":
+        if case.recompute in ("full", "block") and case.fault != "embedding-without-gradient":
             give_recompute_a_gradient(chunks)
         source = Factors(base.config, adapter)
         for chunk in chunks:
