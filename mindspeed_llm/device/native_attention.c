@@ -259,7 +259,8 @@ static void head_backward(const Work *work, int64_t filled, int64_t d, float sca
             for (int64_t i = 0; i < queries; i += BLOCK)
                 for (int64_t c = 0; c < d; c += BLOCK)
                     product(work->dq + c * filled + start + i, filled, 1,
-                            left_turned(work->keys_turned, c, first, filled, d), right_kept(work->ds_kept, i), keys);
+                            left_turned(work->keys_turned, c, first, filled, d),
+                            right_kept(work->ds, work->ds_kept, i), keys);
         }
     }
 }

@@ -152,6 +152,7 @@ static inline void keep_none(T *packed, int64_t row, int64_t column) { /* a bloc
         memset(packed + (c / 16 * (STRIP / 32) + row / 32) * TILE, 0, 2 * TILE);
 }
 
-static inline Right right_kept(const T *packed, int64_t column) {
+static inline Right right_kept(const T *ds, const T *packed, int64_t column) {
+    (void)ds;
     return (Right){packed + column / 16 * (STRIP / 32) * TILE, STRIP / 32 * TILE, TILE};
 }

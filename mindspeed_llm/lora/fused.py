@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mindspeed_llm.lora.dropout import Dropout
-from mindspeed_llm.lora.overlap import CHUNK_BYTES, IDLE, Meanwhile, Outgoing, Way, all_gather, stream
+from mindspeed_llm.lora.overlap import CHUNK_BYTES, IDLE, Meanwhile, Outgoing, Way, all_gather, outer, stream
 
 
 @dataclass(frozen=True)
@@ -215,16 +215,16 @@ class _LoraLinear(torch.autograd.Function):
         dy = grad.reshape(-1, grad.size(-1))
         wanted = ctx.needs_input_grad[0]
         product = Product(w if wanted else None, b, a, ctx.scaling, after=factors)
-        db = b.new_empty(b.shape[::-1])
+        db: list[Tensor] = []
 
-        def grad_b() -> None:  # turned: the wide operand as it lies takes half the time
-            torch.mm(low.t(), dy, out=db)
+        def grad_b() -> None:
+            db.append(outer(dy, low))
 
         way = CASES[ctx.plan.case].backward
         meanwhile = Meanwhile(late=grad_b) if way.sums else Meanwhile(early=grad_b)
         dx, low_grad = go(dy, product, way, ctx.plan, meanwhile)
         da = low_grad.t() @ (x if factors is None else x * factors)
-        return (dx.view(ctx.shape) if wanted else None, None, da, db.t(), None, None, None)
+        return (dx.view(ctx.shape) if wanted else None, None, da, *db, None, None, None)
 
 
 def apply(

@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 
 from mindspeed_llm.lora.fused import CASES, Product
 from mindspeed_llm.lora.layers import ColumnParallelLora, ParallelLora, RowParallelLora
-from mindspeed_llm.lora.overlap import Chunks, Pending, all_gather, all_reduce, joined, reduce_scatter
+from mindspeed_llm.lora.overlap import Chunks, Pending, all_gather, all_reduce, joined, outer, reduce_scatter
 
 
 class Passage:
@@ -183,7 +183,7 @@ class _Column(torch.autograd.Function):
         low, w, a, b = ctx.saved_tensors
         dy, flight = grad.reshape(-1, grad.size(-1)), ctx.flight
         flight.send(ctx.chunk, summed(dy, Product(w if flight.wanted else None, b, a, ctx.scaling)))
-        db = flight.complete(ctx.parts, dy.t() @ low)
+        db = flight.complete(ctx.parts, outer(dy, low))
         return dy.new_empty(0), None, None, db, None, None, None, None
 
 
@@ -226,7 +226,7 @@ class _Join(torch.autograd.Function):
         low, w, a, b = ctx.saved_tensors
         flight = ctx.flight
         flight.passage = Passage(flight.cut(grad)[::-1], Product(w, b, a, ctx.scaling), flight.group, flight.split)
-        db = grad.reshape(-1, grad.size(-1)).t() @ low.view(-1, low.size(-1))
+        db = outer(grad.reshape(-1, grad.size(-1)), low.view(-1, low.size(-1)))
         return None, None, None, db, None, None, *(grad.new_empty(0) for _ in flight.columns)
 
 

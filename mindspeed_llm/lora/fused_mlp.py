@@ -19,7 +19,7 @@ from mindspeed_llm.device.rowwise import swiglu, swiglu_backward
 from mindspeed_llm.lora.dropout import Dropout
 from mindspeed_llm.lora.fused import CASES, Pass, Plan, Product
 from mindspeed_llm.lora.layers import ColumnParallelLora, RowParallelLora
-from mindspeed_llm.lora.overlap import Meanwhile, Way, Work, joined, stream
+from mindspeed_llm.lora.overlap import Meanwhile, Way, Work, joined, outer, stream
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _LoraMlp(torch.autograd.Function):
         first = Product(w1 if wanted else None, b1, a1, scalings[0], after=after[0])
         into = Pass(dy, second, Way(way.gathers, False, way.split), plan.group)
         out_of = Pass(dy, first, Way(False, way.sums, way.split), plan.group, hidden.size(0))
-        parts_a2, parts_b1, db2 = [], [], b2.new_empty(b2.shape[::-1])
+        parts_a2, parts_b1, db2 = [], [], []
 
         def each(rows: slice, dy_rows: Tensor, out: Tensor) -> Work:
             grad_act = dy_rows.new_empty(dy_rows.size(0), w2.size(1))
@@ -79,18 +79,18 @@ class _LoraMlp(torch.autograd.Function):
             def adapters() -> None:
                 seen = act if after[1] is None else act.mul_(after[1][rows])
                 parts_a2.append(into.lows[rows].t() @ seen)
-                parts_b1.append(low1[rows].t() @ grad_hidden)  # turned, as in `fused`
+                parts_b1.append(outer(grad_hidden, low1[rows]))
 
             return adapters
 
         def grad_b2() -> None:
-            torch.mm(low2.t(), dy, out=db2)
+            db2.append(outer(dy, low2))
 
         meanwhile = Meanwhile(early=grad_b2)
         dx, low = out_of.finish(stream(dy, out_of.columns, each, way, plan.group, plan.chunk_bytes, meanwhile))
         da1 = low.t() @ (x if after[0] is None else x * after[0])
         dx = dx.view(ctx.shape) if wanted else None
-        return dx, None, da1, joined(parts_b1).t(), None, joined(parts_a2), db2.t(), None
+        return dx, None, da1, joined(parts_b1), None, joined(parts_a2), *db2, None
 
 
 class AdaptedMlp:

@@ -9,8 +9,7 @@ per position as soon as the loss is:
     d loss_i / d hidden_i = sum_j (softmax(logits_i)_j - [j = target_i]) W_j
 
 so the forward pass computes it in place of the logits, and the backward pass scales it. Logits exist for ROWS positions
-at a time and are never kept. Products run in slices of the vocabulary: a product 32,000 wide runs at half the rate of
-one 2,000 wide on the CPUs measured.
+at a time and are never kept.
 
 Where the model caps its logits at c, z' = c tanh(z / c), each term gets the factor dz'/dz = 1 - (z' / c)^2.
 """
